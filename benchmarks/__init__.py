@@ -1,0 +1,1 @@
+"""One module a question; measured results lie in ``results/``."""

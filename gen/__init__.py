@@ -1,0 +1,1 @@
+"""Documents -> generations -> megadocs -> MDS streams."""

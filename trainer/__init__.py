@@ -1,0 +1,1 @@
+"""MDS streams -> packed windows -> model -> checkpoints -> losses, fits and figures."""
