@@ -1,0 +1,224 @@
+"""The schema of ``train.py``: every key a run can have, with its type and meaning.
+
+``conf/train.yaml`` and its groups fill these dataclasses; nothing below ``train.py`` knows Hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainer.model import ModelConfig
+
+
+class Mask(enum.Enum):
+    """Which tokens of a window may attend to each other."""
+
+    none = "none"  # the whole window: the paper's headline runs
+    document = "document"  # each member alone
+    megadoc = "megadoc"  # members of one megadoc see each other, strangers do not
+
+
+class Packing(enum.Enum):
+    """How documents become windows; see ``trainer/plan.py``."""
+
+    whole = "whole"  # documents stay whole; re-shuffled and re-packed each epoch
+    stream = "stream"  # re-shuffled, concatenated and cut each epoch
+    windows = "windows"  # the paper's way: concatenated and cut once, windows permuted
+
+
+@dataclass
+class DataConfig:
+    """Where the streams lie and how they become batches."""
+
+    root: str = "data/pydoc"  # corpus folder written by generate.py
+    validation: str = "val"  # stream that is evaluated on
+    context_length: int = 4096  # tokens in a window
+    batch_size: int = 64  # windows in a step, over all ranks
+    micro_batch_size: int | None = None  # windows in one forward pass of one rank; null: all
+    mask: Mask = Mask.none
+    packing: Packing = Packing.whole
+    seed: int = 42  # order of the documents
+    cache: str | None = None  # local folder for shards of a remote root
+
+
+@dataclass
+class RecipeConfig:
+    """Stream, mixing fraction, epochs, learning rate and weight decay: what the paper tunes."""
+
+    name: str = "real"
+    base: str = "real"  # the stream whose passes are counted as epochs
+    stream: str | None = None  # the synthetic stream mixed in: simple, stitched, latent, ...
+    generations: int = 0  # G of the synthetic stream
+    mixing_fraction: float = 0.0  # w: share of tokens that is synthetic
+    epochs: float = 16.0  # E: passes over the base stream
+    learning_rate: float = 3e-3
+    weight_decay: float = 1.6
+
+    @property
+    def synthetic(self) -> str | None:
+        """Folder name of the synthetic stream, such as ``stitched-g8``; None for real only."""
+        if self.stream is None:
+            return None
+        kind, _, variant = self.stream.partition("-")
+        return "-".join(part for part in (kind, f"g{self.generations}", variant) if part)
+
+
+class ScheduleKind(enum.Enum):
+    cosine = "cosine"
+    wsd = "wsd"  # warm up, hold, decay linearly
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and the learning-rate schedule (the paper's values)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    schedule: ScheduleKind = ScheduleKind.cosine
+    warmup_fraction: float = 0.01
+    decay_fraction: float = 0.2  # wsd only: share of the steps in the final decay
+    min_ratio: float = 0.0  # learning rate at the end, as a share of the peak
+
+
+class Parallel(enum.Enum):
+    ddp = "ddp"  # a whole model on every rank
+    fsdp = "fsdp"  # parameters, gradients and optimiser states sharded (FSDP2)
+
+
+class Dtype(enum.Enum):
+    auto = "auto"  # bfloat16 on CUDA, float32 on CPU
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class RuntimeConfig:
+    """The machine's side of a run; nothing here changes what is learnt."""
+
+    device: str = "auto"  # cuda where there is one, else cpu
+    dtype: Dtype = Dtype.auto
+    compile: bool | None = None  # torch.compile the blocks; null: on CUDA only
+    parallel: Parallel = Parallel.ddp
+    recompute: bool = False  # recompute every block in the backward pass to save memory
+    threads: int | None = None  # CPU threads of one process
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides the console and ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    log_every: int = 10  # steps
+    evaluations: int = 20  # spread evenly over the run; the last one is the result
+    checkpoints: int = 20  # spread evenly over the run
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    seed: int = 0  # initialisation (the data order has data.seed)
+    output: str = "runs"  # folder that holds the run folders
+    name: str | None = None  # run folder; null: recipe and a hash of the config
+
+    def check(self) -> None:
+        """Raise ValueError for values that cannot work, before anything is read or written."""
+        self.model.check()
+        data, recipe = self.data, self.recipe
+        if data.context_length < 2:
+            raise ValueError(
+                f"data.context_length={data.context_length} must be at least 2: a window of one "
+                "token has nothing to predict"
+            )
+        if not 0 <= recipe.mixing_fraction < 1:
+            raise ValueError(
+                f"recipe.mixing_fraction={recipe.mixing_fraction} must be in [0, 1): the length of "
+                "a run is epochs over the real stream / (1 - w), endless at w = 1; to train on one "
+                "stream alone set recipe.base to it and leave recipe.stream empty"
+            )
+        if (recipe.stream is None) != (recipe.mixing_fraction == 0):
+            raise ValueError(
+                f"recipe.stream={recipe.stream} and recipe.mixing_fraction="
+                f"{recipe.mixing_fraction} do not fit: a synthetic stream needs a fraction above "
+                "0, real-only training needs both to be absent (null and 0)"
+            )
+        if recipe.stream is not None and recipe.generations < 1:
+            raise ValueError(
+                f"recipe.generations={recipe.generations} must be at least 1 for the "
+                f"{recipe.stream} stream"
+            )
+        for name, value in (
+            ("recipe.epochs", recipe.epochs),
+            ("recipe.learning_rate", recipe.learning_rate),
+            ("data.batch_size", data.batch_size),
+            ("tracking.log_every", self.tracking.log_every),
+            ("tracking.evaluations", self.tracking.evaluations),
+            ("tracking.checkpoints", self.tracking.checkpoints),
+            ("tracking.keep_checkpoints", self.tracking.keep_checkpoints),
+        ):
+            if value <= 0:
+                raise ValueError(f"{name}={value} must be above 0")
+        if recipe.weight_decay < 0:
+            raise ValueError(f"recipe.weight_decay={recipe.weight_decay} must not be negative")
+
+    def identity(self) -> str:
+        """Hash of everything that decides what is learnt: 8 hexadecimal digits.
+
+        Paths of the output, tracking and the machine's side are left out, so the same experiment
+        has the same name everywhere.
+        """
+        learnt = to_dict(self)
+        for key in ("runtime", "tracking", "output", "name"):
+            learnt.pop(key)
+        learnt["data"].pop("micro_batch_size")
+        learnt["data"].pop("cache")
+        return hashlib.sha256(json.dumps(learnt, sort_keys=True).encode()).hexdigest()[:8]
+
+    def run_dir(self) -> Path:
+        """The run's folder, the same on every rank because it depends on the config alone."""
+        label = self.recipe.synthetic or self.recipe.base
+        return Path(self.output) / (self.name or f"{label}-{self.identity()}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON types (enums by their value)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, enum.Enum):
+            return value.value
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return value
+
+    return plain(dataclasses.asdict(config))
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a config written by :func:`save_config`; unknown keys are an error."""
+    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, TrainConfig)
+    return config

@@ -1,0 +1,416 @@
+"""The training loop, from a config to a trained and evaluated model.
+
+Read :func:`train` top to bottom: open the streams, plan the order of the data, build model and
+optimiser, resume, then step, log, evaluate and save until the last step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from trainer.checkpoint import (
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    read_progress,
+    save_checkpoint,
+)
+from trainer.config import Dtype, RuntimeConfig, TrainConfig, load_config, save_config, to_dict
+from trainer.data import BatchLoader, PackedBatch
+from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
+from trainer.errors import NonFiniteLossError
+from trainer.evaluation import evaluate_model
+from trainer.mds import MegadocStream, check_same_tokenizer
+from trainer.model import Llama
+from trainer.optimizer import build_optimizer, learning_rate
+from trainer.plan import Plan, Source, total_steps
+from trainer.tracking import Tracker
+
+
+def train(config: TrainConfig) -> float:
+    """Train one recipe to its end; a run that was stopped goes on where its last checkpoint is.
+
+    Returns:
+        The i.i.d. validation loss of the final weights in nats per token.
+
+    Raises:
+        ValueError: the config, the streams or an earlier attempt in the same folder do not fit.
+        NonFiniteLossError: the loss became NaN or infinite; names step and documents.
+    """
+    config.check()
+    run_dir = config.run_dir()
+    if (run_dir / "result.json").exists():
+        result = json.loads((run_dir / "result.json").read_text())
+        print(f"{run_dir} is already trained: loss {result['loss']['iid']:.4f}", flush=True)
+        return result["loss"]["iid"]
+
+    with join_ranks(config.runtime) as ranks:
+        # The data: streams, and a plan that says which document is read when.
+        streams = open_streams(config)
+        validation = MegadocStream(config.data.root + "/streams/" + config.data.validation)
+        check_same_tokenizer([*streams, validation])
+        config.model.vocab_size = model_vocabulary(config, streams[0])
+        plan = plan_data(config, streams)
+        steps = total_steps(
+            streams[0].manifest.tokens,
+            config.data.context_length,
+            config.data.batch_size,
+            config.recipe.epochs,
+            config.recipe.mixing_fraction,
+        )
+
+        # The model.
+        model = Llama(config.model, config.seed, compute_dtype(config.runtime, ranks.device))
+        model.to(ranks.device)
+        prepare_blocks(model, config.runtime, ranks.device)
+        wrapped = parallelize(model, ranks, config.runtime)
+        optimizer = build_optimizer(model, config.optimizer, config.recipe)
+
+        # Where an earlier attempt stopped.
+        if ranks.is_main:
+            claim_run_dir(run_dir, config)
+        ranks.barrier()
+        start, seconds_before = resume(run_dir, wrapped, optimizer, plan, streams[0], ranks)
+        loader = BatchLoader(
+            plan,
+            streams,
+            config.data.mask,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            micro_batch_size=config.data.micro_batch_size,
+            start_step=start,
+            stop_step=steps,
+        )
+        stop = StopSignal(ranks)
+        began = time.monotonic()
+        evaluate_every = max(1, steps // config.tracking.evaluations)
+        save_every = max(1, steps // config.tracking.checkpoints)
+
+        with Tracker(config, run_dir, steps, start, ranks.is_main) as tracker:
+            meter = Meter(ranks, plan, streams, start)
+            for step, micro_batches in loader:
+                rate = learning_rate(step, steps, config.recipe.learning_rate, config.optimizer)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                seed_step(config.seed, step, ranks.rank)
+                loss = accumulate_gradients(wrapped, micro_batches, ranks)
+                grad_norm = clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                meter.add(step, loss, grad_norm, loader.waited)
+
+                done = step + 1
+                log_now = done % config.tracking.log_every == 0 or done == steps
+                save_now = done % save_every == 0 or done == steps
+                evaluate_now = done % evaluate_every == 0 and done < steps
+                if log_now or save_now:  # nothing non-finite may reach a checkpoint
+                    metrics = meter.read(done, rate)
+                    tracker.log(done, metrics)
+                    tracker.show(done, {"loss": f"{metrics['train/loss']:.3f}"} | meter.speed())
+                if evaluate_now:
+                    scores = evaluate_model(model, validation, config.data, ranks)
+                    tracker.log(done, scores.metrics())
+                if save_now or (log_now and stop.requested()):
+                    seconds = seconds_before + time.monotonic() - began
+                    progress = Progress(
+                        done, plan.hash(), streams[0].manifest.tokenizer_sha256, seconds
+                    )
+                    save_checkpoint(
+                        run_dir,
+                        wrapped,
+                        optimizer,
+                        progress,
+                        ranks,
+                        config.tracking.keep_checkpoints,
+                    )
+                if log_now and stop.requested():
+                    if ranks.is_main:
+                        print(f"stopped at step {done} of {steps}; start again to go on")
+                    return math.nan
+
+            scores = evaluate_model(model, validation, config.data, ranks)
+            tracker.log(steps, scores.metrics())
+        if ranks.is_main:
+            result = {
+                "name": run_dir.name,
+                "recipe": to_dict(config)["recipe"],
+                "steps": steps,
+                "parameters": config.model.parameter_count(),
+                "seconds": seconds_before + time.monotonic() - began,
+                "tokens_seen": dict(zip(meter.names, plan.tokens_seen(steps), strict=True)),
+                "epochs_seen": dict(zip(meter.names, plan.epochs_seen(steps), strict=True)),
+                **scores.to_dict(),
+            }
+            write_json(run_dir / "result.json", result)
+            print(f"{run_dir}: validation loss {scores.loss['iid']:.4f} nats per token", flush=True)
+        return scores.loss["iid"]
+
+
+def open_streams(config: TrainConfig) -> list[MegadocStream]:
+    """The base stream and, when the recipe mixes one in, the synthetic stream."""
+    names = [config.recipe.base]
+    if config.recipe.synthetic:
+        names.append(config.recipe.synthetic)
+    return [
+        MegadocStream(f"{config.data.root}/streams/{name}", cache=config.data.cache)
+        for name in names
+    ]
+
+
+def plan_data(config: TrainConfig, streams: list[MegadocStream]) -> Plan:
+    """The order of the whole run as a pure function of the config and the lengths."""
+    fraction = config.recipe.mixing_fraction
+    shares = [1 - fraction, fraction][: len(streams)]
+    return Plan(
+        [
+            Source(stream.manifest.name, stream.lengths, share)
+            for stream, share in zip(streams, shares, strict=True)
+        ],
+        context_length=config.data.context_length,
+        batch_size=config.data.batch_size,
+        packing=config.data.packing.value,
+        seed=config.data.seed,
+    )
+
+
+def model_vocabulary(config: TrainConfig, stream: MegadocStream) -> int:
+    """The model's vocabulary: the tokenizer's unless the config asks for a larger one."""
+    wanted, needed = config.model.vocab_size, stream.manifest.vocab_size
+    if wanted and wanted < needed:
+        raise ValueError(
+            f"model.vocab_size={wanted} is smaller than the {needed} tokens of the tokenizer that "
+            f"{stream.path} was written with; leave it at 0 to take the tokenizer's"
+        )
+    return wanted or needed
+
+
+def compute_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
+    """Dtype of the activations; parameters are always fp32."""
+    if runtime.dtype is Dtype.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if runtime.dtype is Dtype.bfloat16 else torch.float32
+
+
+def prepare_blocks(model: Llama, runtime: RuntimeConfig, device: torch.device) -> None:
+    """Recompute and compile block by block, so one compilation serves every layer."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for index, layer in enumerate(model.model.layers):
+        if runtime.recompute:
+            layer = checkpoint_wrapper(layer)
+            model.model.layers[index] = layer
+        if runtime.compile or (runtime.compile is None and device.type == "cuda"):
+            layer.compile(fullgraph=True)
+
+
+def accumulate_gradients(
+    model: nn.Module, micro_batches: list[PackedBatch], ranks: Ranks
+) -> Tensor:
+    """Backward through this rank's part of one batch; returns its share of the loss.
+
+    The loss is a sum over tokens divided by the valid targets of the *global* batch, so neither
+    the number of ranks nor the micro-batch size changes the gradient.
+    """
+    valid = torch.tensor(
+        sum(batch.valid_targets for batch in micro_batches), device=ranks.device, dtype=torch.int64
+    )
+    valid = ranks.all_reduce(valid).clamp(min=1)
+    loss = torch.zeros((), device=ranks.device)
+    for index, batch in enumerate(micro_batches):
+        batch = batch.to(ranks.device)
+        with last_backward(model, index == len(micro_batches) - 1):
+            part = model(
+                batch.input_ids,
+                batch.positions,
+                batch.cu_seqlens,
+                batch.max_seqlen,
+                batch.targets,
+                denominator=valid,
+            )
+            # DDP and FSDP average gradients over the ranks, a sum is wanted.
+            (part * ranks.world_size).backward()
+        loss += part.detach()
+    return loss
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the random numbers of a step (dropout) a function of the step, so resume needs none."""
+    torch.manual_seed(hash((seed, step, rank)) & 0x7FFF_FFFF)
+
+
+class Meter:
+    """Losses and speeds between two log lines, kept on the device until they are read."""
+
+    def __init__(
+        self, ranks: Ranks, plan: Plan, streams: list[MegadocStream], start_step: int
+    ) -> None:
+        self.ranks = ranks
+        self.plan = plan
+        self.streams = streams
+        self.names = [stream.manifest.name for stream in streams]
+        self.seen = sum(plan.tokens_seen(start_step))
+        self.tokens_per_second = 0.0
+        self.start_window()
+
+    def start_window(self) -> None:
+        self.steps: list[int] = []
+        self.losses: list[Tensor] = []
+        self.grad_norm = torch.zeros(())
+        self.waited = 0.0
+        self.began = time.monotonic()
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, waited: float) -> None:
+        """Note one step; ``loss`` is this rank's share, ``waited`` seconds without data."""
+        self.steps.append(step)
+        self.losses.append(loss)
+        self.grad_norm = grad_norm
+        self.waited += waited
+
+    def read(self, done: int, rate: float) -> dict[str, int | float]:
+        """Metrics of the steps since the last reading.
+
+        Raises:
+            NonFiniteLossError: one of the losses is NaN or infinite.
+        """
+        losses = self.ranks.all_reduce(torch.stack(self.losses)).tolist()
+        for step, loss in zip(self.steps, losses, strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(self.blame(step, loss))
+        elapsed = time.monotonic() - self.began
+        tokens = self.plan.tokens_seen(done)
+        self.tokens_per_second = (sum(tokens) - self.seen) / elapsed
+        self.seen = sum(tokens)
+        norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else None
+        metrics: dict[str, int | float] = {
+            "train/loss": sum(losses) / len(losses),
+            "train/learning_rate": rate,
+            "train/grad_norm": float(self.grad_norm if norm is None else norm),
+            "speed/tokens_per_second": self.tokens_per_second,
+            "speed/step_seconds": elapsed / len(losses),
+            "speed/data_wait_seconds": self.waited / len(losses),
+        }
+        if self.ranks.device.type == "cuda":
+            metrics["memory/peak_bytes"] = torch.cuda.max_memory_allocated()
+        for name, count, epochs in zip(
+            self.names, tokens, self.plan.epochs_seen(done), strict=True
+        ):
+            metrics[f"tokens/{name}"] = count
+            metrics[f"epochs/{name}"] = epochs
+        self.start_window()
+        return metrics
+
+    def speed(self) -> dict[str, str]:
+        return {"tok/s": f"{self.tokens_per_second:,.0f}"}
+
+    def blame(self, step: int, loss: float) -> str:
+        """Name the documents of a step whose loss is not finite."""
+        documents = sorted(
+            {
+                f"{self.names[window.source]}:{self.streams[window.source][int(index)].id}"
+                for window in self.plan.windows(step)
+                for index in window.documents
+            }
+        )
+        shown = ", ".join(documents[:20]) + (", ..." if len(documents) > 20 else "")
+        return (
+            f"the loss of step {step} is {loss}. Its {len(documents)} documents: {shown}. "
+            "Checkpoints are from before it; lower recipe.learning_rate, or look at these documents"
+        )
+
+
+class StopSignal:
+    """SIGTERM (a preempted job) asks for a checkpoint and an orderly end."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.received = False
+        signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, *_: object) -> None:
+        self.received = True
+
+    def requested(self) -> bool:
+        """Whether any rank was asked to stop; all ranks must call this together."""
+        flag = torch.tensor(int(self.received), device=self.ranks.device)
+        return bool(self.ranks.all_reduce(flag).item())
+
+
+def claim_run_dir(run_dir: Path, config: TrainConfig) -> None:
+    """Create the run folder, or check that an earlier attempt in it had the same config."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        earlier = load_config(path)
+        if earlier.identity() != config.identity():
+            raise ValueError(
+                f"{run_dir} holds a run with another config ({differences(earlier, config)}); "
+                "choose another name=... or delete that folder"
+            )
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    save_config(config, unfinished)
+    os.replace(unfinished, path)
+
+
+def differences(earlier: TrainConfig, config: TrainConfig) -> str:
+    """The keys in which two configs differ, as ``key: old -> new``."""
+
+    def flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+        items: dict[str, object] = {}
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                items |= flat(value, f"{prefix}{key}.")
+            else:
+                items[prefix + key] = value
+        return items
+
+    old, new = flat(to_dict(earlier)), flat(to_dict(config))
+    return ", ".join(f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key])
+
+
+def resume(
+    run_dir: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    stream: MegadocStream,
+    ranks: Ranks,
+) -> tuple[int, float]:
+    """Load the newest checkpoint; returns the steps done and the seconds they took."""
+    found = checkpoints(run_dir)
+    if not found:
+        return 0, 0.0
+    progress = read_progress(found[-1])
+    if progress.tokenizer_sha256 != stream.manifest.tokenizer_sha256:
+        raise ValueError(
+            f"{found[-1]} was trained with another tokenizer than {stream.path} was written with; "
+            "use another name=... for the new corpus"
+        )
+    if progress.plan_hash != plan.hash():
+        raise ValueError(
+            f"{found[-1]} was trained in another order of the data: the streams under "
+            f"{stream.path.parent} have changed since; use another name=... or rebuild the old ones"
+        )
+    load_checkpoint(found[-1], model, optimizer, ranks)
+    if ranks.is_main:
+        print(f"resuming {run_dir} after step {progress.step}", flush=True)
+    return progress.step, progress.seconds
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON atomically."""
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,150 @@
+"""Metrics: console progress bar, ``metrics.jsonl``, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from tqdm import tqdm
+
+from trainer.config import TrainConfig, to_dict
+
+Number = int | float
+
+
+class Tracker:
+    """Writes one run's metrics; a silent twin of it runs on the other ranks."""
+
+    def __init__(
+        self, config: TrainConfig, run_dir: Path, total_steps: int, start_step: int, active: bool
+    ) -> None:
+        self.active = active
+        self.bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            desc=run_dir.name,
+            disable=not active,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+        )
+        self.writers: list[TensorBoard | WeightsAndBiases] = []
+        if not active:
+            return
+        forget_after(run_dir / "metrics.jsonl", start_step)
+        self.jsonl = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
+        if config.tracking.tensorboard:
+            self.writers.append(TensorBoard(run_dir, start_step))
+        if config.tracking.wandb_project:
+            self.writers.append(WeightsAndBiases(config, run_dir))
+
+    def log(self, step: int, metrics: Mapping[str, Number]) -> None:
+        """Record ``metrics`` after ``step`` steps."""
+        if not self.active:
+            return
+        self.jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
+        for writer in self.writers:
+            writer.log(step, metrics)
+
+    def show(self, step: int, metrics: Mapping[str, str]) -> None:
+        """Move the progress bar to ``step``."""
+        self.bar.set_postfix(metrics, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.close()
+        if self.active:
+            self.jsonl.close()
+        for writer in self.writers:
+            writer.close()
+
+
+class TensorBoard:
+    """Scalars in the run folder; ``tensorboard --logdir runs`` shows all runs."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+
+    def log(self, step: int, metrics: Mapping[str, Number]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run that continues under the same id when the run is resumed."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f"tracking.wandb_project={config.tracking.wandb_project} needs the wandb package: "
+                "pip install 'megadocs[tracking]'"
+            ) from error
+        self.run = wandb.init(
+            project=config.tracking.wandb_project,
+            name=run_dir.name,
+            id=run_dir.name,
+            resume="allow",
+            dir=run_dir,
+            config=to_dict(config),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, Number]) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of ``metrics.jsonl`` that a resumed run will write again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the process was killed in the middle of this line
+            continue
+        if record["step"] <= step:
+            kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def environment() -> dict[str, str]:
+    """Versions and git state, to repeat the run later."""
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "triton", "numpy", "mosaicml-streaming", "hydra-core")
+    }
+    describe = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    git = describe.stdout.strip() or "not a git checkout"
+    return {"python": sys.version.split()[0], "git": git, "device": device, **versions}
