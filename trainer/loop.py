@@ -29,6 +29,7 @@ from trainer.data import BatchLoader, PackedBatch
 from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
 from trainer.errors import NonFiniteLossError
 from trainer.evaluation import evaluate_model
+from trainer.flops import attention_pairs, peak_flops, training_flops
 from trainer.mds import MegadocStream, check_same_tokenizer
 from trainer.model import Llama
 from trainer.optimizer import build_optimizer, learning_rate
@@ -106,7 +107,8 @@ def train(config: TrainConfig) -> float:
                 grad_norm = clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                meter.add(step, loss, grad_norm, loader.waited)
+                flops = sum(batch_flops(config, batch) for batch in micro_batches)
+                meter.add(step, loss, grad_norm, flops, loader.waited)
 
                 done = step + 1
                 log_now = done % config.tracking.log_every == 0 or done == steps
@@ -242,6 +244,12 @@ def accumulate_gradients(
     return loss
 
 
+def batch_flops(config: TrainConfig, batch: PackedBatch) -> int:
+    """Model FLOPs of one micro-batch of this rank (``batch`` still on the CPU)."""
+    tokens = len(batch.input_ids)
+    return training_flops(config.model, tokens, attention_pairs(batch.cu_seqlens))
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make the random numbers of a step (dropout) a function of the step, so resume needs none."""
     torch.manual_seed(hash((seed, step, rank)) & 0x7FFF_FFFF)
@@ -265,14 +273,18 @@ class Meter:
         self.steps: list[int] = []
         self.losses: list[Tensor] = []
         self.grad_norm = torch.zeros(())
+        self.flops = 0
         self.waited = 0.0
         self.began = time.monotonic()
 
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, waited: float) -> None:
-        """Note one step; ``loss`` is this rank's share, ``waited`` seconds without data."""
+    def add(
+        self, step: int, loss: Tensor, grad_norm: Tensor, flops: int, waited: float
+    ) -> None:
+        """Note one step: this rank's share of the loss, its FLOPs, its seconds without data."""
         self.steps.append(step)
         self.losses.append(loss)
         self.grad_norm = grad_norm
+        self.flops += flops
         self.waited += waited
 
     def read(self, done: int, rate: float) -> dict[str, int | float]:
@@ -298,6 +310,9 @@ class Meter:
             "speed/step_seconds": elapsed / len(losses),
             "speed/data_wait_seconds": self.waited / len(losses),
         }
+        peak = peak_flops(self.ranks.device)
+        if peak:
+            metrics["speed/mfu"] = self.flops / elapsed / peak
         if self.ranks.device.type == "cuda":
             metrics["memory/peak_bytes"] = torch.cuda.max_memory_allocated()
         for name, count, epochs in zip(

