@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import linear_cross_entropy, varlen_attention
+from kernels import linear_cross_entropy, token_losses, varlen_attention
 
 
 @dataclass
@@ -190,6 +190,7 @@ class Llama(nn.Module):
         max_seqlen: int,
         targets: Tensor | None = None,
         denominator: Tensor | None = None,
+        per_token: bool = False,
     ) -> Tensor:
         """Hidden states, or the loss when ``targets`` are given.
 
@@ -200,10 +201,11 @@ class Llama(nn.Module):
             max_seqlen: upper bound of the segment lengths.
             targets: int64 ``[T]``, -100 where there is nothing to predict.
             denominator: scalar; the summed loss is divided by it (default: the valid targets).
+            per_token: give the loss of every token, without gradients.
 
         Returns:
-            ``[T, D]`` hidden states after the final norm in ``compute_dtype``, or a scalar fp32
-            loss in nats.
+            ``[T, D]`` hidden states after the final norm in ``compute_dtype``, or the fp32 loss in
+            nats: a scalar, or ``[T]`` with ``per_token``.
         """
         x = F.embedding(input_ids, self.model.embed_tokens.weight).to(self.compute_dtype)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
@@ -213,4 +215,6 @@ class Llama(nn.Module):
         if targets is None:
             return hidden
         weight = self.lm_head.weight.to(hidden.dtype)  # [V, D]
+        if per_token:
+            return token_losses(hidden, weight, targets)[0]
         return linear_cross_entropy(hidden, weight, targets, denominator=denominator)

@@ -1,0 +1,57 @@
+"""The CPU path: PyTorch's scaled-dot-product attention per segment, equal lengths in one batch."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """Causal attention inside each segment of a packed axis (``[T, H, Dh]``, ``cu_seqlens [S+1]``).
+
+    Segments of one length make one batch of SDPA. The work is exact and differentiable; tokens after
+    the last border have output 0 and gradient 0.
+    """
+    groups, order, inverse = group_by_length(tuple(cu_seqlens.tolist()), q.shape[0])
+    if order is not None:
+        q, k, v = q[order], k[order], v[order]
+    outputs, start = [], 0
+    for length, count in groups:
+        rows = slice(start, start + length * count)
+        start += length * count
+        q_batch, k_batch, v_batch = (
+            x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
+        )  # [count, H, length, Dh]
+        out = F.scaled_dot_product_attention(
+            q_batch, k_batch, v_batch, is_causal=True, scale=scale, enable_gqa=True
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [count * length, H, Dh]
+    outputs.append(q.new_zeros(q.shape[0] - start, q.shape[1], v.shape[2]))
+    packed = torch.cat(outputs)
+    return packed if inverse is None else packed[inverse]
+
+
+@functools.lru_cache(maxsize=8)  # every layer of a model asks for the same borders
+def group_by_length(
+    borders: tuple[int, ...], tokens: int
+) -> tuple[list[tuple[int, int]], Tensor | None, Tensor | None]:
+    """Segments sorted by length.
+
+    Returns:
+        ``(length, count)`` of every distinct length; the token order that brings equal lengths
+        together and its inverse, int64 ``[tokens]``, or None where the order is already such.
+    """
+    starts = torch.tensor(borders[:-1])
+    lengths = torch.tensor(borders[1:]) - starts
+    by_length = lengths.argsort(stable=True)
+    by_length = by_length[lengths[by_length] > 0]
+    distinct, counts = lengths[by_length].unique_consecutive(return_counts=True)
+    groups = list(zip(distinct.tolist(), counts.tolist(), strict=True))
+    if torch.equal(by_length, by_length.sort().values):
+        return groups, None, None
+    pieces = [torch.arange(borders[i], borders[i + 1]) for i in by_length.tolist()]
+    order = torch.cat([*pieces, torch.arange(borders[-1], tokens)])
+    return groups, order, order.argsort()

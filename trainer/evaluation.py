@@ -1,0 +1,170 @@
+"""Losses on held-out documents: all, short, long, and by position in the document.
+
+Every token of the stream is scored once. The mask is the training's, as in the paper: with ``none``
+documents share windows, otherwise each is read alone (cut only where it is longer than the
+context).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.config import DataConfig, Mask
+from trainer.data import NO_TARGET, PackedBatch, most_segments, pack
+from trainer.distributed import Ranks
+from trainer.mds import MegadocStream
+from trainer.model import Llama
+from trainer.plan import concatenate_and_cut, pack_whole
+
+BATCH_TOKENS = 16_384  # tokens in one forward pass
+BUCKETS = 24  # positions up to 2 ** 23
+
+
+@dataclass
+class Scores:
+    """Summed losses of a stream; ``add`` batches, then read the means."""
+
+    stream: MegadocStream
+    document_loss: np.ndarray = field(init=False)  # float64 [N], nats
+    document_tokens: np.ndarray = field(init=False)  # float64 [N]
+    bucket_loss: np.ndarray = field(init=False)  # float64 [BUCKETS], nats
+    bucket_tokens: np.ndarray = field(init=False)  # float64 [BUCKETS]
+
+    def __post_init__(self) -> None:
+        self.document_loss, self.document_tokens = np.zeros((2, len(self.stream)))
+        self.bucket_loss, self.bucket_tokens = np.zeros((2, BUCKETS))
+
+    def add(self, batch: PackedBatch, losses: Tensor) -> None:
+        """Add the losses ``[T]`` of one batch; places without a target count nothing."""
+        valid = (batch.targets != NO_TARGET).cpu().numpy()
+        loss = losses.double().cpu().numpy()[valid]
+        documents = batch.target_documents.cpu().numpy()[valid]
+        buckets = position_bucket(batch.target_positions.cpu().numpy()[valid])
+        size = len(self.stream)
+        self.document_loss += np.bincount(documents, loss, size)
+        self.document_tokens += np.bincount(documents, minlength=size)
+        self.bucket_loss += np.bincount(buckets, loss, BUCKETS)
+        self.bucket_tokens += np.bincount(buckets, minlength=BUCKETS)
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add the other ranks' parts."""
+        for name in ("document_loss", "document_tokens", "bucket_loss", "bucket_tokens"):
+            total = torch.from_numpy(getattr(self, name)).to(ranks.device)
+            setattr(self, name, ranks.all_reduce(total).cpu().numpy())
+
+    @property
+    def cut_off(self) -> int:
+        """Length in tokens up to which a document counts as short: the median."""
+        return int(np.median(self.stream.lengths))
+
+    @property
+    def loss(self) -> dict[str, float]:
+        """Nats per token over all (``iid``), ``short`` and ``long`` documents."""
+        short = self.stream.lengths <= self.cut_off
+        sets = {"iid": np.ones_like(short), "short": short, "long": ~short}
+        return {
+            name: float(self.document_loss[chosen].sum() / self.document_tokens[chosen].sum())
+            for name, chosen in sets.items()
+            if self.document_tokens[chosen].any()
+        }
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits for every UTF-8 byte of the held-out text."""
+        return float(self.document_loss.sum() / math.log(2) / self.stream.manifest.bytes)
+
+    @property
+    def loss_by_position(self) -> dict[str, float]:
+        """Nats per token by the first position of each bucket: 0, 1, 2, 4, 8, ..."""
+        return {
+            str(0 if bucket == 0 else 1 << (bucket - 1)): float(loss / tokens)
+            for bucket, (loss, tokens) in enumerate(
+                zip(self.bucket_loss, self.bucket_tokens, strict=True)
+            )
+            if tokens
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """For the log."""
+        named = {f"eval/{name}": value for name, value in self.loss.items()}
+        return named | {"eval/bits_per_byte": self.bits_per_byte}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``result.json``."""
+        manifest = self.stream.manifest
+        return {
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "loss_by_position": self.loss_by_position,
+            "evaluation": {
+                "stream": manifest.name,
+                "documents": len(self.stream),
+                "tokens": int(self.document_tokens.sum()),
+                "short_up_to": self.cut_off,
+                "tokenizer_sha256": manifest.tokenizer_sha256,
+            },
+        }
+
+
+def position_bucket(positions: np.ndarray) -> np.ndarray:
+    """Bucket of each position: 0 for 0, then powers of two (1, 2-3, 4-7, ...)."""
+    return np.frexp(positions.astype(np.float64))[1].clip(0, BUCKETS - 1)
+
+
+def evaluation_batches(
+    stream: MegadocStream, data: DataConfig, ranks: Ranks | None = None
+) -> Iterator[tuple[PackedBatch, bool]]:
+    """This rank's batches of the whole stream, and whether each counts.
+
+    All ranks yield the same number of batches (sharded models run forward together); a rank that
+    has fewer repeats one that does not count.
+    """
+    rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    if data.mask is Mask.none:
+        order = np.arange(len(stream))
+        packed = concatenate_and_cut(stream.lengths, order, data.context_length)
+    else:
+        packed = pack_whole(stream.lengths, data.context_length, np.random.default_rng(0))
+    count = len(packed.offsets) - 1
+    size = max(1, BATCH_TOKENS // data.context_length)
+    segments = most_segments([stream], data.mask, data.context_length)
+    for start in range(0, -(-count // size), world_size):
+        first = (start + rank) * size
+        counts = first < count
+        windows = [
+            packed.window(0, index)
+            for index in range(first if counts else 0, min(count, (first if counts else 0) + size))
+        ]
+        yield pack(windows, [stream], data.mask, data.context_length, segments), counts
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: Llama, stream: MegadocStream, data: DataConfig, ranks: Ranks
+) -> Scores:
+    """Score every token of ``stream`` with one model, shared among the ranks."""
+    was_training = model.training
+    model.eval()
+    scores = Scores(stream)
+    for batch, counts in evaluation_batches(stream, data, ranks):
+        batch = batch.to(ranks.device)
+        losses = model(
+            batch.input_ids,
+            batch.positions,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            batch.targets,
+            per_token=True,
+        )
+        if counts:
+            scores.add(batch, losses)
+    scores.sum_over(ranks)
+    model.train(was_training)
+    return scores

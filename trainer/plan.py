@@ -1,0 +1,374 @@
+"""The plan: which pieces of which documents form which window of which batch.
+
+A plan is a pure function of the sources' document lengths, their shares and a seed. Batch ``n`` is
+computable from (plan, n) alone, so a checkpoint stores one integer, and 1 or 8 ranks with any
+number of workers see the same batches. Every document of a source is used once before any is used
+twice, and no token is dropped.
+
+Packing
+    ``whole``    each epoch: documents re-shuffled and re-packed by best fit; only documents longer
+                 than the context are cut, into full windows and a remainder.
+    ``stream``   each epoch: documents re-shuffled, concatenated and cut; no window has a gap.
+    ``windows``  the paper's way: documents concatenated and cut once, windows permuted each epoch.
+
+Mixing
+    An epoch of a source always holds all its tokens, so each window has an exact virtual time: the
+    source's tokens before its middle, divided by the source's share. Merging the sources by that
+    time keeps every prefix of the run within about one window of the shares, in tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+VERSION = 1  # part of the hash: raise it when the same inputs give another order
+
+# Sorting key noise of best-fit decreasing: enough to pack differently each epoch, little enough to
+# stay dense.
+SHUFFLE_NOISE = 0.25
+
+
+@dataclass(frozen=True)
+class Source:
+    """One stream as the plan sees it."""
+
+    name: str
+    lengths: np.ndarray  # int64 [N], tokens of each document
+    share: float  # share of the tokens of every batch
+
+
+@dataclass(frozen=True)
+class Window:
+    """The pieces of one training sequence, all from one source."""
+
+    source: int
+    documents: np.ndarray  # int64 [P], index in the source
+    starts: np.ndarray  # int64 [P], first token of the piece in its document
+    lengths: np.ndarray  # int64 [P], tokens of the piece
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+@dataclass(frozen=True)
+class Packed:
+    """All windows of one epoch of one source; window i holds pieces ``offsets[i]:offsets[i+1]``."""
+
+    documents: np.ndarray  # int64 [P]
+    starts: np.ndarray  # int64 [P]
+    lengths: np.ndarray  # int64 [P]
+    offsets: np.ndarray  # int64 [W+1]
+
+    @property
+    def window_tokens(self) -> np.ndarray:
+        """int64 ``[W]``."""
+        ends = np.concatenate(([0], self.lengths.cumsum()))
+        return np.diff(ends[self.offsets])
+
+    def window(self, source: int, index: int) -> Window:
+        pieces = slice(self.offsets[index], self.offsets[index + 1])
+        return Window(source, self.documents[pieces], self.starts[pieces], self.lengths[pieces])
+
+    def density(self, context_length: int) -> float:
+        """Share of the windows' places that hold a token."""
+        return float(self.lengths.sum() / ((len(self.offsets) - 1) * context_length))
+
+
+def total_steps(
+    base_tokens: int, context_length: int, batch_size: int, epochs: float, mixing_fraction: float
+) -> int:
+    """Steps of a run: ``int(steps_per_epoch * E / (1 - w))`` (2603.18534), whole steps an epoch."""
+    steps_per_epoch = base_tokens // (context_length * batch_size)
+    steps = int(steps_per_epoch * epochs / (1 - mixing_fraction))
+    if steps < 1:
+        raise ValueError(
+            f"{base_tokens} tokens are fewer than one batch of data.batch_size={batch_size} x "
+            f"data.context_length={context_length}, or recipe.epochs={epochs} is too small: the "
+            "run would have no step; make the batch smaller"
+        )
+    return steps
+
+
+def concatenate_and_cut(lengths: np.ndarray, order: np.ndarray, context_length: int) -> Packed:
+    """Documents in ``order`` on one axis, cut every ``context_length`` tokens."""
+    ends = lengths[order].cumsum()
+    total = int(ends[-1])
+    cuts = np.arange(context_length, total, context_length)
+    borders = np.unique(np.concatenate(([0], ends, cuts)))
+    starts = borders[:-1]
+    place = np.searchsorted(ends, starts, side="right")
+    document_starts = ends[place] - lengths[order][place]
+    windows = -(-total // context_length)
+    offsets = np.searchsorted(starts, np.arange(windows + 1) * context_length)
+    return Packed(order[place], starts - document_starts, np.diff(borders), offsets)
+
+
+def pack_whole(
+    lengths: np.ndarray, context_length: int, generator: np.random.Generator
+) -> Packed:
+    """Best fit in noisily decreasing order; longer documents give full windows and a remainder."""
+    full = lengths // context_length  # [N] full windows of each document
+    rest = lengths % context_length  # [N]
+    long_documents = np.repeat(np.arange(len(lengths)), full)
+    first = np.repeat(full.cumsum() - full, full)
+    long_starts = (np.arange(len(long_documents)) - first) * context_length
+
+    documents = np.flatnonzero(rest)
+    noise = generator.uniform(1 - SHUFFLE_NOISE, 1 + SHUFFLE_NOISE, len(documents))
+    documents = documents[np.argsort(-rest[documents] * noise, kind="stable")]
+    bins = best_fit(rest[documents], context_length)  # [len(documents)] window of each piece
+    by_bin = np.argsort(bins, kind="stable")
+    documents, bins = documents[by_bin], bins[by_bin]
+
+    windows = int(bins[-1]) + 1 if len(bins) else 0
+    offsets = np.concatenate(
+        (
+            np.arange(len(long_documents)),
+            len(long_documents) + np.searchsorted(bins, np.arange(windows + 1)),
+        )
+    )
+    return Packed(
+        np.concatenate((long_documents, documents)),
+        np.concatenate((long_starts, full[documents] * context_length)),
+        np.concatenate((np.full(len(long_documents), context_length), rest[documents])),
+        offsets,
+    )
+
+
+def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """Window of each piece when every piece goes where the least room is left.
+
+    The open windows are kept by remaining room; one integer's bits say which rooms exist, so a
+    piece costs a shift and a lookup instead of a search over the windows.
+    """
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit r: some window has r tokens left
+    chosen = np.empty(len(sizes), dtype=np.int64)
+    windows = 0
+    for index, size in enumerate(sizes.tolist()):
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            window = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, window = capacity, windows
+            windows += 1
+        chosen[index] = window
+        left = room - size
+        if left:
+            if not by_room[left]:
+                rooms |= 1 << left
+            by_room[left].append(window)
+    return chosen
+
+
+def shuffle_windows(packed: Packed, generator: np.random.Generator) -> Packed:
+    """The same windows in random order."""
+    order = generator.permutation(len(packed.offsets) - 1)
+    counts = np.diff(packed.offsets)[order]
+    offsets = np.concatenate(([0], counts.cumsum()))
+    pieces = np.repeat(packed.offsets[:-1][order] - offsets[:-1], counts) + np.arange(offsets[-1])
+    return Packed(packed.documents[pieces], packed.starts[pieces], packed.lengths[pieces], offsets)
+
+
+class Plan:
+    """The order of a whole run.
+
+    Args:
+        sources: streams with shares that sum to 1.
+        context_length: tokens in a window.
+        batch_size: windows in a batch, over all ranks.
+        packing: ``whole``, ``stream`` or ``windows``.
+        seed: of the order of the data.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        context_length: int,
+        batch_size: int,
+        packing: str,
+        seed: int,
+    ) -> None:
+        if packing not in ("whole", "stream", "windows"):
+            raise ValueError(f"packing={packing!r} is not one of whole, stream, windows")
+        if abs(sum(source.share for source in sources) - 1) > 1e-9:
+            raise ValueError(f"the shares {[s.share for s in sources]} do not sum to 1")
+        for source in sources:
+            if len(source.lengths) == 0 or source.lengths.min() < 1:
+                raise ValueError(f"the stream {source.name} is empty or has empty documents")
+        self.sources = sources
+        self.context_length = context_length
+        self.batch_size = batch_size
+        self.packing = packing
+        self.seed = seed
+        self.source_tokens = [int(source.lengths.sum()) for source in sources]
+        self.packed = lru_cache(maxsize=2 * len(sources))(self.pack_epoch)
+        self.merged = Merged(self)
+
+    def pack_epoch(self, source: int, epoch: int) -> Packed:
+        """Windows of one epoch of one source, in the order they are read."""
+        lengths = self.sources[source].lengths
+        generator = np.random.default_rng((self.seed, source, epoch + 1))
+        if self.packing == "windows":
+            once = np.random.default_rng((self.seed, source, 0))
+            packed = concatenate_and_cut(
+                lengths, once.permutation(len(lengths)), self.context_length
+            )
+            return shuffle_windows(packed, generator)
+        if self.packing == "stream":
+            order = generator.permutation(len(lengths))
+            packed = concatenate_and_cut(lengths, order, self.context_length)
+        else:
+            packed = pack_whole(lengths, self.context_length, generator)
+        return shuffle_windows(packed, generator)
+
+    def windows(self, step: int) -> list[Window]:
+        """The windows of batch ``step``, ordered so that equal parts cost equal attention."""
+        first = step * self.batch_size
+        merged = self.merged.range(first, first + self.batch_size)
+        windows = [
+            self.packed(source, epoch).window(source, index) for source, epoch, index in merged
+        ]
+        costs = np.array([int((window.lengths**2).sum()) for window in windows])
+        return [windows[index] for index in balanced_order(costs)]
+
+    def tokens_seen(self, steps: int) -> list[int]:
+        """Tokens of each source in the first ``steps`` batches."""
+        return self.merged.tokens_before(steps * self.batch_size)
+
+    def epochs_seen(self, steps: int) -> list[float]:
+        """Passes over each source in the first ``steps`` batches."""
+        seen = self.tokens_seen(steps)
+        return [tokens / total for tokens, total in zip(seen, self.source_tokens, strict=True)]
+
+    def density(self) -> list[float]:
+        """Share of the windows' places that hold a token, by source, in the first epoch."""
+        return [
+            self.packed(index, 0).density(self.context_length) for index in range(len(self.sources))
+        ]
+
+    def hash(self) -> str:
+        """Identity of the order: equal hashes read equal batches."""
+        digest = hashlib.sha256(
+            repr((VERSION, self.context_length, self.batch_size, self.packing, self.seed)).encode()
+        )
+        for source in self.sources:
+            digest.update(repr((source.name, source.share)).encode())
+            digest.update(np.ascontiguousarray(source.lengths, dtype=np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+
+class Merged:
+    """The windows of all sources and epochs in the order of their virtual times.
+
+    Epochs are packed when they are needed; what is known of a window stays small (source, epoch,
+    index, tokens), so a run of millions of windows fits in memory.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.next_epoch = [0] * len(plan.sources)
+        self.waiting: list[np.ndarray] = [empty_rows() for _ in plan.sources]
+        self.ready = empty_rows()  # [K]
+        self.ready_tokens = np.zeros((1, len(plan.sources)), dtype=np.int64)  # before window k
+        self.lock = threading.Lock()  # the reader thread and the log line both ask
+
+    def horizon(self, source: int) -> float:
+        """Virtual time until which the windows of ``source`` are known."""
+        tokens = self.next_epoch[source] * self.plan.source_tokens[source]
+        return tokens / self.plan.sources[source].share
+
+    def extend(self) -> None:
+        """Pack one more epoch of the source that is known least far, and release what is final."""
+        plan = self.plan
+        source = min(range(len(plan.sources)), key=self.horizon)
+        epoch = self.next_epoch[source]
+        tokens = plan.packed(source, epoch).window_tokens  # [W]
+        rows = empty_rows(len(tokens))
+        before = epoch * plan.source_tokens[source] + tokens.cumsum() - tokens
+        rows["time"] = (before + tokens / 2) / plan.sources[source].share
+        rows["source"], rows["epoch"], rows["index"] = source, epoch, np.arange(len(tokens))
+        rows["tokens"] = tokens
+        self.waiting[source] = np.concatenate((self.waiting[source], rows))
+        self.next_epoch[source] += 1
+
+        final = min(self.horizon(index) for index in range(len(plan.sources)))
+        released = np.concatenate([rows[rows["time"] < final] for rows in self.waiting])
+        self.waiting = [rows[rows["time"] >= final] for rows in self.waiting]
+        released = released[np.argsort(released["time"], kind="stable")]
+        counts = np.where(
+            released["source"][:, None] == np.arange(len(plan.sources)),
+            released["tokens"][:, None],
+            0,
+        ).cumsum(0)
+        self.ready = np.concatenate((self.ready, released))
+        self.ready_tokens = np.concatenate((self.ready_tokens, self.ready_tokens[-1] + counts))
+
+    def extend_to(self, windows: int) -> None:
+        with self.lock:
+            while len(self.ready) < windows:
+                self.extend()
+
+    def range(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Source, epoch and index of the windows ``start`` to ``stop``."""
+        self.extend_to(stop)
+        rows = self.ready[start:stop]
+        return list(
+            zip(
+                rows["source"].tolist(), rows["epoch"].tolist(), rows["index"].tolist(), strict=True
+            )
+        )
+
+    def tokens_before(self, window: int) -> list[int]:
+        """Tokens of each source before window ``window`` of the run."""
+        self.extend_to(window)
+        return self.ready_tokens[window].tolist()
+
+
+def empty_rows(count: int = 0) -> np.ndarray:
+    """Rows of the merged order."""
+    fields = [("time", "f8"), ("source", "i2"), ("epoch", "i4"), ("index", "i4"), ("tokens", "i4")]
+    return np.zeros(count, dtype=fields)
+
+
+def balanced_order(costs: np.ndarray) -> list[int]:
+    """An order of windows whose halves, quarters, ... have near-equal summed costs.
+
+    Contiguous parts of a batch go to ranks, so this balances them for every power of two at once
+    and without knowing the number of ranks. Equal costs keep their order.
+    """
+
+    def split(indices: list[int]) -> list[int]:
+        if len(indices) < 2 or len({int(costs[index]) for index in indices}) == 1:
+            return sorted(indices)
+        room = [(len(indices) + 1) // 2, len(indices) // 2]
+        halves: list[list[int]] = [[], []]
+        sums = [0, 0]
+        for index in sorted(indices, key=lambda index: (-costs[index], index)):
+            lighter = 0 if sums[0] <= sums[1] else 1
+            side = lighter if len(halves[lighter]) < room[lighter] else 1 - lighter
+            halves[side].append(index)
+            sums[side] += int(costs[index])
+        return split(halves[0]) + split(halves[1])
+
+    return split(list(range(len(costs))))
+
+
+def rank_windows(windows: list[Window], rank: int, world_size: int) -> list[Window]:
+    """This rank's contiguous part of a global batch."""
+    if len(windows) % world_size:
+        raise ValueError(
+            f"data.batch_size={len(windows)} windows cannot be divided among {world_size} ranks; "
+            "make it a multiple"
+        )
+    size = len(windows) // world_size
+    return windows[rank * size : (rank + 1) * size]
