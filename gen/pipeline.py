@@ -1,0 +1,168 @@
+"""Documents -> generations -> streams, as ``generate.py`` runs it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gen.corpus import CorpusConfig, Document, build_documents, load_split
+from gen.generation import run_job
+from gen.prompts import MethodConfig
+from gen.servers import GeneratorConfig, serving
+from gen.store import GenerationStore
+from gen.streams import StreamConfig, build_stream
+from gen.tokenizer import TokenizerConfig, TokenizerManifest, build_tokenizer, cut_to_tokens, encode
+
+TASKS = ("all", "corpus", "generate", "streams", "status")
+
+
+@dataclass
+class GenerateConfig:
+    """Everything ``generate.py`` can be told."""
+
+    task: str = "all"  # all, corpus, generate, streams or status
+    root: str = "data/pydoc"  # corpus folder
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    streams: StreamConfig = field(default_factory=StreamConfig)
+
+
+def generate(config: GenerateConfig) -> None:
+    """Run one task, or all of them in order; what is finished already is not done again."""
+    if config.task not in TASKS:
+        raise ValueError(f"task={config.task} is not one of {', '.join(TASKS)}")
+    root = Path(config.root)
+    if config.task == "status":
+        return print(status(root))
+    config.method.check()
+    config.generator.check()
+    corpus = prepare_corpus(config, root)
+    if config.task in ("all", "generate"):
+        statistics = run_job(
+            config.method, config.generator, corpus.train, corpus.tokenizer, root, serving
+        )
+        print(describe(config.method, statistics), flush=True)
+    if config.task in ("all", "streams"):
+        build_streams(config, corpus, root)
+    return None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of a corpus folder with their tokenizer."""
+
+    train: list[Document]
+    val: list[Document]
+    tokenizer: Tokenizer
+    vocabulary: TokenizerManifest
+
+
+def prepare_corpus(config: GenerateConfig, root: Path) -> Corpus:
+    """Documents and tokenizer, built where they are not there yet."""
+    manifest = build_documents(config.corpus, root)
+    counts = manifest["counts"]
+    print(
+        f"{root}/documents: {counts['train']} training and {counts['val']} held-out documents, "
+        f"{manifest['characters']:,} characters; left out: {counts['empty']} empty, "
+        f"{counts['duplicate']} duplicate, {counts['too_long']} too long",
+        flush=True,
+    )
+    texts = (document.text for document in load_split(root, "train"))
+    tokenizer, vocabulary = build_tokenizer(config.tokenizer, root, texts)
+    train = list(load_split(root, "train"))
+    if config.corpus.token_budget is not None:
+        train = cut_to_budget(train, config.corpus.token_budget, tokenizer)
+    return Corpus(train, list(load_split(root, "val")), tokenizer, vocabulary)
+
+
+def cut_to_budget(documents: list[Document], budget: int, tokenizer: Tokenizer) -> list[Document]:
+    """The first documents that hold exactly ``budget`` tokens, end-of-text tokens included.
+
+    Raises:
+        ValueError: the corpus is smaller than the budget.
+    """
+    kept: list[Document] = []
+    left = budget
+    for document in documents:
+        if left < 2:
+            break
+        tokens = len(encode(tokenizer, [document.text])[0]) + 1
+        if tokens > left:
+            text = cut_to_tokens(tokenizer, document.text, left - 1)
+            document = Document(document.id, text, document.metadata)
+            tokens = left
+        kept.append(document)
+        left -= tokens
+    if left > 1:
+        raise ValueError(
+            f"corpus.token_budget={budget:,} is more than the {budget - left:,} training tokens "
+            "there are; take it away or lower it"
+        )
+    return kept
+
+
+def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
+    """``real``, ``val`` and the synthetic streams that the method's generations allow."""
+
+    def build(kind: str, generations: int, documents: list[Document]) -> dict[str, Any]:
+        content = hashlib.sha256()
+        for document in documents:
+            content.update(f"{document.id}\0{document.text}\0".encode())
+        return build_stream(
+            kind,
+            generations,
+            documents,
+            content.hexdigest()[:16],
+            corpus.tokenizer,
+            corpus.vocabulary,
+            config.streams,
+            root,
+        )
+
+    build("real", 0, corpus.train)
+    build("val", 0, corpus.val)
+    kinds = ("latent",) if config.method.latent else ("simple", "stitched")
+    for generations in config.streams.generations or [config.method.generations]:
+        for kind in kinds:
+            build(kind, generations, corpus.train)
+
+
+def describe(method: MethodConfig, statistics: dict[str, Any]) -> str:
+    """One line about what a generation job did."""
+    if not statistics["generations"]:
+        return f"{method.name}: all G={method.generations} generations are there"
+    cached = statistics["cached_tokens"] / max(1, statistics["prompt_tokens"])
+    rate = statistics["completion_tokens"] / statistics["seconds"]
+    return (
+        f"{method.name}: {statistics['generations']} generations, "
+        f"{statistics['completion_tokens']:,} tokens in {statistics['seconds']:.0f} s "
+        f"({rate:.0f} tokens/s), {cached:.0%} of the prompt tokens cached"
+    )
+
+
+def status(root: Path) -> str:
+    """What every store of a corpus folder holds, from the stores alone."""
+    folders = sorted((root / "generations").glob("*/manifest.json"))
+    if not folders:
+        return f"{root}: no generations yet"
+    lines = []
+    for folder in folders:
+        store = GenerationStore(folder.parent)
+        if not store.parts():
+            lines.append(f"{store.folder}: empty")
+            continue
+        table = store.read(["document_id", "index", "completion_tokens", "finish_reason"])
+        documents = len(table["document_id"].unique())
+        tokens = sum(table["completion_tokens"].to_pylist())
+        cut = table["finish_reason"].to_pylist().count("length")
+        lines.append(
+            f"{store.folder}: {table.num_rows:,} generations of {documents:,} documents, "
+            f"{tokens:,} tokens, {cut / table.num_rows:.0%} cut off by their length limit"
+        )
+    return "\n".join(lines)

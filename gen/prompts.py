@@ -1,0 +1,54 @@
+"""Prompts: a style is a system message and a template; ``conf/method/`` holds one YAML each."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+FIELD = re.compile(r"\{(text|prefix|suffix)\}")
+
+
+@dataclass
+class MethodConfig:
+    """How a model is asked to rewrite a document."""
+
+    name: str = "rephrase"  # folder of the generations; latent ones get their G added
+    latent: bool = False  # a thought for each of G cuts instead of G rewrites
+    generations: int = 8  # G: generations per document
+    system: str = ""
+    prompt: str = "{text}"  # with {text}; latent: with {prefix} and {suffix}
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 1024  # of a generation
+    source: str = ""  # where the prompt comes from
+
+    def check(self) -> None:
+        """Raise ValueError where the template or a number cannot work."""
+        wanted = {"prefix", "suffix"} if self.latent else {"text"}
+        found = set(FIELD.findall(self.prompt))
+        if found != wanted:
+            raise ValueError(
+                f"method.prompt of {self.name} has the fields {sorted(found)}, it must have "
+                f"{sorted(wanted)}"
+            )
+        for name in ("generations", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"method.{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def version(self) -> str:
+        """Hash of the wording."""
+        return hashlib.sha256(f"{self.system}\0{self.prompt}".encode()).hexdigest()[:12]
+
+    def messages(self, **fields: str) -> list[dict[str, str]]:
+        """The chat of one request; braces in a document mean nothing."""
+        user = FIELD.sub(lambda match: fields[match.group(1)], self.prompt)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": user}]
+
+
+def sibling_seed(base: int, document_id: str, method: str, index: int) -> int:
+    """A seed of 31 bits for one generation: siblings differ, the same job repeats itself."""
+    key = f"{base}/{document_id}/{method}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1

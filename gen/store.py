@@ -1,0 +1,192 @@
+"""Generations on disk: append-only Parquet parts, each complete or not there.
+
+A part is written under a temporary name, synced and renamed. The keys that are present are the
+state of a job, so it resumes by asking what is missing. Rows of one key can be written only once:
+a lock keeps a second writer out, and several writers (one per node) share a store by owning
+disjoint documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gen.files import read_json, replace_file, write_json
+
+SCHEMA = pa.schema(
+    [
+        ("document_id", pa.string()),
+        ("method", pa.string()),
+        ("index", pa.int32()),
+        ("text", pa.large_string()),
+        ("model", pa.string()),
+        ("prompt_version", pa.string()),
+        ("temperature", pa.float32()),
+        ("top_p", pa.float32()),
+        ("max_tokens", pa.int32()),
+        ("seed", pa.int64()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
+        ("cached_tokens", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("created_at", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One text a model wrote for a document; the key is (document_id, method, index)."""
+
+    document_id: str
+    method: str
+    index: int
+    text: str
+    model: str
+    prompt_version: str  # hash of the system message and the prompt template
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+    finish_reason: str  # stop, or length where it was cut off
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # prompt tokens the server had in its cache
+    truncated: bool  # the document was cut to fit the generator's context
+    created_at: float = field(default_factory=time.time)  # seconds since the epoch
+
+
+class GenerationStore:
+    """The generations of one method in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def of_method(cls, root: Path, method: str, generations: int) -> GenerationStore:
+        """The store of a method; thoughts belong to the cuts of one G, so each G has a folder."""
+        name = f"latent-g{generations}" if method == "latent" else method
+        return cls(root / "generations" / name)
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Create the store, or check that it was written with the same settings.
+
+        Raises:
+            ValueError: another prompt, model or sampling wrote it; names the differences.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            write_json(manifest, settings)
+            return
+        found = read_json(manifest)
+        different = [
+            f"{key}: {found.get(key)!r} -> {settings.get(key)!r}"
+            for key in sorted(found.keys() | settings.keys())
+            if found.get(key) != settings.get(key)
+        ]
+        if different:
+            raise ValueError(
+                f"{self.folder} was written with other settings ({'; '.join(different)}). "
+                "Generations of one method must be alike: use the old settings, another root=..., "
+                "or delete that folder"
+            )
+
+    @contextlib.contextmanager
+    def lock(self, writer: int, writers: int) -> Iterator[None]:
+        """Keep other jobs from writing the same documents.
+
+        Raises:
+            ValueError: another job holds the lock.
+        """
+        with (
+            (self.folder / "store.lock").open("w") as whole,
+            (self.folder / f"writer-{writer}-of-{writers}.lock").open("w") as part,
+        ):
+            try:
+                shared = fcntl.LOCK_EX if writers == 1 else fcntl.LOCK_SH
+                fcntl.flock(whole, shared | fcntl.LOCK_NB)
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another job is writing {self.folder}; wait for it, or split the work with "
+                    "generator.writer=0 generator.writers=2 and generator.writer=1 ..."
+                ) from None
+            yield
+
+    def parts(self) -> list[Path]:
+        """Complete parts in a fixed order."""
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    def append(self, rows: list[Generation], writer: int) -> None:
+        """Write ``rows`` as a new part and sync it to the disk.
+
+        Raises:
+            OSError: the disk is full; the store is as it was before.
+        """
+        number = len(list(self.folder.glob(f"part-{writer:03d}-*.parquet")))
+        table = pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
+        with replace_file(self.folder / f"part-{writer:03d}-{number:06d}.parquet") as unfinished:
+            pq.write_table(table, unfinished, compression="zstd")
+
+    def done(self) -> dict[str, set[int]]:
+        """Indices that are present, by document."""
+        present: dict[str, set[int]] = defaultdict(set)
+        for part in self.parts():
+            keys = pq.read_table(part, columns=["document_id", "index"])
+            for document, index in zip(
+                keys["document_id"].to_pylist(), keys["index"].to_pylist(), strict=True
+            ):
+                present[document].add(index)
+        return present
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """All generations.
+
+        Raises:
+            FileNotFoundError: nothing was generated yet.
+            ValueError: a part is corrupted.
+        """
+        if not self.parts():
+            raise FileNotFoundError(
+                f"{self.folder} holds no generations; make them with generate.py first"
+            )
+        tables = []
+        for part in self.parts():
+            try:
+                tables.append(pq.read_table(part, columns=columns))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(
+                    f"{part} is corrupted ({error}); delete it and run generate.py again, which "
+                    "makes only what is missing"
+                ) from error
+        return pa.concat_tables(tables)
+
+    def fingerprint(self) -> str:
+        """Changes when generations are added."""
+        sizes = [(part.name, part.stat().st_size) for part in self.parts()]
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+
+
+def owns(document_id: str, writer: int, writers: int) -> bool:
+    """Whether a document belongs to this writer: a hash, so any order and any set agrees."""
+    digest = hashlib.blake2b(document_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % writers == writer
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Remove temporary files of killed jobs; call it with the lock held."""
+    for leftover in folder.glob(".part-*.tmp"):
+        os.unlink(leftover)
