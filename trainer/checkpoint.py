@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def save_checkpoint(
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     try:
-        dcp.save(state, checkpoint_id=unfinished, no_dist=ranks.world_size == 1)
+        with quiet():
+            dcp.save(state, checkpoint_id=unfinished, no_dist=ranks.world_size == 1)
         if ranks.is_main:
             (unfinished / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
             publish(unfinished, final)
@@ -111,6 +113,11 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+def quiet() -> warnings.catch_warnings:
+    """Hide DCP's remark that one process saves alone, which is meant."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """Progress stored in one checkpoint folder."""
     return Progress(**json.loads((checkpoint / "progress.json").read_text()))
@@ -122,7 +129,8 @@ def load_checkpoint(
     """Load model and optimiser in place; the number of ranks may differ from when it was saved."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=ranks.world_size == 1)
+    with quiet():
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=ranks.world_size == 1)
     set_state_dict(
         model,
         optimizer,
@@ -160,6 +168,7 @@ def load_model(
         compute_dtype = torch.bfloat16 if cuda else torch.float32
     model = Llama(config.model, config.seed, compute_dtype)
     state = {"model": get_model_state_dict(model)}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    with quiet():
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     model.load_state_dict(state["model"])
     return model.to(device).eval(), config

@@ -67,6 +67,7 @@ def train(config: TrainConfig) -> float:
             config.data.batch_size,
             config.recipe.epochs,
             config.recipe.mixing_fraction,
+            config.data.packing.value,
         )
 
         # The model.

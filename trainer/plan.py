@@ -81,16 +81,27 @@ class Packed:
 
 
 def total_steps(
-    base_tokens: int, context_length: int, batch_size: int, epochs: float, mixing_fraction: float
+    base_tokens: int,
+    context_length: int,
+    batch_size: int,
+    epochs: float,
+    mixing_fraction: float,
+    packing: str,
 ) -> int:
-    """Steps of a run: ``int(steps_per_epoch * E / (1 - w))`` (2603.18534), whole steps an epoch."""
-    steps_per_epoch = base_tokens // (context_length * batch_size)
+    """Steps of a run: ``int(steps_per_epoch * E / (1 - w))`` (2603.18534).
+
+    With ``packing=windows`` an epoch is a whole number of steps, as in the paper (777 for its
+    203,867,748 tokens).
+    """
+    steps_per_epoch = base_tokens / (context_length * batch_size)
+    if packing == "windows":
+        steps_per_epoch = int(steps_per_epoch)
     steps = int(steps_per_epoch * epochs / (1 - mixing_fraction))
     if steps < 1:
         raise ValueError(
-            f"{base_tokens} tokens are fewer than one batch of data.batch_size={batch_size} x "
-            f"data.context_length={context_length}, or recipe.epochs={epochs} is too small: the "
-            "run would have no step; make the batch smaller"
+            f"{base_tokens} tokens and recipe.epochs={epochs} make less than one step of "
+            f"data.batch_size={batch_size} x data.context_length={context_length} tokens; make "
+            "the batch smaller"
         )
     return steps
 
