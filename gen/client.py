@@ -166,4 +166,3 @@ def completion_of(answer: dict[str, Any]) -> Completion:
         usage["completion_tokens"],
         cached,
     )
-

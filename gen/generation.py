@@ -100,11 +100,10 @@ class Job:
             async def document(work: Work) -> None:
                 try:
                     await one(work, work.indices[0])  # fills the server's cache for the others
-                    siblings = iter(work.indices[1:])
-                    while batch := [
-                        index for index, _ in zip(siblings, range(config.siblings_in_flight))
-                    ]:
-                        await asyncio.gather(*(one(work, index) for index in batch))
+                    size = config.siblings_in_flight
+                    for first in range(1, len(work.indices), size):
+                        siblings = work.indices[first : first + size]
+                        await asyncio.gather(*(one(work, index) for index in siblings))
                 finally:
                     documents.release()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 from tokenizers import Tokenizer
 
 
 def split_text(text: str, pieces: int, tokenizer: Tokenizer) -> list[str]:
-    """Cut ``text`` into near-equal pieces by tokens (2603.18534; earlier pieces take the remainder).
+    """Cut ``text`` into near-equal pieces by tokens; earlier pieces take the remainder.
 
     Args:
         text: one document.
@@ -28,4 +30,4 @@ def split_text(text: str, pieces: int, tokenizer: Tokenizer) -> list[str]:
         if cuts[-1] < place < len(text):  # tokens of one character share their offset
             cuts.append(place)
     cuts.append(len(text))
-    return [text[start:end] for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]

@@ -46,9 +46,7 @@ class Generations:
         ValueError: some document has fewer than G generations; says how many and what to run.
     """
 
-    def __init__(
-        self, table: pa.Table, documents: list[Document], count: int, where: str
-    ) -> None:
+    def __init__(self, table: pa.Table, documents: list[Document], count: int, where: str) -> None:
         rank = {document.id: place for place, document in enumerate(documents)}
         names = table["document_id"].to_pylist()
         document = np.array([rank.get(name, -1) for name in names], dtype=np.int64)

@@ -44,9 +44,7 @@ class GeneratorConfig:
     def check(self) -> None:
         """Raise ValueError where options do not fit together."""
         if self.kind not in ("embedded", "openai", "sglang"):
-            raise ValueError(
-                f"generator.kind={self.kind} is not one of embedded, openai, sglang"
-            )
+            raise ValueError(f"generator.kind={self.kind} is not one of embedded, openai, sglang")
         if self.kind == "openai" and not self.urls:
             raise ValueError("generator=openai needs generator.urls=[http://host:port, ...]")
         if self.kind == "sglang" and not self.python:
@@ -181,7 +179,9 @@ def wait_until_healthy(
         time.sleep(1.0)
     ending = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
     state = f"ended with status {process.returncode}" if process.poll() is not None else "hangs"
-    raise ValueError(f"the SGLang server {state} before it was healthy. Its log {log} ends:\n{ending}")
+    raise ValueError(
+        f"the SGLang server {state} before it was healthy. Its log {log} ends:\n{ending}"
+    )
 
 
 def free_port() -> int:

@@ -163,15 +163,11 @@ def assemble(
         return real_documents(documents)
     generations = Generations(store.read(), documents, count, str(store.folder))
     if kind == "simple":
-        return simple(
-            documents, generations, config.real_document != "absent", config.shuffle_seed
-        )
+        return simple(documents, generations, config.real_document != "absent", config.shuffle_seed)
     if kind == "stitched":
         return stitched(documents, generations, config.real_document)
     if kind == "latent":
-        return latent(
-            documents, generations, tokenizer, config.open_thought, config.close_thought
-        )
+        return latent(documents, generations, tokenizer, config.open_thought, config.close_thought)
     raise ValueError(f"unknown stream {kind!r}; known: real, val, {', '.join(METHOD_OF)}")
 
 

@@ -116,13 +116,9 @@ def check_shapes(
             "heads, q and k in the head dimension"
         )
     if q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads"
-        )
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
-        raise ValueError(
-            f"{q.shape[0]} query tokens and {k.shape[0]} key tokens need cu_seqlens_k"
-        )
+        raise ValueError(f"{q.shape[0]} query tokens and {k.shape[0]} key tokens need cu_seqlens_k")
     for name, borders in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
         if borders is not None and (borders.dim() != 1 or len(borders) < 2):
             raise ValueError(f"{name} must be [S+1] with S >= 1, not {[*borders.shape]}")

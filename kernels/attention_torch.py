@@ -10,10 +10,20 @@ from torch import Tensor
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """Causal attention inside each segment of a packed axis (``[T, H, Dh]``, ``cu_seqlens [S+1]``).
+    """Causal attention inside each segment of a packed axis.
 
-    Segments of one length make one batch of SDPA. The work is exact and differentiable; tokens after
-    the last border have output 0 and gradient 0.
+    Segments of one length make one batch of SDPA. The work is exact and differentiable; tokens
+    after the last border have output 0 and gradient 0.
+
+    Args:
+        q: ``[T, Hq, Dh]``.
+        k: ``[T, Hkv, Dh]``.
+        v: ``[T, Hkv, Dh]``.
+        cu_seqlens: int32 ``[S+1]`` on the CPU or, at the price of a synchronisation, on a GPU.
+        scale: factor of the scores.
+
+    Returns:
+        ``[T, Hq, Dh]``.
     """
     groups, order, inverse = group_by_length(tuple(cu_seqlens.tolist()), q.shape[0])
     if order is not None:

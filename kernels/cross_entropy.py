@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,8 +72,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Chunked loss with both gradients in one pass over the rows."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
+    def forward(
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -99,17 +101,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             if weight_grad is not None:
                 weight_grad += gradient.T @ hidden[rows]
         ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
+        ctx.weight_dtype = weight.dtype
         return loss / denominator
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * upstream.to(hidden_grad.dtype),
-            None if weight_grad is None else (weight_grad * upstream).to(ctx.weight_dtype),  # type: ignore[attr-defined]
+            None if weight_grad is None else (weight_grad * upstream).to(ctx.weight_dtype),
             None,
             None,
             None,

@@ -14,6 +14,7 @@ window border cuts keeps all its targets: the last token of a piece predicts the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -201,10 +202,9 @@ class BatchLoader:
 
         def offer(item: list[PackedBatch] | BaseException) -> None:
             while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
+                with contextlib.suppress(queue.Full):
+                    ready.put(item, timeout=0.1)
+                    return
 
         def read_ahead() -> None:
             try:

@@ -146,9 +146,7 @@ def evaluation_batches(
 
 
 @torch.no_grad()
-def evaluate_model(
-    model: Llama, stream: MegadocStream, data: DataConfig, ranks: Ranks
-) -> Scores:
+def evaluate_model(model: Llama, stream: MegadocStream, data: DataConfig, ranks: Ranks) -> Scores:
     """Score every token of ``stream`` with one model, shared among the ranks."""
     was_training = model.training
     model.eval()

@@ -278,9 +278,7 @@ class Meter:
         self.waited = 0.0
         self.began = time.monotonic()
 
-    def add(
-        self, step: int, loss: Tensor, grad_norm: Tensor, flops: int, waited: float
-    ) -> None:
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, flops: int, waited: float) -> None:
         """Note one step: this rank's share of the loss, its FLOPs, its seconds without data."""
         self.steps.append(step)
         self.losses.append(loss)

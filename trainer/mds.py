@@ -48,7 +48,7 @@ class MegadocStream:
     """A stream folder written by ``gen/streams.py``, read by index.
 
     Args:
-        path: the folder, or a remote one that mosaicml-streaming can download from (``s3://``, ...).
+        path: the folder, or a remote one (``s3://``, ...) that mosaicml-streaming can reach.
         cache: local folder for a remote stream; needed only then.
 
     Raises:
@@ -106,7 +106,7 @@ class MegadocStream:
     def shard_of(self, index: int) -> Path:
         """The shard file that holds sample ``index``."""
         shard, _ = self.dataset.spanner[index]
-        return self.path / self.dataset.shards[shard].raw_data.basename
+        return self.path / shard_files(self.path)[shard]["basename"]
 
 
 def read_manifest(path: Path) -> StreamManifest:
@@ -124,9 +124,8 @@ def read_manifest(path: Path) -> StreamManifest:
 
 def open_shards(path: Path) -> LocalDataset:
     """The MDS reader of a folder, after comparing every shard's size with the index."""
-    index = json.loads((path / "index.json").read_text())
-    for shard in index["shards"]:
-        file, expected = path / shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
+    for shard in shard_files(path):
+        file, expected = path / shard["basename"], shard["bytes"]
         found = file.stat().st_size if file.exists() else None
         if found != expected:
             state = "is missing" if found is None else f"has {found} bytes"
@@ -137,6 +136,12 @@ def open_shards(path: Path) -> LocalDataset:
     from streaming import LocalDataset  # takes seconds to import
 
     return LocalDataset(str(path))
+
+
+def shard_files(path: Path) -> list[dict[str, Any]]:
+    """Name and size of every shard, from the index."""
+    shards = json.loads((path / "index.json").read_text())["shards"]
+    return [shard["raw_data"] for shard in shards]
 
 
 def check_same_tokenizer(streams: Sequence[MegadocStream]) -> None:
@@ -165,7 +170,7 @@ def download_stream(remote: str, cache: str | None) -> Path:
 
     for name in ("index.json", "lengths.npy", "member_lengths.npy"):
         fetch(name)
-    for shard in json.loads((local / "index.json").read_text())["shards"]:
-        fetch(shard["raw_data"]["basename"])
+    for shard in shard_files(local):
+        fetch(shard["basename"])
     fetch("manifest.json")  # last: a folder without it is unfinished
     return local

@@ -82,7 +82,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, fp32 ``[T, 1, Dh]`` (RoFormer, halves convention)."""
+    """Cosines and sines of rotary embeddings, fp32 ``[T, 1, Dh]`` (RoFormer, in halves)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[:, None] * theta ** (-exponents / head_dim)  # [T, Dh/2]
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]  # [T, 1, Dh]
@@ -148,7 +148,9 @@ class Block(nn.Module):
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
         x = x + F.dropout(attended, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training)
+        return x + F.dropout(
+            self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training
+        )
 
 
 class Decoder(nn.Module):

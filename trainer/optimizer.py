@@ -18,7 +18,8 @@ def build_optimizer(
     The paper (2603.18534) exempts norms and input embeddings; the LM head is decayed. The decay is
     multiplied by the scheduled learning rate.
     """
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() >= 2 and "embed_tokens" not in name
         (decayed if matrix else exempt).append(parameter)

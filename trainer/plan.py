@@ -120,9 +120,7 @@ def concatenate_and_cut(lengths: np.ndarray, order: np.ndarray, context_length: 
     return Packed(order[place], starts - document_starts, np.diff(borders), offsets)
 
 
-def pack_whole(
-    lengths: np.ndarray, context_length: int, generator: np.random.Generator
-) -> Packed:
+def pack_whole(lengths: np.ndarray, context_length: int, generator: np.random.Generator) -> Packed:
     """Best fit in noisily decreasing order; longer documents give full windows and a remainder."""
     full = lengths // context_length  # [N] full windows of each document
     rest = lengths % context_length  # [N]

@@ -1,5 +1,7 @@
 """Weight-decay groups and schedules."""
 
+import itertools
+
 import pytest
 
 from trainer.config import OptimizerConfig, RecipeConfig, ScheduleKind
@@ -26,7 +28,7 @@ def test_cosine_warms_up_for_one_percent_and_ends_near_zero() -> None:
     rates = [learning_rate(step, 1000, 3e-3, OptimizerConfig()) for step in range(1000)]
     assert rates[0] == pytest.approx(3e-4)
     assert rates[9] == rates[10] == pytest.approx(3e-3)
-    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
     assert rates[-1] < 1e-7
 
 
