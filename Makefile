@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-DEMO := demo
 
 .PHONY: demo test lint clean
 
@@ -18,9 +17,11 @@ $(VENV)/.installed: pyproject.toml Makefile
 	@touch $@
 
 demo: $(VENV)/.installed
-	$(PY) generate.py --multirun experiment=demo method=rephrase,latent
+	$(PY) generate.py scale=demo method=rephrase method.generations=4 'streams.generations=[2,4]'
+	$(PY) generate.py scale=demo method=latent
 	$(PY) train.py --multirun experiment=demo recipe=real,simple,stitched,latent
-	$(PY) report.py runs=$(DEMO)/runs
+	$(PY) train.py --multirun experiment=demo recipe=simple,stitched recipe.generations=4
+	$(PY) report.py runs=demo/runs
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -31,4 +32,4 @@ test: lint
 	$(PY) -m pytest -n 2 --dist loadfile
 
 clean:
-	rm -rf $(DEMO) $(VENV)
+	rm -rf demo $(VENV)

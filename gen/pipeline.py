@@ -127,10 +127,12 @@ def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
 
     build("real", 0, corpus.train)
     build("val", 0, corpus.val)
-    kinds = ("latent",) if config.method.latent else ("simple", "stitched")
+    if config.method.latent:  # thoughts belong to the cuts of one G
+        build("latent", config.method.generations, corpus.train)
+        return
     for generations in config.streams.generations or [config.method.generations]:
-        for kind in kinds:
-            build(kind, generations, corpus.train)
+        build("simple", generations, corpus.train)
+        build("stitched", generations, corpus.train)
 
 
 def describe(method: MethodConfig, statistics: dict[str, Any]) -> str:
