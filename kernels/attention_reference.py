@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.attention_torch import zeros_from
+
 
 def reference_attention(
     q: Tensor,
@@ -67,6 +69,6 @@ def reference_attention(
         outputs.append((weights @ values * sees_any).transpose(0, 1))
         lses.append(torch.logsumexp(scores, -1))
     rest = q.shape[0] - covered
-    outputs.append(q.new_zeros(rest, heads, v.shape[2]))
+    outputs.append(zeros_from(q, covered, v.shape[2]))
     lses.append(q.new_full((heads, rest), -math.inf))
     return torch.cat(outputs), torch.cat(lses, 1)

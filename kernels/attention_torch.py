@@ -39,9 +39,15 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: 
             q_batch, k_batch, v_batch, is_causal=True, scale=scale, enable_gqa=True
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [count * length, H, Dh]
-    outputs.append(q.new_zeros(q.shape[0] - start, q.shape[1], v.shape[2]))
+    outputs.append(zeros_from(q, start, v.shape[2]))
     packed = torch.cat(outputs)
     return packed if inverse is None else packed[inverse]
+
+
+def zeros_from(q: Tensor, start: int, size: int) -> Tensor:
+    """Output 0 and gradient 0 for the queries from ``start`` on: ``[Tq - start, Hq, size]``."""
+    rest = q[start:, :, :1]
+    return rest.masked_fill(torch.ones_like(rest, dtype=torch.bool), 0).expand(-1, -1, size)
 
 
 @functools.lru_cache(maxsize=8)  # every layer of a model asks for the same borders

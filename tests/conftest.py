@@ -1,0 +1,49 @@
+"""A real corpus folder, made once: real documents, a real model's generations, real shards."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+REPOSITORY = Path(__file__).parents[1]
+# Short documents and generations: the whole pipeline in seconds.
+TINY = [
+    "scale=demo",
+    "corpus.max_documents=40",
+    "corpus.max_characters=900",
+    "corpus.held_out=0.25",
+    "tokenizer.vocab_size=512",
+    "method.generations=2",
+    "method.max_tokens=10",
+]
+
+
+def run_script(
+    script: str, *arguments: str, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run an entry point as a user would."""
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A finished corpus folder with the streams real, val, simple-g2, stitched-g2, latent-g2."""
+    shared = tmp_path_factory.getbasetemp().parent  # the same for every pytest-xdist worker
+    root = shared / "corpus"
+    with FileLock(shared / "corpus.lock"):
+        if not (root / "streams" / "latent-g2").exists():
+            run_script("generate.py", *TINY, f"root={root}", "method=rephrase")
+            run_script("generate.py", *TINY, f"root={root}", "method=latent")
+    yield root

@@ -1,0 +1,96 @@
+"""The generation store: atomic parts, unique keys, refusals."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from gen.prompts import MethodConfig, sibling_seed
+from gen.store import Generation, GenerationStore, owns
+
+
+def row(document: str, index: int) -> Generation:
+    return Generation(
+        document, "rephrase", index, "text", "m", "v", 1.0, 1.0, 9, 0, "stop", 1, 1, 0, False
+    )
+
+
+def test_what_is_appended_is_done_and_can_be_read(tmp_path: Path) -> None:
+    store = GenerationStore(tmp_path)
+    store.append([row("a", 0), row("b", 1)], writer=0)
+    store.append([row("a", 1)], writer=3)
+    assert store.done() == {"a": {0, 1}, "b": {1}}
+    assert store.read().num_rows == 3
+    assert [part.name for part in store.parts()] == [
+        "part-000-000000.parquet",
+        "part-003-000000.parquet",
+    ]
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+    store = GenerationStore(tmp_path)
+    store.claim({"model": "a", "max_tokens": 5})
+    store.claim({"model": "a", "max_tokens": 5})
+    with pytest.raises(ValueError, match="max_tokens: 5 -> 6"):
+        store.claim({"model": "a", "max_tokens": 6})
+
+
+def hold_lock(folder: Path, ready: object, release: object) -> None:
+    with GenerationStore(folder).lock(0, 1):
+        ready.set()  # type: ignore[attr-defined]
+        release.wait(30)  # type: ignore[attr-defined]
+
+
+def test_a_second_job_is_refused_and_split_jobs_share(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    holder = context.Process(target=hold_lock, args=(tmp_path, ready, release))
+    holder.start()
+    try:
+        assert ready.wait(60)
+        with (
+            pytest.raises(ValueError, match="another job is writing"),
+            GenerationStore(tmp_path).lock(0, 1),
+        ):
+            pass
+    finally:
+        release.set()
+        holder.join()
+    with GenerationStore(tmp_path).lock(0, 2), GenerationStore(tmp_path).lock(1, 2):
+        pass
+
+
+def test_every_document_has_exactly_one_writer() -> None:
+    names = [f"document {i}" for i in range(500)]
+    owners = [[writer for writer in range(4) if owns(name, writer, 4)] for name in names]
+    assert all(len(owner) == 1 for owner in owners)
+    assert {owner[0] for owner in owners} == {0, 1, 2, 3}
+
+
+def test_a_corrupted_part_is_named(tmp_path: Path) -> None:
+    store = GenerationStore(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no generations"):
+        store.read()
+    store.append([row("a", 0)], 0)
+    store.parts()[0].write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match=r"part-000-000000\.parquet is corrupted"):
+        store.read()
+
+
+def test_siblings_have_different_seeds_and_the_same_ones_next_time() -> None:
+    seeds = [sibling_seed(0, "doc", "rephrase", index) for index in range(32)]
+    assert len(set(seeds)) == 32
+    assert seeds == [sibling_seed(0, "doc", "rephrase", index) for index in range(32)]
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert sibling_seed(1, "doc", "rephrase", 0) != seeds[0]
+
+
+def test_prompts_take_documents_with_braces_and_wrong_templates_are_refused() -> None:
+    method = MethodConfig(system="s", prompt="Rewrite: {text}")
+    messages = method.messages(text="f'{prefix}' {text}")
+    assert messages[1]["content"] == "Rewrite: f'{prefix}' {text}"
+    assert MethodConfig(prompt="Say: {text}").version != method.version
+    with pytest.raises(ValueError, match=r"must have \['text'\]"):
+        MethodConfig(prompt="{prefix}").check()
+    with pytest.raises(ValueError, match="generations=0"):
+        MethodConfig(generations=0).check()

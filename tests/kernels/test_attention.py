@@ -1,0 +1,120 @@
+"""CPU attention against float64, gradients included; isolation of segments."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import varlen_attention
+
+
+def inputs(
+    lengths: list[int], extra: int = 0, heads: tuple[int, int] = (4, 2), size: int = 8
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(lengths) + extra)
+    tokens = sum(lengths) + extra
+    q = torch.randn(tokens, heads[0], size, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, tokens, heads[1], size, generator=generator, dtype=torch.float64)
+    borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return q, k, v, borders
+
+
+def token_by_token(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> Tensor:
+    """The definition, one query at a time."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    for start, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+        for token in range(start, end):
+            for head in range(q.shape[1]):
+                keys, values = (
+                    k[start : token + 1, head // group],
+                    v[start : token + 1, head // group],
+                )
+                weights = (keys @ q[token, head] / math.sqrt(q.shape[2])).softmax(0)
+                out[token, head] = weights @ values
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 3))
+def test_both_backends_equal_the_definition(lengths: list[int], extra: int) -> None:
+    q, k, v, borders = inputs(lengths, extra)
+    expected = token_by_token(q, k, v, borders)
+    for backend in ("torch", "reference"):
+        out = varlen_attention(q, k, v, borders, 9, backend=backend)  # type: ignore[call-overload]
+        torch.testing.assert_close(out, expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=6), st.integers(0, 2))
+def test_gradients_agree_and_are_zero_after_the_last_border(lengths: list[int], extra: int) -> None:
+    q, k, v, borders = inputs(lengths, extra)
+    gradients = []
+    for backend in ("torch", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = varlen_attention(*leaves, borders, 7, backend=backend)  # type: ignore[call-overload]
+        out.square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours[sum(lengths) :].eq(0).all()
+
+
+def test_reference_passes_gradcheck() -> None:
+    q, k, v, borders = inputs([3, 1, 4], size=4)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: varlen_attention(
+            q, k, v, borders, 4, window=2, softcap=5.0, backend="reference"
+        ),
+        leaves,
+    )
+
+
+def test_a_segment_does_not_see_its_neighbours_bit_for_bit() -> None:
+    q, k, v, borders = inputs([5, 6, 5])
+    before = varlen_attention(q, k, v, borders, 6)
+    for x in (q, k, v):
+        x[5:11] += 1
+    after = varlen_attention(q, k, v, borders, 6)
+    assert torch.equal(before[:5], after[:5])
+    assert torch.equal(before[11:], after[11:])
+    assert not torch.equal(before[5:11], after[5:11])
+
+
+def test_log_sum_exp_joins_two_parts_of_the_keys() -> None:
+    """Bottom-right causality and the LSE are what context parallelism needs."""
+    q, k, v, borders = inputs([10])
+    whole = varlen_attention(q, k, v, borders, 10)
+    late = q[6:]
+    b_q = torch.tensor([0, 4], dtype=torch.int32)
+    near, near_lse = varlen_attention(late, k[6:], v[6:], b_q, 4, cu_seqlens_k=b_q, return_lse=True)
+    scores = torch.einsum("qhd,khd->hqk", late, k[:6].repeat_interleave(2, 1)) / math.sqrt(8)
+    far_lse = scores.logsumexp(-1)
+    far = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[:6].repeat_interleave(2, 1))
+    share = torch.sigmoid(near_lse.double() - far_lse).T[..., None]
+    torch.testing.assert_close(near * share + far * (1 - share), whole[6:], atol=1e-6, rtol=1e-6)
+    b_k = torch.tensor([0, 10], dtype=torch.int32)
+    aligned = varlen_attention(late, k, v, b_q, 4, cu_seqlens_k=b_k)
+    torch.testing.assert_close(aligned, whole[6:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(5, 3, 8)}, "3 query heads are not a multiple of 2"),
+        ({"k": torch.zeros(4, 2, 8)}, "must agree in tokens"),
+        ({"q": torch.zeros(5, 8)}, r"must be \[T, H, Dh\]"),
+        ({"cu_seqlens": torch.tensor([0], dtype=torch.int32)}, "cu_seqlens must be"),
+        ({"backend": "magic"}, "backend='magic'"),
+        ({"backend": "torch", "window": 3}, "use backend='reference'"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
+    q, k, v, borders = inputs([5])
+    arguments = {"q": q, "k": k, "v": v, "cu_seqlens": borders, "max_seqlen": 5} | change
+    with pytest.raises(ValueError, match=message):
+        varlen_attention(**arguments)  # type: ignore[call-overload]

@@ -1,0 +1,196 @@
+"""Evaluation, ensembles, export and report on models trained for a moment."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import run_script
+from trainer.checkpoint import load_model
+from trainer.config import (
+    DataConfig,
+    Mask,
+    ModelConfig,
+    RecipeConfig,
+    RuntimeConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from trainer.ensemble import evaluate_runs, mean_logit_losses
+from trainer.evaluation import evaluation_batches, position_bucket
+from trainer.export import export_run, import_model
+from trainer.loop import train
+from trainer.mds import MegadocStream
+from trainer.report import write_report
+
+
+@pytest.fixture(scope="module")
+def runs(corpus_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two real-only seeds and a stitched run."""
+    folder = tmp_path_factory.mktemp("runs")
+    real = RecipeConfig("real", "real", None, 0, 0.0, 2, 3e-3, 1.6)
+    stitched = RecipeConfig("stitched", "real", "stitched", 2, 0.5, 2, 3e-3, 0.4)
+    for name, recipe, seed in (("a", real, 0), ("b", real, 1), ("c", stitched, 0)):
+        train(
+            TrainConfig(
+                data=DataConfig(
+                    str(corpus_root), context_length=64, batch_size=4, mask=Mask.megadoc
+                ),
+                recipe=recipe,
+                model=ModelConfig(32, 64, 2, 4, 2),
+                tracking=TrackingConfig(tensorboard=False, log_every=2),
+                runtime=RuntimeConfig(threads=1),
+                seed=seed,
+                output=str(folder),
+                name=name,
+            )
+        )
+    return folder
+
+
+def document_losses(run: Path, stream: MegadocStream) -> list[torch.Tensor]:
+    """Loss of every token after the first, documents read whole, in float64."""
+    model, _ = load_model(run)
+    model = model.double()
+    model.compute_dtype = torch.float64
+    losses = []
+    for index in range(len(stream)):
+        ids = torch.from_numpy(stream[index].tokens)
+        borders = torch.tensor([0, len(ids)], dtype=torch.int32)
+        with torch.no_grad():
+            hidden = model(ids, torch.arange(len(ids)), borders, len(ids))
+        logits = hidden @ model.lm_head.weight.T
+        losses.append(F.cross_entropy(logits[:-1], ids[1:], reduction="none"))
+    return losses
+
+
+def test_losses_equal_a_loop_over_whole_documents(runs: Path, corpus_root: Path) -> None:
+    stream = MegadocStream(corpus_root / "streams" / "val")
+    expected = document_losses(runs / "a", stream)
+    config_path = runs / "a" / "config.yaml"
+    text = config_path.read_text()
+    config_path.write_text(text.replace("context_length: 64", "context_length: 4096"))
+    scores = evaluate_runs([runs / "a"])
+    config_path.write_text(text)
+    flat = torch.cat(expected)
+    assert scores.loss["iid"] == pytest.approx(float(flat.mean()), abs=1e-5)
+    short = stream.lengths <= np.median(stream.lengths)
+    only_short = torch.cat([loss for loss, chosen in zip(expected, short, strict=True) if chosen])
+    assert scores.loss["short"] == pytest.approx(float(only_short.mean()), abs=1e-5)
+    second = torch.stack([loss[0] for loss in expected]).mean()
+    assert scores.loss_by_position["1"] == pytest.approx(float(second), abs=1e-5)
+    bits = float(flat.sum()) / math.log(2) / stream.manifest.bytes
+    assert scores.bits_per_byte == pytest.approx(bits, abs=1e-5)
+
+
+@pytest.mark.parametrize("mask", list(Mask))
+@pytest.mark.parametrize("context", [16, 100])
+def test_every_token_is_scored_once(corpus_root: Path, mask: Mask, context: int) -> None:
+    stream = MegadocStream(corpus_root / "streams" / "val")
+    data = DataConfig(str(corpus_root), context_length=context, mask=mask)
+    seen = np.zeros(int(stream.lengths.sum()), dtype=int)
+    starts = np.concatenate(([0], stream.lengths.cumsum()))
+    for batch, counts in evaluation_batches(stream, data):
+        assert counts
+        valid = batch.targets != -100
+        np.add.at(
+            seen,
+            starts[batch.target_documents[valid].numpy()] + batch.target_positions[valid].numpy(),
+            1,
+        )
+    firsts = np.isin(np.arange(len(seen)), starts[:-1])
+    assert (seen[~firsts] == 1).all()
+    assert (seen[firsts] <= (1 if mask is Mask.none else 0)).all()
+
+
+def test_position_buckets_are_powers_of_two() -> None:
+    places = np.array([0, 1, 2, 3, 4, 7, 8, 1023, 1024])
+    assert position_bucket(places).tolist() == [0, 1, 2, 2, 3, 3, 4, 10, 11]
+
+
+def test_an_ensemble_is_the_mean_of_logits(runs: Path, corpus_root: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(50, 8, generator=generator).double() for _ in range(2)]
+    heads = [torch.randn(30, 8, generator=generator).double() for _ in range(2)]
+    targets = torch.randint(30, (50,), generator=generator)
+    logits = (hidden[0] @ heads[0].T + hidden[1] @ heads[1].T) / 2
+    torch.testing.assert_close(
+        mean_logit_losses(hidden, heads, targets).double(),
+        F.cross_entropy(logits, targets, reduction="none"),
+        atol=1e-6,
+        rtol=1e-6,
+    )
+    single = [evaluate_runs([runs / name]).loss["iid"] for name in ("a", "b")]
+    assert evaluate_runs([runs / "a", runs / "b"]).loss["iid"] < max(single)
+    result = json.loads((runs / "a" / "result.json").read_text())
+    assert single[0] == pytest.approx(result["loss"]["iid"], abs=1e-5)
+
+
+def test_members_that_differ_are_refused(runs: Path, tmp_path: Path) -> None:
+    text = (runs / "b" / "config.yaml").read_text()
+    try:
+        (runs / "b" / "config.yaml").write_text(text.replace("mask: megadoc", "mask: none"))
+        with pytest.raises(ValueError, match=r"data\.mask"):
+            evaluate_runs([runs / "a", runs / "b"])
+    finally:
+        (runs / "b" / "config.yaml").write_text(text)
+    with pytest.raises(FileNotFoundError, match="holds no finished checkpoint"):
+        load_model(tmp_path)
+
+
+def test_export_gives_the_same_logits_in_transformers(runs: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = run_script("evaluate.py", f"runs=[{runs / 'a'}]", f"export={tmp_path / 'out'}")
+    assert "written to" in done.stdout
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = torch.tensor(tokenizer("def main(): return 1, 2")["input_ids"])
+    ours, _ = load_model(runs / "a")
+    borders = torch.tensor([0, len(ids)], dtype=torch.int32)
+    with torch.no_grad():
+        hidden = ours(ids, torch.arange(len(ids)), borders, len(ids))
+        expected = theirs(ids[None]).logits[0]
+    torch.testing.assert_close(hidden @ ours.lm_head.weight.T, expected, atol=1e-4, rtol=1e-4)
+    back = import_model(tmp_path / "out").state_dict()
+    assert all(torch.equal(back[name], value) for name, value in ours.state_dict().items())
+    with pytest.raises(ValueError, match="is not empty"):
+        export_run(runs / "a", tmp_path / "out")
+
+
+def test_the_report_holds_every_run(runs: Path, tmp_path: Path) -> None:
+    (runs / "unfinished").mkdir(exist_ok=True)
+    (runs / "unfinished" / "config.yaml").write_text((runs / "a" / "config.yaml").read_text())
+    table, page = write_report(runs, tmp_path)
+    lines = table.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["real", "real", "stitched"]
+    assert lines[-1] == "not finished, left out: unfinished"
+    content = page.read_text()
+    assert content.count("data:image/png;base64,") == 3
+    assert "<script" not in content
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_reports_refuse_what_cannot_be_compared(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no finished run"):
+        write_report(tmp_path, tmp_path)
+    path = runs / "b" / "result.json"
+    text = path.read_text()
+    try:
+        for change, message in (
+            ({"loss": {"iid": math.nan}}, "has the loss nan"),
+            ({"evaluation": json.loads(text)["evaluation"] | {"documents": 3}}, "documents=3"),
+            (
+                {"evaluation": json.loads(text)["evaluation"] | {"tokenizer_sha256": "x"}},
+                "tokenizer_sha256=x",
+            ),
+        ):
+            path.write_text(json.dumps(json.loads(text) | change))
+            with pytest.raises(ValueError, match=message):
+                write_report(runs, tmp_path)
+    finally:
+        path.write_text(text)

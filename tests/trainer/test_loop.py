@@ -1,0 +1,247 @@
+"""Training end to end: kill and resume bit for bit, two processes, bad input, signals."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY, run_script
+from trainer.checkpoint import checkpoints, load_model, read_progress
+from trainer.config import (
+    DataConfig,
+    Mask,
+    ModelConfig,
+    RecipeConfig,
+    RuntimeConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from trainer.errors import NonFiniteLossError
+from trainer.loop import train
+
+STITCHED = RecipeConfig("stitched", "real", "stitched", 2, 0.75, 4, 3e-3, 0.4)
+ARGUMENTS = [
+    "recipe=stitched",
+    "recipe.generations=2",
+    "recipe.epochs=4",
+    "model=tiny",
+    "data.context_length=64",
+    "data.batch_size=4",
+    "data.micro_batch_size=2",
+    "data.mask=document",
+    "tracking.log_every=1",
+    "tracking.checkpoints=1000",
+    "tracking.tensorboard=false",
+    "runtime.threads=1",
+    "name=run",
+]
+
+
+def config(root: Path, output: Path, **changes: object) -> TrainConfig:
+    chosen: dict[str, object] = {
+        "data": DataConfig(str(root), context_length=64, batch_size=4, mask=Mask.megadoc),
+        "recipe": STITCHED,
+        "model": ModelConfig(32, 64, 2, 2, 1),
+        "tracking": TrackingConfig(tensorboard=False, log_every=1, evaluations=2, checkpoints=4),
+        "runtime": RuntimeConfig(threads=1),
+        "output": str(output),
+    } | changes
+    return TrainConfig(**chosen)  # type: ignore[arg-type]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_model(run)[0].state_dict()
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_reports_and_is_not_repeated(corpus_root: Path, tmp_path: Path) -> None:
+    settings = config(corpus_root, tmp_path)
+    loss = train(settings)
+    run = settings.run_dir()
+    rows = [row for row in metrics(run) if "train/loss" in row]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 1
+    result = json.loads((run / "result.json").read_text())
+    assert result["loss"]["iid"] == loss == train(settings)  # the second call only reads
+    seen = result["tokens_seen"]
+    assert rows[-1]["tokens/real"] == seen["real"]
+    share = seen["stitched-g2"] / sum(seen.values())
+    assert share == pytest.approx(0.75, abs=64 / sum(seen.values()))
+    assert result["epochs_seen"]["real"] == pytest.approx(4, abs=0.5)
+    assert len(checkpoints(run)) == 2
+    assert {"speed/tokens_per_second", "train/grad_norm", "epochs/real"} <= rows[-1].keys()
+
+
+@pytest.mark.parametrize("mask", list(Mask))
+def test_every_mask_trains(corpus_root: Path, tmp_path: Path, mask: Mask) -> None:
+    data = DataConfig(str(corpus_root), context_length=32, batch_size=4, mask=mask)
+    latent = RecipeConfig("latent", "real", "latent", 2, 0.5, 1, 3e-3, 0.1)
+    assert train(config(corpus_root, tmp_path, data=data, recipe=latent)) < 7
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_changes_nothing(corpus_root: Path, tmp_path: Path) -> None:
+    common = [*ARGUMENTS, f"data.root={corpus_root}"]
+    run_script("train.py", *common, f"output={tmp_path / 'calm'}")
+    command = [sys.executable, "train.py", *common, f"output={tmp_path / 'killed'}"]
+    run = tmp_path / "killed" / "run"
+    for seed in range(3):
+        before = len(list((run / "checkpoints").glob("*"))) and checkpoints(run)[-1].name
+        with subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            deadline = time.monotonic() + 90
+            while process.poll() is None and (
+                not checkpoints(run) or checkpoints(run)[-1].name == before
+            ):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(random.Random(seed).uniform(0.0, 0.3))
+            process.kill()
+    run_script("train.py", *common, f"output={tmp_path / 'killed'}")
+    calm = tmp_path / "calm" / "run"
+    disturbed, undisturbed = weights(run), weights(calm)
+    assert all(torch.equal(disturbed[name], undisturbed[name]) for name in undisturbed)
+    kept = [(row["step"], row["train/loss"]) for row in metrics(run) if "train/loss" in row]
+    assert kept == [(r["step"], r["train/loss"]) for r in metrics(calm) if "train/loss" in r]
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_next_start_goes_on(corpus_root: Path, tmp_path: Path) -> None:
+    arguments = [*ARGUMENTS, "tracking.checkpoints=1", f"data.root={corpus_root}"]
+    arguments += ["recipe.epochs=40", f"output={tmp_path}"]
+    with subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 90
+        log = tmp_path / "run" / "metrics.jsonl"
+        while not (log.exists() and log.stat().st_size):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "stopped at step" in output
+    stopped = read_progress(checkpoints(tmp_path / "run")[-1]).step
+    assert stopped > 0
+    done = run_script("train.py", *arguments)
+    assert f"after step {stopped}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(
+    corpus_root: Path, tmp_path: Path, parallel: str
+) -> None:
+    common = [*ARGUMENTS, "recipe.epochs=2", f"data.root={corpus_root}"]
+    run_script("train.py", *common, f"output={tmp_path / 'one'}")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *common, f"output={tmp_path}", f"runtime.parallel={parallel}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "one"] == ["run"]
+    one = [row["train/loss"] for row in metrics(tmp_path / "one/run") if "train/loss" in row]
+    two = [row["train/loss"] for row in metrics(tmp_path / "run") if "train/loss" in row]
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), atol=2e-5, rtol=2e-5)
+    single, double = weights(tmp_path / "one/run"), weights(tmp_path / "run")
+    for name in single:
+        torch.testing.assert_close(double[name], single[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_loss_that_is_not_finite_names_its_documents(corpus_root: Path, tmp_path: Path) -> None:
+    wild = RecipeConfig("real", "real", None, 0, 0.0, 4, 1e30, 0.0)
+    settings = config(corpus_root, tmp_path, recipe=wild)
+    with pytest.raises(NonFiniteLossError, match=r"the loss of step \d+ is nan.*real:"):
+        train(settings)
+
+
+def test_another_config_in_the_same_folder_is_refused(corpus_root: Path, tmp_path: Path) -> None:
+    train(config(corpus_root, tmp_path, name="run"))
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(ValueError, match="seed: 0 -> 1"):
+        train(config(corpus_root, tmp_path, name="run", seed=1))
+
+
+def test_changed_streams_are_not_resumed(corpus_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus_root, root)
+    settings = config(root, tmp_path / "runs", name="run")
+    train(settings)
+    run = tmp_path / "runs" / "run"
+    (run / "result.json").unlink()
+    shutil.rmtree(root / "streams" / "stitched-g2")
+    shutil.copytree(root / "streams" / "simple-g2", root / "streams" / "stitched-g2")
+    with pytest.raises(ValueError, match="trained in another order of the data"):
+        train(settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe.generations=64"], "stitched-g64 is not a finished stream"),
+        (["recipe.learning_rat=1"], "learning_rat"),
+        (["recipe.mixing_fraction=1"], "must be in [0, 1)"),
+        (["data.context_length=1"], "data.context_length=1 must be at least 2"),
+        (["model.vocab_size=100"], "model.vocab_size=100 is smaller than"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    corpus_root: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = run_script(
+        "train.py",
+        *ARGUMENTS,
+        f"data.root={corpus_root}",
+        f"output={tmp_path}",
+        *arguments,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a full disk needs root")
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_checkpoint(corpus_root: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(small)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        keep_all = TrackingConfig(
+            tensorboard=False, log_every=1, evaluations=1, checkpoints=50, keep_checkpoints=50
+        )
+        settings = config(corpus_root, small, tracking=keep_all, name="run")
+        with pytest.raises(OSError, match=r"could not write the checkpoint .* is intact"):
+            train(settings)
+        newest = checkpoints(small / "run")[-1]
+        load_model(newest)
+        assert not list((small / "run" / "checkpoints").glob(".*"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
