@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def run_script(
 
 
 @pytest.fixture(scope="session")
-def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished corpus folder with the streams real, val, simple-g2, stitched-g2, latent-g2."""
     shared = tmp_path_factory.getbasetemp().parent  # the same for every pytest-xdist worker
     root = shared / "corpus"
@@ -46,4 +45,4 @@ def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         if not (root / "streams" / "latent-g2").exists():
             run_script("generate.py", *TINY, f"root={root}", "method=rephrase")
             run_script("generate.py", *TINY, f"root={root}", "method=latent")
-    yield root
+    return root

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -78,7 +79,7 @@ def save_checkpoint(
         if ranks.is_main:
             (unfinished / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
             publish(unfinished, final)
-    except Exception as error:  # DCP wraps a full disk in exceptions of its own
+    except (OSError, RuntimeError, CheckpointException) as error:
         if ranks.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         free = shutil.disk_usage(run_dir).free

@@ -148,8 +148,8 @@ def test_failed_documents_are_reported_and_tried_again(
     assert store.done() == {f"d{i}": {0, 1, 2} for i in range(4)}
     texts = store.read()["text"].to_pylist()
     assert len(set(texts)) > len(DOCUMENTS)  # siblings differ
+    config = GeneratorConfig("openai", urls=[server], model="another")
     with pytest.raises(ValueError, match="model: "):
-        config = GeneratorConfig("openai", urls=[server], model="another")
         run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
 
 
@@ -179,8 +179,8 @@ def test_long_documents_are_cut_to_fit_and_marked(
             assert row["prompt_tokens"] <= 512 - 8
             if row["truncated"]:
                 assert row["prompt_tokens"] > 350  # no more is cut than must be
+    config = GeneratorConfig("openai", urls=[server], context_length=75)
     with pytest.raises(GenerationFailed, match="not even the instructions fit"):
-        config = GeneratorConfig("openai", urls=[server], context_length=75)
         run_job(REPHRASE, config, documents[:1], tokenizer, tmp_path / "b", serving)
 
 

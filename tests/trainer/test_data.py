@@ -66,7 +66,7 @@ def unpack(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
     borders = batch.cu_seqlens.tolist()
     return [
         (batch.input_ids[start:end].tolist(), batch.targets[start:end].tolist())
-        for start, end in zip(borders[:-1], borders[1:], strict=True)
+        for start, end in itertools.pairwise(borders)
         if end > start
     ]
 
