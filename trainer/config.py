@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import hashlib
 import json
@@ -198,17 +197,11 @@ class TrainConfig:
         return Path(self.output) / (self.name or f"{label}-{self.identity()}")
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain JSON types (enums by their value)."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, enum.Enum):
-            return value.value
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return value
-
-    return plain(dataclasses.asdict(config))
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain JSON types, numbers in the types of the schema."""
+    content = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(content, dict)
+    return content  # type: ignore[return-value]
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

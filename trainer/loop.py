@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,7 +60,8 @@ def train(config: TrainConfig) -> float:
         streams = open_streams(config)
         validation = MegadocStream(config.data.root + "/streams/" + config.data.validation)
         check_same_tokenizer([*streams, validation])
-        config.model.vocab_size = model_vocabulary(config, streams[0])
+        vocabulary = model_vocabulary(config, streams[0])
+        config = replace(config, model=replace(config.model, vocab_size=vocabulary))
         plan = plan_data(config, streams)
         steps = total_steps(
             streams[0].manifest.tokens,
