@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
+from kernels.attention_flash import flash_attention
 from kernels.attention_reference import reference_attention
 from kernels.attention_torch import torch_attention
 
-Backend = Literal["auto", "torch", "reference"]
+Backend = Literal["auto", "flash", "torch", "reference"]
 
 
 @overload
@@ -74,8 +76,9 @@ def varlen_attention(
         window: sliding window in tokens, the query itself included; None for all.
         softcap: ``softcap * tanh(scores / softcap)``; 0 for none.
         return_lse: also return the log-sum-exp of the scores, fp32 ``[Hq, Tq]``, natural log.
-        backend: ``torch`` (SDPA per segment), ``reference`` (quadratic, every option, any dtype) or
-            ``auto``: ``torch`` where it has the options asked for, else ``reference``.
+        backend: ``flash`` (PyTorch's varlen_attn: half precision on CUDA), ``torch`` (SDPA per
+            segment), ``reference`` (quadratic, every option, any dtype), or ``auto``: the first of
+            these that can do what is asked.
 
     Returns:
         ``[Tq, Hq, Dh]``; 0 with gradient 0 for tokens after the last border.
@@ -85,9 +88,18 @@ def varlen_attention(
     """
     check_shapes(q, k, v, cu_seqlens, cu_seqlens_k)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    plain = cu_seqlens_k is None and window is None and softcap == 0 and not return_lse
+    same_borders = cu_seqlens_k is None and softcap == 0 and not return_lse
+    plain = same_borders and window is None
+    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if backend == "auto":
-        backend = "torch" if plain else "reference"
+        backend = "flash" if half and same_borders else "torch" if plain else "reference"
+    if backend == "flash":
+        if not (half and same_borders):
+            raise ValueError(
+                f"backend='flash' needs float16 or bfloat16 on CUDA (got {q.dtype} on {q.device}) "
+                "and has no cu_seqlens_k, softcap or return_lse; use backend='reference'"
+            )
+        return flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window)
     if backend == "torch":
         if not plain:
             raise ValueError(
@@ -96,7 +108,7 @@ def varlen_attention(
             )
         return torch_attention(q, k, v, cu_seqlens, scale)
     if backend != "reference":
-        raise ValueError(f"backend={backend!r} is not one of auto, torch, reference")
+        raise ValueError(f"backend={backend!r} is not one of auto, flash, torch, reference")
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     out, lse = reference_attention(q, k, v, cu_seqlens, keys, scale, window, softcap)
     return (out, lse.float()) if return_lse else out

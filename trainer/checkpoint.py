@@ -141,6 +141,24 @@ def load_checkpoint(
     return read_progress(checkpoint)
 
 
+def newest_checkpoint(path: str | Path) -> Path:
+    """The newest checkpoint of a run folder, or the path itself if it is a checkpoint.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint is there.
+    """
+    checkpoint = Path(path)
+    if STEP_FOLDER.fullmatch(checkpoint.name):
+        return checkpoint
+    found = checkpoints(checkpoint)
+    if not found:
+        raise FileNotFoundError(
+            f"{checkpoint} holds no finished checkpoint (looked for "
+            f"{checkpoint}/checkpoints/step-*); train it with train.py first"
+        )
+    return found[-1]
+
+
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None
 ) -> tuple[Llama, TrainConfig]:
@@ -154,15 +172,7 @@ def load_model(
     Raises:
         FileNotFoundError: no complete checkpoint is there.
     """
-    checkpoint = Path(path)
-    if not STEP_FOLDER.fullmatch(checkpoint.name):
-        found = checkpoints(checkpoint)
-        if not found:
-            raise FileNotFoundError(
-                f"{checkpoint} holds no finished checkpoint (looked for "
-                f"{checkpoint}/checkpoints/step-*); train it with train.py first"
-            )
-        checkpoint = found[-1]
+    checkpoint = newest_checkpoint(path)
     config = load_config(checkpoint.parent.parent / "config.yaml")
     if compute_dtype is None:
         cuda = torch.device(device).type == "cuda"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import load_model
+from trainer.checkpoint import load_model, newest_checkpoint, read_progress
 from trainer.config import TrainConfig
 from trainer.data import NO_TARGET
 from trainer.distributed import choose_device
@@ -44,8 +44,9 @@ def evaluate_runs(runs: Sequence[str | Path], validation: str | None = None) -> 
             first = config
             name = validation or config.data.validation
             stream = MegadocStream(f"{config.data.root}/streams/{name}", config.data.cache)
-        check_comparable(runs[0], first, run, config)
         assert stream is not None
+        check_comparable(runs[0], first, run, config)
+        check_tokenizer(run, stream)
         states = []
         for batch, _ in evaluation_batches(stream, config.data):
             moved = batch.to(device)
@@ -60,6 +61,16 @@ def evaluate_runs(runs: Sequence[str | Path], validation: str | None = None) -> 
         members = [states[place].to(device) for states in hidden]
         scores.add(batch, mean_logit_losses(members, heads, batch.targets.to(device)))
     return scores
+
+
+def check_tokenizer(run: str | Path, stream: MegadocStream) -> None:
+    """Raise ValueError where a model was trained with another tokenizer than the stream's."""
+    trained = read_progress(newest_checkpoint(run)).tokenizer_sha256
+    if trained != stream.manifest.tokenizer_sha256:
+        raise ValueError(
+            f"{run} was trained with the tokenizer {trained[:12]}, {stream.path} was written with "
+            f"{stream.manifest.tokenizer_sha256[:12]}; its losses would mean nothing"
+        )
 
 
 def mean_logit_losses(hidden: list[Tensor], heads: list[Tensor], targets: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ def train(config: TrainConfig) -> float:
         vocabulary = model_vocabulary(config, streams[0])
         config = replace(config, model=replace(config.model, vocab_size=vocabulary))
         plan = plan_data(config, streams)
+        if ranks.is_main:
+            print(describe_data(streams, plan), flush=True)
         steps = total_steps(
             streams[0].manifest.tokens,
             config.data.context_length,
@@ -187,6 +189,15 @@ def plan_data(config: TrainConfig, streams: list[MegadocStream]) -> Plan:
     )
 
 
+def describe_data(streams: list[MegadocStream], plan: Plan) -> str:
+    """One line a stream: how much there is and how densely its windows are filled."""
+    return "\n".join(
+        f"{stream.manifest.name}: {len(stream):,} samples, {stream.manifest.tokens:,} tokens, "
+        f"windows {density:.1%} full"
+        for stream, density in zip(streams, plan.density(), strict=True)
+    )
+
+
 def model_vocabulary(config: TrainConfig, stream: MegadocStream) -> int:
     """The model's vocabulary: the tokenizer's unless the config asks for a larger one."""
     wanted, needed = config.model.vocab_size, stream.manifest.vocab_size
@@ -214,7 +225,7 @@ def prepare_blocks(model: Llama, runtime: RuntimeConfig, device: torch.device) -
             layer = checkpoint_wrapper(layer)
             model.model.layers[index] = layer
         if runtime.compile or (runtime.compile is None and device.type == "cuda"):
-            layer.compile(fullgraph=True)
+            layer.compile()
 
 
 def accumulate_gradients(

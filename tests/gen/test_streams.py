@@ -53,7 +53,7 @@ def test_samples_and_manifest_agree(root: Path, kind: str) -> None:
     assert len(dataset) == len(lengths) == manifest["samples"]
     assert manifest["tokens"] == lengths.sum()
     assert manifest["real_tokens"] + manifest["synthetic_tokens"] == manifest["tokens"]
-    member_lengths = []
+    member_lengths: list[int] = []
     for index in range(len(dataset)):
         sample = dataset[index]
         assert len(sample["tokens"]) == sample["member_ends"][-1] == lengths[index]

@@ -44,7 +44,7 @@ def test_both_backends_equal_the_definition(lengths: list[int], extra: int) -> N
     q, k, v, borders = inputs(lengths, extra)
     expected = token_by_token(q, k, v, borders)
     for backend in ("torch", "reference"):
-        out = varlen_attention(q, k, v, borders, 9, backend=backend)  # type: ignore[call-overload]
+        out = varlen_attention(q, k, v, borders, 9, backend=backend)
         torch.testing.assert_close(out, expected)
 
 
@@ -118,3 +118,31 @@ def test_bad_arguments_are_named(change: dict[str, object], message: str) -> Non
     arguments = {"q": q, "k": k, "v": v, "cu_seqlens": borders, "max_seqlen": 5} | change
     with pytest.raises(ValueError, match=message):
         varlen_attention(**arguments)  # type: ignore[call-overload]
+
+
+def test_our_package_and_hugging_faces_kernels_do_not_collide() -> None:
+    """transformers looks for a package called ``kernels``; ours must not be taken for it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    assert LlamaForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 9)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("window", [None, 7])
+def test_flash_equals_the_reference_within_its_rounding(window: int | None) -> None:
+    q, k, v, borders = (x.cuda() for x in inputs([70, 0, 1, 129, 40], extra=9, size=64))
+    exact = [x.clone().requires_grad_() for x in (q, k, v)]
+    half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    plain = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    results = []
+    for leaves, backend in ((exact, "reference"), (half, "flash"), (plain, "reference")):
+        out = varlen_attention(*leaves, borders, 129, window=window, backend=backend)  # type: ignore[call-overload]
+        gradients = torch.autograd.grad(out.float().square().sum(), leaves)
+        results.append([x.double() for x in (out, *gradients)])
+    for expected, ours, rounded in zip(*results, strict=True):
+        assert (ours - expected).abs().max() <= 2 * (rounded - expected).abs().max() + 1e-6
+        assert ours[240:].eq(0).all()

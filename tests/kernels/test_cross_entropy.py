@@ -5,12 +5,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import kernels.cross_entropy
 from kernels import linear_cross_entropy, next_token_targets, token_losses
 
 
-def problem(rows: int, vocabulary: int, ignored: float, scale: float = 1.0):
+def problem(
+    rows: int, vocabulary: int, ignored: float, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows * vocabulary)
     hidden = torch.randn(rows, 6, generator=generator, dtype=torch.float64) * scale
     weight = torch.randn(vocabulary, 6, generator=generator, dtype=torch.float64)

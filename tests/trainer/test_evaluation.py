@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import run_script
-from trainer.checkpoint import load_model
+from trainer.checkpoint import load_model, newest_checkpoint
 from trainer.config import (
     DataConfig,
     Mask,
@@ -138,6 +138,14 @@ def test_members_that_differ_are_refused(runs: Path, tmp_path: Path) -> None:
             evaluate_runs([runs / "a", runs / "b"])
     finally:
         (runs / "b" / "config.yaml").write_text(text)
+    progress = newest_checkpoint(runs / "b") / "progress.json"
+    text = progress.read_text()
+    try:
+        progress.write_text(json.dumps(json.loads(text) | {"tokenizer_sha256": "0" * 64}))
+        with pytest.raises(ValueError, match="trained with the tokenizer 000000000000"):
+            evaluate_runs([runs / "b"])
+    finally:
+        progress.write_text(text)
     with pytest.raises(FileNotFoundError, match="holds no finished checkpoint"):
         load_model(tmp_path)
 

@@ -127,7 +127,7 @@ def test_epochs_are_shuffled_and_packed_differently() -> None:
 @given(st.lists(st.integers(1, 64), max_size=60))
 def test_best_fit_never_overfills(sizes: list[int]) -> None:
     chosen = best_fit(np.array(sizes, dtype=np.int64), 64)
-    filled = Counter()
+    filled: Counter[int] = Counter()
     for window, size in zip(chosen.tolist(), sizes, strict=True):
         filled[window] += size
     assert all(load <= 64 for load in filled.values())
