@@ -4,6 +4,9 @@ Several at once: ``python train.py --multirun recipe=real,simple,stitched,latent
 On several GPUs: ``torchrun --nproc-per-node 8 train.py recipe=stitched``.
 """
 
+import math
+import sys
+
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +22,10 @@ ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 @user_errors
 def main(config: DictConfig) -> float:
     """Return the validation loss, the number a sweep minimises."""
-    return train(OmegaConf.to_object(config))  # type: ignore[arg-type]
+    loss = train(OmegaConf.to_object(config))  # type: ignore[arg-type]
+    if math.isnan(loss):  # stopped by SIGTERM, which ends a whole sweep
+        sys.exit(0)
+    return loss
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Job:
         bar = tqdm(total=total, desc=self.store.folder.name, unit="text", dynamic_ncols=True)
         began = time.monotonic()
         async with ChatClient(
-            config.urls or urls,
+            urls,
             config.model,
             config.concurrency,
             config.timeout,

@@ -42,7 +42,8 @@ def train(config: TrainConfig) -> float:
     """Train one recipe to its end; a run that was stopped goes on where its last checkpoint is.
 
     Returns:
-        The i.i.d. validation loss of the final weights in nats per token.
+        The i.i.d. validation loss of the final weights in nats per token; NaN if SIGTERM stopped
+        the run before its end.
 
     Raises:
         ValueError: the config, the streams or an earlier attempt in the same folder do not fit.
@@ -119,6 +120,7 @@ def train(config: TrainConfig) -> float:
                 log_now = done % config.tracking.log_every == 0 or done == steps
                 save_now = done % save_every == 0 or done == steps
                 evaluate_now = done % evaluate_every == 0 and done < steps
+                stop_now = log_now and done < steps and stop.requested()
                 if log_now or save_now:  # nothing non-finite may reach a checkpoint
                     metrics = meter.read(done, rate)
                     tracker.log(done, metrics)
@@ -126,7 +128,7 @@ def train(config: TrainConfig) -> float:
                 if evaluate_now:
                     scores = evaluate_model(model, validation, config.data, ranks)
                     tracker.log(done, scores.metrics())
-                if save_now or (log_now and stop.requested()):
+                if save_now or stop_now:
                     seconds = seconds_before + time.monotonic() - began
                     progress = Progress(
                         done, plan.hash(), streams[0].manifest.tokenizer_sha256, seconds
@@ -139,7 +141,7 @@ def train(config: TrainConfig) -> float:
                         ranks,
                         config.tracking.keep_checkpoints,
                     )
-                if log_now and stop.requested():
+                if stop_now:
                     if ranks.is_main:
                         print(f"stopped at step {done} of {steps}; start again to go on")
                     return math.nan

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import kernels.cross_entropy
 from kernels import linear_cross_entropy, next_token_targets, token_losses
+from kernels.cross_entropy import CHUNK_ELEMENTS
 
 
 def problem(
@@ -27,12 +27,9 @@ def problem(
 def test_loss_and_gradients(rows: int, vocabulary: int, ignored: float) -> None:
     hidden, weight, targets = problem(rows, vocabulary, ignored)
     denominator = torch.tensor(7.0)
-    old = kernels.cross_entropy.CHUNK_ELEMENTS
-    kernels.cross_entropy.CHUNK_ELEMENTS = 64  # several ragged chunks
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CHUNK_ELEMENTS, "cpu", 64)  # several ragged chunks
         loss = linear_cross_entropy(hidden, weight, targets, denominator=denominator)
-    finally:
-        kernels.cross_entropy.CHUNK_ELEMENTS = old
     ours = torch.autograd.grad(loss * 3, (hidden, weight))
     summed = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
     theirs = torch.autograd.grad(summed / 7 * 3, (hidden, weight))
