@@ -6,9 +6,9 @@ optimiser, resume, then step, log, evaluate and save until the last step.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import signal
 import time
 from dataclasses import replace
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import clip_grad_norm_
 
 from trainer.checkpoint import (
@@ -25,16 +26,16 @@ from trainer.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from trainer.config import Dtype, RuntimeConfig, TrainConfig, load_config, save_config, to_dict
+from trainer.config import Dtype, RuntimeConfig, TrainConfig, to_dict
 from trainer.data import BatchLoader, PackedBatch
 from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
-from trainer.errors import NonFiniteLossError
 from trainer.evaluation import evaluate_model
-from trainer.flops import attention_pairs, peak_flops, training_flops
 from trainer.mds import MegadocStream, check_same_tokenizer
+from trainer.meter import Meter
 from trainer.model import Llama
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.plan import Plan, Source, total_steps
+from trainer.run_folder import claimed, write_json
 from trainer.tracking import Tracker
 
 
@@ -56,10 +57,10 @@ def train(config: TrainConfig) -> float:
         print(f"{run_dir} is already trained: loss {result['loss']['iid']:.4f}", flush=True)
         return result["loss"]["iid"]
 
-    with join_ranks(config.runtime) as ranks:
+    with join_ranks(config.runtime) as ranks, contextlib.ExitStack() as cleanup:
         # The data: streams, and a plan that says which document is read when.
         streams = open_streams(config)
-        validation = MegadocStream(config.data.root + "/streams/" + config.data.validation)
+        validation = open_stream(config, config.data.validation)
         check_same_tokenizer([*streams, validation])
         vocabulary = model_vocabulary(config, streams[0])
         config = replace(config, model=replace(config.model, vocab_size=vocabulary))
@@ -84,7 +85,7 @@ def train(config: TrainConfig) -> float:
 
         # Where an earlier attempt stopped.
         if ranks.is_main:
-            claim_run_dir(run_dir, config)
+            cleanup.enter_context(claimed(run_dir, config))
         ranks.barrier()
         start, seconds_before = resume(run_dir, wrapped, optimizer, plan, streams[0], ranks)
         loader = BatchLoader(
@@ -103,7 +104,7 @@ def train(config: TrainConfig) -> float:
         save_every = max(1, steps // config.tracking.checkpoints)
 
         with Tracker(config, run_dir, steps, start, ranks.is_main) as tracker:
-            meter = Meter(ranks, plan, streams, start)
+            meter = Meter(config, ranks, plan, streams, start)
             for step, micro_batches in loader:
                 rate = learning_rate(step, steps, config.recipe.learning_rate, config.optimizer)
                 for group in optimizer.param_groups:
@@ -113,8 +114,7 @@ def train(config: TrainConfig) -> float:
                 grad_norm = clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                flops = sum(batch_flops(config, batch) for batch in micro_batches)
-                meter.add(step, loss, grad_norm, flops, loader.waited)
+                meter.add(step, loss, grad_norm, micro_batches, loader.waited)
 
                 done = step + 1
                 log_now = done % config.tracking.log_every == 0 or done == steps
@@ -169,10 +169,12 @@ def open_streams(config: TrainConfig) -> list[MegadocStream]:
     names = [config.recipe.base]
     if config.recipe.synthetic:
         names.append(config.recipe.synthetic)
-    return [
-        MegadocStream(f"{config.data.root}/streams/{name}", cache=config.data.cache)
-        for name in names
-    ]
+    return [open_stream(config, name) for name in names]
+
+
+def open_stream(config: TrainConfig, name: str) -> MegadocStream:
+    """A stream of the corpus folder by its name."""
+    return MegadocStream(f"{config.data.root}/streams/{name}", cache=config.data.cache)
 
 
 def plan_data(config: TrainConfig, streams: list[MegadocStream]) -> Plan:
@@ -220,8 +222,6 @@ def compute_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
 
 def prepare_blocks(model: Llama, runtime: RuntimeConfig, device: torch.device) -> None:
     """Recompute and compile block by block, so one compilation serves every layer."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
     for index, layer in enumerate(model.model.layers):
         if runtime.recompute:
             layer = checkpoint_wrapper(layer)
@@ -260,100 +260,9 @@ def accumulate_gradients(
     return loss
 
 
-def batch_flops(config: TrainConfig, batch: PackedBatch) -> int:
-    """Model FLOPs of one micro-batch of this rank (``batch`` still on the CPU)."""
-    tokens = len(batch.input_ids)
-    return training_flops(config.model, tokens, attention_pairs(batch.cu_seqlens))
-
-
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make the random numbers of a step (dropout) a function of the step, so resume needs none."""
     torch.manual_seed(hash((seed, step, rank)) & 0x7FFF_FFFF)
-
-
-class Meter:
-    """Losses and speeds between two log lines, kept on the device until they are read."""
-
-    def __init__(
-        self, ranks: Ranks, plan: Plan, streams: list[MegadocStream], start_step: int
-    ) -> None:
-        self.ranks = ranks
-        self.plan = plan
-        self.streams = streams
-        self.names = [stream.manifest.name for stream in streams]
-        self.seen = sum(plan.tokens_seen(start_step))
-        self.tokens_per_second = 0.0
-        self.start_window()
-
-    def start_window(self) -> None:
-        self.steps: list[int] = []
-        self.losses: list[Tensor] = []
-        self.grad_norm = torch.zeros(())
-        self.flops = 0
-        self.waited = 0.0
-        self.began = time.monotonic()
-
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, flops: int, waited: float) -> None:
-        """Note one step: this rank's share of the loss, its FLOPs, its seconds without data."""
-        self.steps.append(step)
-        self.losses.append(loss)
-        self.grad_norm = grad_norm
-        self.flops += flops
-        self.waited += waited
-
-    def read(self, done: int, rate: float) -> dict[str, int | float]:
-        """Metrics of the steps since the last reading.
-
-        Raises:
-            NonFiniteLossError: one of the losses is NaN or infinite.
-        """
-        losses = self.ranks.all_reduce(torch.stack(self.losses)).tolist()
-        for step, loss in zip(self.steps, losses, strict=True):
-            if not math.isfinite(loss):
-                raise NonFiniteLossError(self.blame(step, loss))
-        elapsed = time.monotonic() - self.began
-        tokens = self.plan.tokens_seen(done)
-        self.tokens_per_second = (sum(tokens) - self.seen) / elapsed
-        self.seen = sum(tokens)
-        norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else None
-        metrics: dict[str, int | float] = {
-            "train/loss": sum(losses) / len(losses),
-            "train/learning_rate": rate,
-            "train/grad_norm": float(self.grad_norm if norm is None else norm),
-            "speed/tokens_per_second": self.tokens_per_second,
-            "speed/step_seconds": elapsed / len(losses),
-            "speed/data_wait_seconds": self.waited / len(losses),
-        }
-        peak = peak_flops(self.ranks.device)
-        if peak:
-            metrics["speed/mfu"] = self.flops / elapsed / peak
-        if self.ranks.device.type == "cuda":
-            metrics["memory/peak_bytes"] = torch.cuda.max_memory_allocated()
-        for name, count, epochs in zip(
-            self.names, tokens, self.plan.epochs_seen(done), strict=True
-        ):
-            metrics[f"tokens/{name}"] = count
-            metrics[f"epochs/{name}"] = epochs
-        self.start_window()
-        return metrics
-
-    def speed(self) -> dict[str, str]:
-        return {"tok/s": f"{self.tokens_per_second:,.0f}"}
-
-    def blame(self, step: int, loss: float) -> str:
-        """Name the documents of a step whose loss is not finite."""
-        documents = sorted(
-            {
-                f"{self.names[window.source]}:{self.streams[window.source][int(index)].id}"
-                for window in self.plan.windows(step)
-                for index in window.documents
-            }
-        )
-        shown = ", ".join(documents[:20]) + (", ..." if len(documents) > 20 else "")
-        return (
-            f"the loss of step {step} is {loss}. Its {len(documents)} documents: {shown}. "
-            "Checkpoints are from before it; lower recipe.learning_rate, or look at these documents"
-        )
 
 
 class StopSignal:
@@ -371,39 +280,6 @@ class StopSignal:
         """Whether any rank was asked to stop; all ranks must call this together."""
         flag = torch.tensor(int(self.received), device=self.ranks.device)
         return bool(self.ranks.all_reduce(flag).item())
-
-
-def claim_run_dir(run_dir: Path, config: TrainConfig) -> None:
-    """Create the run folder, or check that an earlier attempt in it had the same config."""
-    path = run_dir / "config.yaml"
-    if path.exists():
-        earlier = load_config(path)
-        if earlier.identity() != config.identity():
-            raise ValueError(
-                f"{run_dir} holds a run with another config ({differences(earlier, config)}); "
-                "choose another name=... or delete that folder"
-            )
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    save_config(config, unfinished)
-    os.replace(unfinished, path)
-
-
-def differences(earlier: TrainConfig, config: TrainConfig) -> str:
-    """The keys in which two configs differ, as ``key: old -> new``."""
-
-    def flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-        items: dict[str, object] = {}
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                items |= flat(value, f"{prefix}{key}.")
-            else:
-                items[prefix + key] = value
-        return items
-
-    old, new = flat(to_dict(earlier)), flat(to_dict(config))
-    return ", ".join(f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key])
 
 
 def resume(
@@ -433,13 +309,3 @@ def resume(
     if ranks.is_main:
         print(f"resuming {run_dir} after step {progress.step}", flush=True)
     return progress.step, progress.seconds
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically."""
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

@@ -26,6 +26,7 @@ from trainer.config import (
 )
 from trainer.errors import NonFiniteLossError
 from trainer.loop import train
+from trainer.run_folder import claimed
 
 STITCHED = RecipeConfig("stitched", "real", "stitched", 2, 0.75, 4, 3e-3, 0.4)
 ARGUMENTS = [
@@ -181,6 +182,15 @@ def test_another_config_in_the_same_folder_is_refused(corpus_root: Path, tmp_pat
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(ValueError, match="seed: 0 -> 1"):
         train(config(corpus_root, tmp_path, name="run", seed=1))
+
+
+def test_one_run_folder_has_one_process(corpus_root: Path, tmp_path: Path) -> None:
+    settings = config(corpus_root, tmp_path, name="run")
+    with (
+        claimed(tmp_path / "run", settings),
+        pytest.raises(ValueError, match="another process is training"),
+    ):
+        train(settings)
 
 
 def test_changed_streams_are_not_resumed(corpus_root: Path, tmp_path: Path) -> None:
