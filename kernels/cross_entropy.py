@@ -1,15 +1,64 @@
-"""The LM head and the cross-entropy in one operation that never holds all logits."""
+"""The LM head and the cross-entropy in one operation that never holds all logits.
+
+The gradients of both inputs are computed in the forward pass, while a chunk of logits is at hand,
+and multiplied by the upstream gradient in the backward pass. The operation is one opaque
+``torch.library`` op, so it can stand in a compiled graph.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
-# Logits held at a time: 8 MiB in fp32 on a CPU, about a core's share of its cache; 512 MiB on a
-# GPU, enough rows to keep its matrix units busy with a vocabulary of 128k.
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+from kernels.cross_entropy_torch import Gradients, Options, chunked_cross_entropy
+
+# Bytes of fp32 logits held at a time: on a CPU about a core's share of its cache; on a GPU enough
+# rows to keep the matrix units busy with a vocabulary of 128k.
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    denominator: Tensor | None = None,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    grad_weight_out: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    chunk_bytes: int | None = None,
+    return_token_losses: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    denominator: Tensor | None = None,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    grad_weight_out: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    chunk_bytes: int | None = None,
+    return_token_losses: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_cross_entropy(
@@ -17,120 +66,246 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
+    bias: Tensor | None = None,
     ignore_index: int = -100,
+    token_weight: Tensor | None = None,
     denominator: Tensor | None = None,
-) -> Tensor:
-    """Summed cross-entropy of ``hidden @ weight.T`` divided by ``denominator``.
-
-    The gradients are computed in the forward pass, chunk by chunk, and scaled in the backward pass.
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    grad_weight_out: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    chunk_bytes: int | None = None,
+    return_token_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Summed cross-entropy of ``hidden @ weight.T + bias`` divided by ``denominator``.
 
     Args:
         hidden: ``[N, D]``.
-        weight: ``[V, D]``, same dtype as ``hidden``.
-        targets: int64 ``[N]``; rows with ``ignore_index`` count nothing.
-        ignore_index: marks targets to leave out.
+        weight: ``[V, D]``, same dtype as ``hidden``; with ``group`` this rank's part of V.
+        targets: int64 ``[N]``, indices into the whole vocabulary.
+        bias: ``[V]``.
+        ignore_index: rows with this target count nothing.
+        token_weight: fp32 ``[N]``, factor of each row.
         denominator: scalar tensor; default the number of rows that count (at least 1).
+        softcap: logits become ``softcap * tanh(logits / softcap)``; 0 for none.
+        z_loss: factor of the squared log-sum-exp (PaLM, 2204.02311).
+        label_smoothing: share of the target spread over the vocabulary, in [0, 1).
+        grad_weight_out: fp32 ``[V, D]``; the weight's gradient is added to it in the forward pass
+            instead of being returned, so the upstream gradient must be 1.
+        group: ranks that hold equal, contiguous parts of the vocabulary in order of their rank.
+        chunk_bytes: logits held at a time; default by device.
+        return_token_losses: also return fp32 ``[N]`` losses (0 where ignored), detached.
 
     Returns:
-        Scalar fp32 loss in nats, differentiable in ``hidden`` and ``weight``.
+        Scalar fp32 loss in nats, differentiable once in ``hidden``, ``weight`` and ``bias``.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes or options that do not fit, naming them.
     """
-    check_shapes(hidden, weight, targets)
+    check_arguments(hidden, weight, targets, bias, token_weight, grad_weight_out)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
+    counts = targets != ignore_index
     if denominator is None:
-        denominator = (targets != ignore_index).sum().clamp(min=1)
-    return LinearCrossEntropy.apply(hidden, weight, targets, denominator, ignore_index)
+        denominator = counts.sum().clamp(min=1)
+    row_weight = counts.float() if token_weight is None else counts * token_weight.float()
+    loss, token_loss, _, weight_grad, _ = linear_cross_entropy_op(
+        hidden,
+        weight if grad_weight_out is None else weight.detach(),
+        bias,
+        targets,
+        row_weight,
+        denominator.float(),
+        softcap,
+        z_loss,
+        label_smoothing,
+        chunk_bytes or CHUNK_BYTES[hidden.device.type],
+        torch.is_grad_enabled() and hidden.requires_grad,
+        grad_weight_out is not None or (torch.is_grad_enabled() and weight.requires_grad),
+        torch.is_grad_enabled() and bias is not None and bias.requires_grad,
+        "" if group is None else group.group_name,
+    )
+    if grad_weight_out is not None:
+        grad_weight_out += weight_grad.detach()
+    return (loss, token_loss.detach()) if return_token_losses else loss
 
 
 @torch.no_grad()
 def token_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every row, forward only.
+    """Loss and log-sum-exp of every row, forward only, in memory proportional to N.
 
     Args:
         hidden: ``[N, D]``.
         weight: ``[V, D]``.
         targets: int64 ``[N]``.
+        bias: ``[V]``.
         ignore_index: rows with it have loss 0.
+        softcap: as in :func:`linear_cross_entropy`.
 
     Returns:
         fp32 ``[N]`` losses in nats and fp32 ``[N]`` log-sum-exps.
     """
-    check_shapes(hidden, weight, targets)
-    losses, lses = [], []
-    for rows in row_chunks(hidden, weight):
-        logits = (hidden[rows] @ weight.T).float()  # [C, V]
-        lse = logits.logsumexp(-1)
-        chosen = logits.gather(1, targets[rows].clamp(min=0)[:, None])[:, 0]
-        losses.append((lse - chosen).masked_fill(targets[rows] == ignore_index, 0.0))
-        lses.append(lse)
-    empty = hidden.new_zeros(0, dtype=torch.float32)
-    return torch.cat([empty, *losses]), torch.cat([empty, *lses])
+    check_arguments(hidden, weight, targets, bias, None, None)
+    counts = targets != ignore_index
+    losses, lses = chunked_cross_entropy(
+        hidden,
+        weight,
+        bias,
+        targets,
+        counts.float(),
+        Options(softcap),
+        rows_per_chunk(CHUNK_BYTES[hidden.device.type], weight),
+        None,
+    )
+    return losses.masked_fill(~counts, 0.0), lses
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Chunked loss with both gradients in one pass over the rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        denominator: Tensor,
-        ignore_index: int,
-    ) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        for rows in row_chunks(hidden, weight):
-            logits = (hidden[rows] @ weight.T).float()  # [C, V]
-            counts = targets[rows] != ignore_index
-            chosen = targets[rows].masked_fill(~counts, 0)[:, None]
-            lse = logits.logsumexp(-1)
-            loss += ((lse - logits.gather(1, chosen)[:, 0]) * counts).sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            gradient = logits.sub_(lse[:, None]).exp_()  # softmax, [C, V]
-            gradient.scatter_add_(1, chosen, gradient.new_full(chosen.shape, -1.0))
-            gradient *= counts[:, None] / denominator
-            gradient = gradient.to(hidden.dtype)
-            if hidden_grad is not None:
-                hidden_grad[rows] = gradient @ weight
-            if weight_grad is not None:
-                weight_grad += gradient.T @ hidden[rows]
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
-        return loss / denominator
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return (
-            None if hidden_grad is None else hidden_grad * upstream.to(hidden_grad.dtype),
-            None if weight_grad is None else (weight_grad * upstream).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
+@torch.library.custom_op("megadocs::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_weight: Tensor,
+    denominator: Tensor,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    chunk_bytes: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, token losses, and the gradients of hidden, weight and bias (empty if not wanted)."""
+    grads = empty_gradients(hidden, weight, wants_hidden, wants_weight, wants_bias)
+    hidden_grad, weight_grad, bias_grad = grads
+    wanted = wants_hidden or wants_weight or wants_bias
+    losses, _ = chunked_cross_entropy(
+        hidden,
+        weight,
+        bias,
+        targets,
+        (row_weight / denominator).to(torch.promote_types(hidden.dtype, torch.float32)),
+        Options(softcap, z_loss, label_smoothing),
+        rows_per_chunk(chunk_bytes, weight),
+        Gradients(
+            hidden_grad if wants_hidden else None,
+            weight_grad if wants_weight else None,
+            bias_grad if wants_bias else None,
         )
+        if wanted
+        else None,
+        _resolve_process_group(group) if group else None,  # type: ignore[arg-type]
+    )
+    # A row that is ignored may hold anything, also what is not finite.
+    losses = torch.where(row_weight != 0, losses, 0.0)
+    return (losses * row_weight).sum() / denominator, losses, hidden_grad, weight_grad, bias_grad
 
 
-def row_chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of rows whose logits have at most ``CHUNK_ELEMENTS`` elements."""
-    size = max(1, CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
-    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
+@linear_cross_entropy_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_weight: Tensor,
+    denominator: Tensor,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    chunk_bytes: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = empty_gradients(hidden, weight, wants_hidden, wants_weight, wants_bias)
+    precision = torch.promote_types(hidden.dtype, torch.float32)
+    losses = hidden.new_empty(hidden.shape[0], dtype=precision)
+    return losses.new_empty(()), losses, *grads
 
 
-def check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Raise ValueError naming the argument whose shape does not fit."""
+def empty_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient buffers; the weight's and the bias's are accumulated in at least fp32."""
+    hidden_grad = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
+    weight_shape = weight.shape if wants_weight else (0,)
+    bias_shape = (weight.shape[0],) if wants_bias else (0,)
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    return (
+        hidden_grad,
+        weight.new_zeros(weight_shape, dtype=precision),
+        weight.new_zeros(bias_shape, dtype=precision),
+    )
+
+
+def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the gradients that the forward pass has computed."""
+    _, losses, hidden_grad, weight_grad, bias_grad = output
+    ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+    ctx.mark_non_differentiable(losses, hidden_grad, weight_grad, bias_grad)
+    ctx.dtypes = [x.dtype if x is not None else None for x in inputs[:3]]
+
+
+def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """Multiply by the upstream gradient, without asking the host what it is."""
+    scaled = [
+        None if gradient.dim() == 1 and gradient.numel() == 0 else (gradient * upstream).to(dtype)
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    ]
+    return (*scaled, *[None] * 11)
+
+
+linear_cross_entropy_op.register_autograd(scale_gradients, setup_context=save_gradients)
+
+
+def rows_per_chunk(chunk_bytes: int, weight: Tensor) -> int:
+    """Rows whose fp32 logits fit in ``chunk_bytes``, at least one."""
+    return max(1, chunk_bytes // (4 * weight.shape[0]))
+
+
+def check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    token_weight: Tensor | None,
+    grad_weight_out: Tensor | None,
+) -> None:
+    """Raise ValueError naming the first argument that does not fit the others."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {[*hidden.shape]} and weight {[*weight.shape]} must be [N, D] and [V, D]"
         )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one of them")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"targets {[*targets.shape]} must have one entry a row of hidden {[*hidden.shape]}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {[*bias.shape]} must have one entry a row of weight")
+    if token_weight is not None and token_weight.shape != targets.shape:
+        raise ValueError(f"token_weight {[*token_weight.shape]} must have one entry a target")
+    if grad_weight_out is not None and (
+        grad_weight_out.shape != weight.shape or grad_weight_out.dtype != torch.float32
+    ):
+        raise ValueError(
+            f"grad_weight_out must be float32 {[*weight.shape]}, not {grad_weight_out.dtype} "
+            f"{[*grad_weight_out.shape]}"
         )

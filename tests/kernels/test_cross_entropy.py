@@ -1,4 +1,11 @@
-"""Chunked cross-entropy and targets against float64 and naive loops."""
+"""The fused LM head and loss against float64 autograd, every option and their combinations."""
+
+import itertools
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,71 +15,228 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import linear_cross_entropy, next_token_targets, token_losses
-from kernels.cross_entropy import CHUNK_ELEMENTS
+from kernels.cross_entropy import linear_cross_entropy_op
 
 
 def problem(
     rows: int, vocabulary: int, ignored: float, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows * vocabulary)
-    hidden = torch.randn(rows, 6, generator=generator, dtype=torch.float64) * scale
-    weight = torch.randn(vocabulary, 6, generator=generator, dtype=torch.float64)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight, bias = normal(rows, 6) * scale, normal(vocabulary, 6), normal(vocabulary)
     targets = torch.randint(vocabulary, (rows,), generator=generator)
     targets[torch.rand(rows, generator=generator) < ignored] = -100
-    return hidden.requires_grad_(), weight.requires_grad_(), targets
+    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), targets
+
+
+def definition(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    denominator: Tensor | None = None,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    losses = losses + z_loss * logits.logsumexp(1).square() * (targets != -100)
+    if token_weight is not None:
+        losses = losses * token_weight
+    count = (targets != -100).sum().clamp(min=1) if denominator is None else denominator
+    return losses.sum() / count
+
+
+def compare(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> None:
+    leaves = [x for x in (hidden, weight, options.get("bias")) if x is not None]
+    expected = definition(hidden, weight, targets, **options)
+    three_rows = 4 * weight.shape[0] * 3  # several ragged chunks
+    loss = linear_cross_entropy(hidden, weight, targets, **options, chunk_bytes=three_rows)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss * 3, leaves),
+        torch.autograd.grad(expected * 3, leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(2, 50), st.sampled_from([0.0, 0.3, 1.0]))
 def test_loss_and_gradients(rows: int, vocabulary: int, ignored: float) -> None:
-    hidden, weight, targets = problem(rows, vocabulary, ignored)
-    denominator = torch.tensor(7.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CHUNK_ELEMENTS, "cpu", 64)  # several ragged chunks
-        loss = linear_cross_entropy(hidden, weight, targets, denominator=denominator)
-    ours = torch.autograd.grad(loss * 3, (hidden, weight))
-    summed = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="sum")
-    theirs = torch.autograd.grad(summed / 7 * 3, (hidden, weight))
-    torch.testing.assert_close(loss.double(), summed / 7, atol=1e-5, rtol=1e-5)
-    for mine, reference in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-5)
+    hidden, weight, _, targets = problem(rows, vocabulary, ignored)
+    compare(hidden, weight, targets)
+    compare(hidden, weight, targets, denominator=torch.tensor(7.0))
 
 
-def test_the_default_denominator_counts_what_is_not_ignored() -> None:
-    hidden, weight, targets = problem(30, 20, 0.4)
-    expected = F.cross_entropy(hidden @ weight.T, targets)
-    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets).double(), expected)
-    everything_ignored = torch.full_like(targets, -100)
-    assert linear_cross_entropy(hidden, weight, everything_ignored) == 0
+@pytest.mark.parametrize(
+    ("softcap", "z_loss", "label_smoothing", "with_bias"),
+    itertools.product((0.0, 3.0), (0.0, 1e-2), (0.0, 0.1), (False, True)),
+)
+def test_every_combination_of_options(
+    softcap: float, z_loss: float, label_smoothing: float, with_bias: bool
+) -> None:
+    hidden, weight, bias, targets = problem(23, 31, 0.2)
+    options = {"softcap": softcap, "z_loss": z_loss, "label_smoothing": label_smoothing}
+    token_weight = torch.rand(23, generator=torch.Generator().manual_seed(0))
+    for weights in (None, token_weight):
+        compare(
+            hidden,
+            weight,
+            targets,
+            bias=bias if with_bias else None,
+            token_weight=weights,
+            **options,
+        )
 
 
 def test_extreme_logits_stay_finite() -> None:
-    hidden, weight, targets = problem(20, 30, 0.0, scale=200.0)
-    loss = linear_cross_entropy(hidden, weight, targets)
-    expected = F.cross_entropy(hidden @ weight.T, targets)
-    torch.testing.assert_close(loss.double(), expected, atol=1e-3, rtol=1e-5)
-    for gradient in torch.autograd.grad(loss, (hidden, weight)):
-        assert gradient.isfinite().all()
+    for scale in (50.0, 5e3):
+        hidden, weight, _, targets = problem(20, 30, 0.0, scale)
+        compare(hidden, weight, targets)
+        low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+        loss = linear_cross_entropy(low[0], low[1], targets)
+        assert all(x.isfinite().all() for x in (loss, *torch.autograd.grad(loss, low)))
 
 
-def test_token_losses_and_frozen_inputs() -> None:
-    hidden, weight, targets = problem(25, 40, 0.3)
-    losses, lse = token_losses(hidden, weight, targets)
-    logits = (hidden @ weight.T).detach()
-    expected = F.cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), atol=1e-5, rtol=1e-5)
-    frozen = linear_cross_entropy(hidden.detach(), weight, targets)
-    reference = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), weight)[0]
-    torch.testing.assert_close(torch.autograd.grad(frozen, weight)[0], reference)
+def test_ignored_rows_may_hold_anything() -> None:
+    hidden, weight, _, targets = problem(12, 9, 0.0)
+    targets[3:6] = -100
+    spoiled = hidden.detach().clone()
+    spoiled[3:6] = torch.inf
+    loss = linear_cross_entropy(spoiled, weight, targets)
+    torch.testing.assert_close(loss, definition(hidden, weight, targets))
 
 
-def test_wrong_shapes_are_named() -> None:
-    hidden, weight, targets = problem(5, 7, 0.0)
-    with pytest.raises(ValueError, match=r"targets \[4\] must have one entry a row"):
-        linear_cross_entropy(hidden, weight, targets[:4])
-    with pytest.raises(ValueError, match=r"hidden \[5, 6\] and weight \[7, 5\]"):
-        linear_cross_entropy(hidden, weight[:, :5], targets)
+def test_bf16_gradients_are_within_twice_the_rounding_of_plain_bf16() -> None:
+    exact = problem(200, 300, 0.1)
+    low = [x.detach().bfloat16().requires_grad_() for x in exact[:2]]
+    plain = [x.detach().clone().requires_grad_() for x in low]
+    reference = [x.detach().double().requires_grad_() for x in low]
+    targets = exact[3]
+    ours = torch.autograd.grad(linear_cross_entropy(low[0], low[1], targets), low)
+    theirs = torch.autograd.grad(F.cross_entropy((plain[0] @ plain[1].T).float(), targets), plain)
+    expected = torch.autograd.grad(definition(reference[0], reference[1], targets), reference)
+    for mine, rounded, right in zip(ours, theirs, expected, strict=True):
+        assert (mine - right).norm() <= 2 * (rounded - right).norm()
+
+
+def test_the_weight_gradient_can_be_added_to_a_buffer() -> None:
+    hidden, weight, _, targets = (x.detach().float() if x.is_floating_point() else x
+                                  for x in problem(30, 20, 0.3))  # fmt: skip
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    buffer = torch.ones_like(weight)
+    loss = linear_cross_entropy(hidden, weight, targets, grad_weight_out=buffer)
+    loss.backward()
+    assert weight.grad is None
+    expected = torch.autograd.grad(definition(hidden, weight, targets), weight)[0]
+    torch.testing.assert_close(buffer, 1 + expected)
+
+
+def test_frozen_inputs_and_token_losses() -> None:
+    hidden, weight, bias, targets = problem(25, 40, 0.3)
+    loss, per_token = linear_cross_entropy(hidden, weight, targets, return_token_losses=True)
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(per_token, expected.detach())
+    assert not per_token.requires_grad
+    frozen = torch.autograd.grad(linear_cross_entropy(hidden.detach(), weight, targets), weight)
+    torch.testing.assert_close(frozen[0], torch.autograd.grad(loss, weight)[0])
+    losses, lse = token_losses(hidden, weight, targets, bias=bias, softcap=4.0)
+    logits = 4 * torch.tanh((hidden @ weight.T + bias) / 4)
+    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
+    torch.testing.assert_close(lse, logits.logsumexp(1))
+
+
+def test_the_op_is_a_good_citizen_of_torch() -> None:
+    hidden, weight, bias, targets = problem(9, 11, 0.3)
+    counts = (targets != -100).float()
+    arguments = (hidden, weight, bias, targets, counts, counts.sum(), 0.0, 0.0, 0.0, 100)
+    torch.library.opcheck(linear_cross_entropy_op, (*arguments, True, True, True, ""))
+    torch.library.opcheck(linear_cross_entropy_op, (*arguments, True, False, False, ""))
+
+
+def test_compiled_without_graph_breaks_and_equal_to_the_bit() -> None:
+    hidden, weight, _, targets = problem(33, 21, 0.2)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden * 2, weight, targets) * 3
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(
+        torch.autograd.grad(compiled(hidden, weight), (hidden, weight)),
+        torch.autograd.grad(loss(hidden, weight), (hidden, weight)),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+PARALLEL = """
+import os, torch, torch.distributed as dist
+from kernels import linear_cross_entropy
+from tests.kernels.test_cross_entropy import definition, problem
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for options in ({}, {"softcap": 3.0}, {"z_loss": 0.01, "label_smoothing": 0.1}):
+    hidden, weight, _, targets = problem(17, 24, 0.2)
+    part = weight.detach()[rank * 12 : rank * 12 + 12].clone().requires_grad_()
+    loss = linear_cross_entropy(
+        hidden, part, targets, group=dist.group.WORLD, chunk_bytes=200, **options
+    )
+    expected = definition(hidden, weight, targets, **options)
+    dh, dw = torch.autograd.grad(loss, (hidden, part))
+    eh, ew = torch.autograd.grad(expected, (hidden, weight))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(dh, eh)
+    torch.testing.assert_close(dw, ew[rank * 12 : rank * 12 + 12])
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_share_the_vocabulary() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", PARALLEL],
+            env={**environment, "RANK": str(rank), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"},
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.zeros(4, dtype=torch.long)}, r"targets \[4\] must have one entry a row"),
+        ({"weight": torch.zeros(7, 5, dtype=torch.float64)}, r"and weight \[7, 5\] must be"),
+        ({"weight": torch.zeros(7, 6)}, "hidden is torch.float64 and weight torch.float32"),
+        ({"bias": torch.zeros(3)}, r"bias \[3\]"),
+        ({"token_weight": torch.zeros(3)}, r"token_weight \[3\]"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"grad_weight_out": torch.zeros(2, 2)}, "grad_weight_out must be float32"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    hidden, weight, _, targets = problem(5, 7, 0.0)
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**{"hidden": hidden, "weight": weight, "targets": targets} | change)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.integers(0, 4))
