@@ -16,6 +16,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from kernels.cross_entropy_torch import Gradients, Options, chunked_cross_entropy
 
+Backend = Literal["torch", "triton"]
+
 # Bytes of fp32 logits held at a time: on a CPU about a core's share of its cache; on a GPU enough
 # rows to keep the matrix units busy with a vocabulary of 128k.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
@@ -38,6 +40,7 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     chunk_bytes: int | None = None,
     return_token_losses: Literal[False] = False,
+    backend: Backend = "torch",
 ) -> Tensor: ...
 
 
@@ -58,6 +61,7 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     chunk_bytes: int | None = None,
     return_token_losses: Literal[True],
+    backend: Backend = "torch",
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -77,6 +81,7 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     chunk_bytes: int | None = None,
     return_token_losses: bool = False,
+    backend: Backend = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Summed cross-entropy of ``hidden @ weight.T + bias`` divided by ``denominator``.
 
@@ -96,6 +101,10 @@ def linear_cross_entropy(
         group: ranks that hold equal, contiguous parts of the vocabulary in order of their rank.
         chunk_bytes: logits held at a time; default by device.
         return_token_losses: also return fp32 ``[N]`` losses (0 where ignored), detached.
+        backend: ``torch`` (chunks of logits, every option) or ``triton`` (CUDA; without bias,
+            softcap, smoothing and group). The Triton kernels are tested in the interpreter and
+            compiled for three architectures, but have not run on a GPU yet; until then they are
+            not chosen by themselves.
 
     Returns:
         Scalar fp32 loss in nats, differentiable once in ``hidden``, ``weight`` and ``bias``.
@@ -106,6 +115,14 @@ def linear_cross_entropy(
     check_arguments(hidden, weight, targets, bias, token_weight, grad_weight_out)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
+    if backend not in ("torch", "triton"):
+        raise ValueError(f"backend={backend!r} is not one of torch, triton")
+    if backend == "triton" and (bias is not None or softcap or label_smoothing or group):
+        raise ValueError(
+            "backend='triton' has no bias, softcap, label_smoothing or group; use backend='torch'"
+        )
+    if backend == "triton" and not hidden.is_cuda:
+        raise ValueError(f"backend='triton' needs CUDA tensors, hidden is on {hidden.device}")
     counts = targets != ignore_index
     if denominator is None:
         denominator = counts.sum().clamp(min=1)
@@ -125,6 +142,7 @@ def linear_cross_entropy(
         grad_weight_out is not None or (torch.is_grad_enabled() and weight.requires_grad),
         torch.is_grad_enabled() and bias is not None and bias.requires_grad,
         "" if group is None else group.group_name,
+        backend,
     )
     if grad_weight_out is not None:
         grad_weight_out += weight_grad.detach()
@@ -185,28 +203,43 @@ def linear_cross_entropy_op(
     wants_weight: bool,
     wants_bias: bool,
     group: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, token losses, and the gradients of hidden, weight and bias (empty if not wanted)."""
     grads = empty_gradients(hidden, weight, wants_hidden, wants_weight, wants_bias)
     hidden_grad, weight_grad, bias_grad = grads
-    wanted = wants_hidden or wants_weight or wants_bias
-    losses, _ = chunked_cross_entropy(
-        hidden,
-        weight,
-        bias,
-        targets,
-        (row_weight / denominator).to(torch.promote_types(hidden.dtype, torch.float32)),
-        Options(softcap, z_loss, label_smoothing),
-        rows_per_chunk(chunk_bytes, weight),
-        Gradients(
+    factors = row_weight / denominator
+    rows = rows_per_chunk(chunk_bytes, weight)
+    if backend == "triton":
+        from kernels.cross_entropy_triton import anchored_cross_entropy
+
+        losses, _ = anchored_cross_entropy(
+            hidden.contiguous(),
+            weight.contiguous(),
+            targets.masked_fill(row_weight == 0, -1),
+            factors,
+            z_loss,
+            rows,
+            hidden_grad if wants_hidden else None,
+            weight_grad if wants_weight else None,
+        )
+    else:
+        wanted = Gradients(
             hidden_grad if wants_hidden else None,
             weight_grad if wants_weight else None,
             bias_grad if wants_bias else None,
         )
-        if wanted
-        else None,
-        _resolve_process_group(group) if group else None,  # type: ignore[arg-type]
-    )
+        losses, _ = chunked_cross_entropy(
+            hidden,
+            weight,
+            bias,
+            targets,
+            factors.to(torch.promote_types(hidden.dtype, torch.float32)),
+            Options(softcap, z_loss, label_smoothing),
+            rows,
+            wanted if wants_hidden or wants_weight or wants_bias else None,
+            _resolve_process_group(group) if group else None,  # type: ignore[arg-type]
+        )
     # A row that is ignored may hold anything, also what is not finite.
     losses = torch.where(row_weight != 0, losses, 0.0)
     return (losses * row_weight).sum() / denominator, losses, hidden_grad, weight_grad, bias_grad
@@ -228,6 +261,7 @@ def _(
     wants_weight: bool,
     wants_bias: bool,
     group: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = empty_gradients(hidden, weight, wants_hidden, wants_weight, wants_bias)
     precision = torch.promote_types(hidden.dtype, torch.float32)
@@ -268,7 +302,7 @@ def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | No
         None if gradient.dim() == 1 and gradient.numel() == 0 else (gradient * upstream).to(dtype)
         for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     ]
-    return (*scaled, *[None] * 11)
+    return (*scaled, *[None] * 12)
 
 
 linear_cross_entropy_op.register_autograd(scale_gradients, setup_context=save_gradients)

@@ -36,6 +36,14 @@ class Gradients:
     bias: Tensor | None  # [V] in at least fp32, added to
 
 
+def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` whose result is not rounded to half precision; float64 stays float64."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    precision = torch.promote_types(a.dtype, torch.float32)
+    return a.to(precision) @ b.to(precision)
+
+
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -113,7 +121,7 @@ def chunked_cross_entropy(
         if gradients.hidden is not None:
             torch.mm(rounded, weight, out=gradients.hidden[rows])
         if gradients.weight is not None:
-            gradients.weight.add_(rounded.T @ hidden[rows])
+            gradients.weight.add_(product_in_fp32(rounded.T, hidden[rows]))
     if gradients is not None and gradients.hidden is not None and group is not None:
         dist.all_reduce(gradients.hidden, group=group)
     return losses, lses

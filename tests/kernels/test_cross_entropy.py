@@ -161,8 +161,8 @@ def test_the_op_is_a_good_citizen_of_torch() -> None:
     hidden, weight, bias, targets = problem(9, 11, 0.3)
     counts = (targets != -100).float()
     arguments = (hidden, weight, bias, targets, counts, counts.sum(), 0.0, 0.0, 0.0, 100)
-    torch.library.opcheck(linear_cross_entropy_op, (*arguments, True, True, True, ""))
-    torch.library.opcheck(linear_cross_entropy_op, (*arguments, True, False, False, ""))
+    torch.library.opcheck(linear_cross_entropy_op, (*arguments, True, True, True, "", "torch"))
+    torch.library.opcheck(linear_cross_entropy_op, (*arguments, True, False, False, "", "torch"))
 
 
 def test_compiled_without_graph_breaks_and_equal_to_the_bit() -> None:
@@ -230,6 +230,9 @@ def test_two_ranks_share_the_vocabulary() -> None:
         ({"bias": torch.zeros(3)}, r"bias \[3\]"),
         ({"token_weight": torch.zeros(3)}, r"token_weight \[3\]"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"backend": "magic"}, "backend='magic'"),
+        ({"backend": "triton"}, "needs CUDA tensors"),
+        ({"backend": "triton", "softcap": 1.0}, "has no bias, softcap"),
         ({"grad_weight_out": torch.zeros(2, 2)}, "grad_weight_out must be float32"),
     ],
 )

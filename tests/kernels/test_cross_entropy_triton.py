@@ -1,0 +1,123 @@
+"""The Triton loss: interpreted against float64, compiled for three architectures without a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import linear_cross_entropy
+
+REPOSITORY = Path(__file__).parents[2]
+
+INTERPRETED = """
+import itertools, torch
+from kernels.cross_entropy_triton import anchored_cross_entropy
+from tests.kernels.test_cross_entropy import definition
+
+def check(rows, depth, vocabulary, ignored, scale, z_loss, chunk):
+    g = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, depth, generator=g) * scale
+    w = torch.randn(vocabulary, depth, generator=g)
+    targets = torch.randint(vocabulary, (rows,), generator=g)
+    targets[torch.rand(rows, generator=g) < ignored] = -100
+    row_weight = torch.rand(rows, generator=g) * (targets != -100)
+    dx, dw = torch.full_like(x, torch.nan), torch.zeros_like(w)
+    losses, _ = anchored_cross_entropy(x, w, targets, row_weight, z_loss, chunk, dx, dw)
+    leaves = [x.double().requires_grad_(), w.double().requires_grad_()]
+    one = torch.tensor(1.0)
+    expected = definition(*leaves, targets, None, row_weight.double(), one, z_loss=z_loss)
+    torch.testing.assert_close((losses * row_weight).sum().double(), expected, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip((dx, dw), torch.autograd.grad(expected, leaves)):
+        error = (ours - theirs).norm() / theirs.norm().clamp(min=1e-9)
+        assert error < 1e-5, (rows, scale, error)
+
+check(5, 16, 5000, 0.3, 1.0, 0.0, 2)       # ragged vocabulary over two tiles, ragged chunks
+check(4, 24, 4096, 0.0, 1.0, 0.01, 4)      # z-loss, D that is no power of two
+check(6, 16, 300, 1.0, 1.0, 0.0, 6)        # everything ignored
+check(1, 8, 7, 0.0, 1.0, 0.0, 1)           # one token
+check(8, 16, 500, 0.2, 80.0, 0.0, 3)       # losses of hundreds of nats: rows are repaired
+check(8, 16, 5000, 0.0, 40.0, 0.001, 8)    # repaired rows of two tiles, z-loss
+print("equal")
+"""
+
+COMPILED = """
+import os, re, subprocess, sys, tempfile, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import kernels.cross_entropy_triton as ce
+
+KERNELS = {
+    "anchor_kernel": {"D": 768, "BLOCK_D": 1024},
+    "exponential_kernel": {"SHIFT": 30.0, "HIGHEST": 88.0, "BLOCK_V": 4096},
+    "repair_kernel": {"D": 768, "SHIFT": 30.0, "BLOCK_V": ce.REPAIR_BLOCK_V, "BLOCK_D": 128},
+    "finish_kernel": {"D": 768, "SHIFT": 30.0, "BLOCK_T": 32, "BLOCK_D": 1024},
+}
+TYPES = {"hidden": "*bf16", "weight": "*bf16", "logits": "*bf16", "scaled": "*bf16",
+         "targets": "*i64", "overflow": "*i32", "V": "i32", "TILES": "i32", "z_loss": "fp32"}
+cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+arch = int(sys.argv[1])
+for name, constants in KERNELS.items():
+    kernel = getattr(ce, name)
+    signature = {parameter: "constexpr" if parameter in constants else TYPES.get(parameter, "*fp32")
+                 for parameter in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True)
+    stack, local = (int(re.search(key + r":(\\d+)", usage.stdout)[1]) for key in ("STACK", "LOCAL"))
+    assert stack == local == 0, (name, usage.stdout)
+    print(name)
+"""
+
+
+def run(code: str, *arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=REPOSITORY,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": "/tmp", **environment},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_interpreted_kernels_equal_float64() -> None:
+    assert run(INTERPRETED, TRITON_INTERPRET="1") == "equal\n"
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_every_kernel_compiles_without_spills(arch: str, tmp_path: Path) -> None:
+    printed = run(COMPILED, arch, TRITON_CACHE_DIR=str(tmp_path))
+    assert printed.split() == [
+        "anchor_kernel",
+        "exponential_kernel",
+        "repair_kernel",
+        "finish_kernel",
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("scale", [1.0, 80.0])
+def test_triton_equals_torch_within_bf16_rounding(scale: float) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "device": "cuda"}
+    hidden = (torch.randn(500, 768, **options) * scale / 28).bfloat16().requires_grad_()
+    weight = torch.randn(50_257, 768, **options).bfloat16().requires_grad_()
+    targets = torch.randint(50_257, (500,), **options)
+    targets[::7] = -100
+    results = []
+    for backend in ("triton", "triton", "torch"):
+        loss = linear_cross_entropy(hidden, weight, targets, backend=backend)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
+    for first, again, other in zip(*results, strict=True):
+        assert torch.equal(first, again)
+        assert (first - other).float().norm() <= 1e-2 * other.float().norm()
