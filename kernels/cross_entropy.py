@@ -21,6 +21,9 @@ Backend = Literal["torch", "triton"]
 # Bytes of fp32 logits held at a time: on a CPU about a core's share of its cache; on a GPU enough
 # rows to keep the matrix units busy with a vocabulary of 128k.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+# 8192 rows of a vocabulary of 128k, held in bf16. Each chunk reads and writes the fp32 gradient of
+# the weight once: by bytes, a tenth of its matrix product's time at 8192 rows, most of it at 1024.
+TRITON_CHUNK_BYTES = 4 << 30
 
 
 @overload
@@ -99,8 +102,9 @@ def linear_cross_entropy(
         grad_weight_out: fp32 ``[V, D]``; the weight's gradient is added to it in the forward pass
             instead of being returned, so the upstream gradient must be 1.
         group: ranks that hold equal, contiguous parts of the vocabulary in order of their rank.
-        chunk_bytes: logits held at a time; default by device.
-        return_token_losses: also return fp32 ``[N]`` losses (0 where ignored), detached.
+        chunk_bytes: rows a chunk are those whose fp32 logits fit; default by device and backend.
+        return_token_losses: also return fp32 ``[N]`` losses, detached; 0 where the target is
+            ignored or the token weight is 0.
         backend: ``torch`` (chunks of logits, every option) or ``triton`` (CUDA; without bias,
             softcap, smoothing and group). The Triton kernels are tested in the interpreter and
             compiled for three architectures, but have not run on a GPU yet; until then they are
@@ -121,6 +125,11 @@ def linear_cross_entropy(
         raise ValueError(
             "backend='triton' has no bias, softcap, label_smoothing or group; use backend='torch'"
         )
+    if backend == "triton" and hidden.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"backend='triton' needs bfloat16 or float32, hidden is {hidden.dtype}; its "
+            "exponentials leave the range of float16; use backend='torch'"
+        )
     if backend == "triton" and not hidden.is_cuda:
         raise ValueError(f"backend='triton' needs CUDA tensors, hidden is on {hidden.device}")
     counts = targets != ignore_index
@@ -137,7 +146,8 @@ def linear_cross_entropy(
         softcap,
         z_loss,
         label_smoothing,
-        chunk_bytes or CHUNK_BYTES[hidden.device.type],
+        chunk_bytes
+        or (TRITON_CHUNK_BYTES if backend == "triton" else CHUNK_BYTES[hidden.device.type]),
         torch.is_grad_enabled() and hidden.requires_grad,
         grad_weight_out is not None or (torch.is_grad_enabled() and weight.requires_grad),
         torch.is_grad_enabled() and bias is not None and bias.requires_grad,

@@ -44,6 +44,14 @@ def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.to(precision) @ b.to(precision)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in the precision of ``total`` (at least fp32), without a temporary."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -79,9 +87,14 @@ def chunked_cross_entropy(
     part = 0 if group is None else dist.get_rank(group) * weight.shape[0]
     vocabulary = weight.shape[0] * (1 if group is None else dist.get_world_size(group))
     smoothing = options.label_smoothing
+    if gradients is None and not weight.is_cuda:
+        weight = weight.to(precision)  # once, not once a chunk
     for start in range(0, len(hidden), rows_per_chunk):
         rows = slice(start, start + rows_per_chunk)
-        logits = (hidden[rows] @ weight.T).to(precision)  # [C, V]
+        if gradients is None:  # a loss that is reported, not trained on, is worth the bytes
+            logits = product_in_fp32(hidden[rows], weight.T)  # [C, V]
+        else:
+            logits = (hidden[rows] @ weight.T).to(precision)
         if bias is not None:
             logits += bias
         if options.softcap:
@@ -121,7 +134,7 @@ def chunked_cross_entropy(
         if gradients.hidden is not None:
             torch.mm(rounded, weight, out=gradients.hidden[rows])
         if gradients.weight is not None:
-            gradients.weight.add_(product_in_fp32(rounded.T, hidden[rows]))
+            add_product(gradients.weight, rounded.T, hidden[rows])
     if gradients is not None and gradients.hidden is not None and group is not None:
         dist.all_reduce(gradients.hidden, group=group)
     return losses, lses

@@ -7,7 +7,8 @@ sums them; no maximum has to be known first. Then
     L = a + c + log(sum E)        the log-sum-exp, so the loss is L - a
     p = E / sum E                 so both gradients are products with E, scaled by row
 
-``E`` overflows only where a token's loss exceeds about 88 + c nats. Such rows are found on the
+The target's own term is put in exactly, so that a rounded logit cannot push a loss below zero.
+``E`` grows too large only where a token's loss exceeds about 80 nats. Such rows are found on the
 device and done again from their inputs with the maximum as the anchor, by a kernel whose programs
 end at once for all other rows; nothing waits for the host.
 """
@@ -21,10 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy_torch import product_in_fp32
+from kernels.cross_entropy_torch import add_product, product_in_fp32
 
-SHIFT = 30.0  # c: losses up to about 118 nats need no repair, p below exp(-57) counts as 0
-HIGHEST = 88.0  # exp of more overflows fp32 and bf16
+SHIFT = 30.0  # c: p below exp(-57) counts as 0
+# Largest exponent that is not repaired. exp(88) is fp32's range, but E is also summed over the
+# vocabulary and multiplied by W, and the sum's reciprocal multiplies x: all must stay in range.
+HIGHEST = 50.0
 BLOCK_V = 4096  # logits of one row that a program reads
 REPAIR_BLOCK_V = 32  # logits that a repair computes at a time; more would spill registers
 
@@ -51,6 +54,7 @@ def anchor_kernel(
 @triton.jit
 def exponential_kernel(
     logits,
+    targets,
     anchor,
     sums,
     overflow,
@@ -68,9 +72,10 @@ def exponential_kernel(
     place = logits + row * V + columns
     z = tl.load(place, mask=inside, other=-float("inf")).to(tl.float32)
     exponent = z - tl.load(anchor + row) - SHIFT
+    exponent = tl.where(columns == tl.load(targets + row), -SHIFT, exponent)
     if tl.max(exponent) > HIGHEST:
         tl.store(overflow + row, 1)
-    e = tl.exp(tl.minimum(exponent, HIGHEST))
+    e = tl.exp(tl.minimum(exponent, HIGHEST, propagate_nan=tl.PropagateNan.ALL))
     tl.store(place, e.to(logits.dtype.element_ty), mask=inside)
     tl.store(sums + row * TILES + tile, tl.sum(e))
 
@@ -189,7 +194,7 @@ def anchored_cross_entropy(
     """Losses and gradients of rows without bias, softcap and smoothing.
 
     Args:
-        hidden: contiguous ``[N, D]``.
+        hidden: contiguous ``[N, D]`` in bf16 or fp32 (fp16 cannot hold ``E``).
         weight: contiguous ``[V, D]``.
         targets: int64 ``[N]``; negative where nothing is to be predicted.
         row_weight: fp32 ``[N]``, factor of each row's gradient.
@@ -219,7 +224,16 @@ def anchored_cross_entropy(
         scale = torch.empty(count, **fp32)
         scaled = torch.empty_like(x)
         exponential_kernel[(count, tiles)](
-            logits, anchor[part], sums, overflow[part], vocabulary, tiles, SHIFT, HIGHEST, BLOCK_V
+            logits,
+            targets[part],
+            anchor[part],
+            sums,
+            overflow[part],
+            vocabulary,
+            tiles,
+            SHIFT,
+            HIGHEST,
+            BLOCK_V,
         )
         repair_kernel[(count,)](
             x,
@@ -258,5 +272,5 @@ def anchored_cross_entropy(
         if hidden_grad is not None:
             hidden_grad[part] = product_in_fp32(logits, weight) * scale[:, None]
         if weight_grad is not None:
-            weight_grad += product_in_fp32(logits.T, scaled)
+            add_product(weight_grad, logits.T, scaled)
     return losses, lses

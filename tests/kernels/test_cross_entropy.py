@@ -130,6 +130,28 @@ def test_bf16_gradients_are_within_twice_the_rounding_of_plain_bf16() -> None:
         assert (mine - right).norm() <= 2 * (rounded - right).norm()
 
 
+def test_the_weight_gradients_error_does_not_grow_with_the_number_of_chunks() -> None:
+    hidden, weight, _, targets = problem(512, 64, 0.1)
+    low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+    exact = definition(low[0].double(), low[1].double(), targets)
+    expected = torch.autograd.grad(exact, low[1])[0].double()
+    errors = []
+    for rows in (512, 4):
+        buffer = torch.zeros(64, 6)
+        options: dict[str, Any] = {"grad_weight_out": buffer, "chunk_bytes": 4 * 64 * rows}
+        linear_cross_entropy(low[0], low[1], targets, **options)
+        errors.append((buffer - expected).norm().item())
+    assert errors[1] <= 1.05 * errors[0]
+
+
+def test_reported_losses_of_bf16_inputs_are_not_rounded() -> None:
+    hidden, weight, _, targets = problem(60, 300, 0.1, scale=6.0)
+    low = [x.detach().bfloat16() for x in (hidden, weight)]
+    expected = F.cross_entropy(low[0].double() @ low[1].double().T, targets, reduction="none")
+    assert expected.max() > 50  # logits whose rounding to bf16 would be off by up to 0.2
+    assert (token_losses(low[0], low[1], targets)[0] - expected).abs().max() < 1e-4
+
+
 def test_the_weight_gradient_can_be_added_to_a_buffer() -> None:
     hidden, weight, _, targets = (x.detach().float() if x.is_floating_point() else x
                                   for x in problem(30, 20, 0.3))  # fmt: skip
@@ -231,7 +253,11 @@ def test_two_ranks_share_the_vocabulary() -> None:
         ({"token_weight": torch.zeros(3)}, r"token_weight \[3\]"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
         ({"backend": "magic"}, "backend='magic'"),
-        ({"backend": "triton"}, "needs CUDA tensors"),
+        ({"backend": "triton"}, "needs bfloat16 or float32, hidden is torch.float64"),
+        (
+            {"backend": "triton", "hidden": torch.zeros(5, 6), "weight": torch.zeros(7, 6)},
+            "needs CUDA tensors, hidden is on cpu",
+        ),
         ({"backend": "triton", "softcap": 1.0}, "has no bias, softcap"),
         ({"grad_weight_out": torch.zeros(2, 2)}, "grad_weight_out must be float32"),
     ],
