@@ -7,35 +7,14 @@ layer and both passes of a batch.
 
 from __future__ import annotations
 
-import functools
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.attention_config import TileConfig
+
 FIELDS = 5  # of a tile: first, count, other_start, diagonal, other_length
-
-
-class TileConfig(NamedTuple):
-    """Tile sizes, warps and pipeline stages of the three kernels.
-
-    ``rows`` is the query tile of the forward pass and of dQ, ``columns`` the key tile of dK/dV:
-    those the tables are made of. The other sizes are the steps of the loops inside a tile.
-    """
-
-    rows: int
-    columns: int
-    forward_step: int
-    forward_warps: int
-    forward_stages: int
-    dq_step: int
-    dq_warps: int
-    dq_stages: int
-    dkdv_step: int
-    dkdv_warps: int
-    dkdv_stages: int
 
 
 class Tiles(NamedTuple):

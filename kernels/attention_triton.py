@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_layout import FIELDS, TileConfig
+from kernels.attention_config import TileConfig
+from kernels.attention_layout import FIELDS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -129,18 +130,43 @@ def forward_step(
 
 
 @triton.jit
-def row_bounds(
-    diagonal, rows, window, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Keys of a row tile: steps from ``begin``, unmasked in [full, partial), up to ``end``."""
+def loop_bounds(begin, full, limit, end, BLOCK: tl.constexpr):
+    """Steps of a tile's loop: [full, partial) need no mask, ``masked`` others around them do.
+
+    Args:
+        begin: first position that anyone in the tile sees.
+        full: everybody in the tile sees the positions from here, and
+        limit: up to here.
+        end: nobody sees positions from here on.
+
+    Returns:
+        ``full`` moved to the first step that starts there, ``partial``, how many of the masked
+        steps lie before ``full``, and how many there are.
+    """
+    full = begin + tl.cdiv(tl.maximum(0, full - begin), BLOCK) * BLOCK
+    partial = full + tl.maximum(0, limit - full) // BLOCK * BLOCK
+    before = tl.cdiv(tl.maximum(0, tl.minimum(full, end) - begin), BLOCK)
+    masked = before + tl.cdiv(tl.maximum(0, end - partial), BLOCK)
+    return full, partial, before, masked
+
+
+@triton.jit
+def masked_step(i, begin, partial, before, BLOCK: tl.constexpr):
+    """Where the i-th masked step starts."""
+    return tl.where(i < before, begin + i * BLOCK, partial + (i - before) * BLOCK)
+
+
+@triton.jit
+def row_bounds(diagonal, rows, window, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys that a row tile visits: ``begin``, ``end`` and what ``loop_bounds`` says of them."""
     end = diagonal + rows
     begin = 0
     full = 0
     if HAS_WINDOW:
         begin = tl.maximum(0, diagonal - window + 1)
-        full = begin + tl.cdiv(tl.maximum(0, end - window - begin), BLOCK_N) * BLOCK_N
-    partial = full + tl.maximum(0, diagonal + 1 - full) // BLOCK_N * BLOCK_N
-    return begin, full, partial, end
+        full = end - window
+    full, partial, before, masked = loop_bounds(begin, full, diagonal + 1, end, BLOCK_N)
+    return begin, full, partial, end, before, masked
 
 
 @triton.jit
@@ -193,21 +219,17 @@ def forward_kernel(
         acc1 = tl.zeros((BLOCK_M, D1), tl.float32)
     highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    begin, full, partial, end = row_bounds(diagonal, rows, window, HAS_WINDOW, BLOCK_N)
-    if HAS_WINDOW:
-        for n in range(begin, tl.minimum(full, end), BLOCK_N):
-            acc0, acc1, highest, total = forward_step(
-                acc0, acc1, highest, total, q0, q1, k, v, k_row, v_row, k_start, n, end, diagonal,
-                window, scale, softcap, D0, D1, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, True,
-                PRECISION,
-            )  # fmt: skip
+    begin, full, partial, end, before, masked = row_bounds(
+        diagonal, rows, window, HAS_WINDOW, BLOCK_N
+    )
     for n in range(full, partial, BLOCK_N):
         acc0, acc1, highest, total = forward_step(
             acc0, acc1, highest, total, q0, q1, k, v, k_row, v_row, k_start, n, end, diagonal,
             window, scale, softcap, D0, D1, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, False,
             PRECISION,
         )  # fmt: skip
-    for n in range(partial, end, BLOCK_N):
+    for i in tl.range(masked, num_stages=1):
+        n = masked_step(i, begin, partial, before, BLOCK_N)
         acc0, acc1, highest, total = forward_step(
             acc0, acc1, highest, total, q0, q1, k, v, k_row, v_row, k_start, n, end, diagonal,
             window, scale, softcap, D0, D1, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, True,

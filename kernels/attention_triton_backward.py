@@ -14,10 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_layout import FIELDS, TileConfig
+from kernels.attention_config import TileConfig
+from kernels.attention_layout import FIELDS
 from kernels.attention_triton import (
     LOG2E,
     load_tile,
+    loop_bounds,
+    masked_step,
     precision,
     product,
     row_bounds,
@@ -28,14 +31,15 @@ from kernels.attention_triton import (
 
 
 @triton.jit
-def probabilities(
-    s, lse, scale, softcap, HAS_SOFTCAP: tl.constexpr
-):
+def probabilities(s, lse, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """exp(score - lse) from raw products, and the slope of the softcap; ``lse`` in base 2."""
+    slope = 1.0
+    factor = scale * LOG2E
     if HAS_SOFTCAP:
-        t = tanh(s * (scale / softcap))
-        return tl.math.exp2(t * (softcap * LOG2E) - lse), 1.0 - t * t
-    return tl.math.exp2(s * (scale * LOG2E) - lse), 1.0
+        s = tanh(s * (scale / softcap))
+        slope = 1.0 - s * s
+        factor = softcap * LOG2E
+    return tl.math.exp2(s * factor - lse), slope
 
 
 @triton.jit
@@ -166,21 +170,17 @@ def dq_kernel(
     row_delta = tl.where(row_lse == -float("inf"), 0.0, row_delta)
     tl.store(delta + place, row_delta, mask=row < rows)
     row_lse *= LOG2E
-    begin, full, partial, end = row_bounds(diagonal, rows, window, HAS_WINDOW, BLOCK_N)
-    if HAS_WINDOW:
-        for n in range(begin, tl.minimum(full, end), BLOCK_N):
-            dq0, dq1 = dq_step(
-                dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, k, v, k_row, v_row, k_start, n,
-                end, diagonal, window, scale, softcap, D0, D1, BLOCK_M, BLOCK_N, HAS_WINDOW,
-                HAS_SOFTCAP, True, PRECISION,
-            )  # fmt: skip
+    begin, full, partial, end, before, masked = row_bounds(
+        diagonal, rows, window, HAS_WINDOW, BLOCK_N
+    )
     for n in range(full, partial, BLOCK_N):
         dq0, dq1 = dq_step(
             dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, k, v, k_row, v_row, k_start, n,
             end, diagonal, window, scale, softcap, D0, D1, BLOCK_M, BLOCK_N, HAS_WINDOW,
             HAS_SOFTCAP, False, PRECISION,
         )  # fmt: skip
-    for n in range(partial, end, BLOCK_N):
+    for i in tl.range(masked, num_stages=1):
+        n = masked_step(i, begin, partial, before, BLOCK_N)
         dq0, dq1 = dq_step(
             dq0, dq1, q0, q1, do0, do1, row_lse, row_delta, k, v, k_row, v_row, k_start, n,
             end, diagonal, window, scale, softcap, D0, D1, BLOCK_M, BLOCK_N, HAS_WINDOW,
@@ -322,35 +322,28 @@ def dkdv_kernel(
         v1 = load_tile(v, first, v_row, keys, BLOCK_N, D0, D1, True)
         dk1 = tl.zeros((BLOCK_N, D1), tl.float32)
         dv1 = tl.zeros((BLOCK_N, D1), tl.float32)
-    # Queries: masked at the diagonal up to `full`, masked again from `partial`, where the segment
-    # or the window ends.
+    # Masked are the queries at the diagonal and where the segment or the window ends.
     begin = tl.maximum(0, diagonal)
     end = q_length
     limit = q_length
     if HAS_WINDOW:
         end = tl.minimum(q_length, diagonal + keys + window - 1)
         limit = tl.minimum(q_length, diagonal + window)
-    full = begin + tl.cdiv(tl.maximum(0, diagonal + keys - 1 - begin), BLOCK_M) * BLOCK_M
-    partial = full + tl.maximum(0, limit - full) // BLOCK_M * BLOCK_M
+    full, partial, before, masked = loop_bounds(begin, diagonal + keys - 1, limit, end, BLOCK_M)
     for member in range(GROUP):
         head = key_head * GROUP + member
         head_q = q + head * q_head
         head_dout = dout + head * dout_head
         head_lse = lse + head * tokens
         head_delta = delta + head * tokens
-        for m in range(begin, tl.minimum(full, end), BLOCK_M):
-            dk0, dk1, dv0, dv1 = dkdv_step(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, head_q, head_dout, head_lse, head_delta, q_row,
-                dout_row, q_start, m, q_length, diagonal, window, scale, softcap, D0, D1, BLOCK_M,
-                BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION,
-            )  # fmt: skip
         for m in range(full, partial, BLOCK_M):
             dk0, dk1, dv0, dv1 = dkdv_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, head_q, head_dout, head_lse, head_delta, q_row,
                 dout_row, q_start, m, q_length, diagonal, window, scale, softcap, D0, D1, BLOCK_M,
                 BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, False, PRECISION,
             )  # fmt: skip
-        for m in range(partial, end, BLOCK_M):
+        for i in tl.range(masked, num_stages=1):
+            m = masked_step(i, begin, partial, before, BLOCK_M)
             dk0, dk1, dv0, dv1 = dkdv_step(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, head_q, head_dout, head_lse, head_delta, q_row,
                 dout_row, q_start, m, q_length, diagonal, window, scale, softcap, D0, D1, BLOCK_M,
