@@ -99,7 +99,7 @@ def tile_table(
     diagonal = torch.where(rest, -block, diagonal)
     if side > 0:
         last = diagonal + size
-        first = diagonal - (tokens if window is None else window) + 1
+        first = torch.zeros_like(diagonal) if window is None else diagonal - window + 1
     else:
         last = other if window is None else diagonal + size + window - 1
         first = diagonal
