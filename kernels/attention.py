@@ -19,7 +19,7 @@ Backend = Literal["auto", "flash", "flash_attn", "flex", "triton", "torch", "ref
 
 # Options a backend does not have.
 LACKS = {
-    "flash": ("cu_seqlens_k", "softcap", "return_lse"),
+    "flash": ("softcap", "return_lse"),
     "flash_attn": ("return_lse",),
     "flex": ("cu_seqlens_k", "return_lse"),
     "triton": (),
@@ -136,7 +136,7 @@ def varlen_attention(
             "use backend='reference'"
         )
     if backend == "flash":
-        return flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window)
+        return flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, cu_seqlens_k)
     if backend == "flash_attn":
         return flash_attn_attention(
             q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, scale, window, softcap

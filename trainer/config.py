@@ -108,6 +108,8 @@ class RuntimeConfig:
     dtype: Dtype = Dtype.auto
     compile: bool | None = None  # torch.compile the blocks; null: on CUDA only
     parallel: Parallel = Parallel.ddp
+    shard_size: int | None = None  # fsdp only: ranks that share one copy of the model; null: all
+    context_parallel: int = 1  # ranks that share one window, see trainer/context_parallel.py
     recompute: bool = False  # recompute every block in the backward pass to save memory
     threads: int | None = None  # CPU threads of one process
 
@@ -172,6 +174,7 @@ class TrainConfig:
             ("tracking.evaluations", self.tracking.evaluations),
             ("tracking.checkpoints", self.tracking.checkpoints),
             ("tracking.keep_checkpoints", self.tracking.keep_checkpoints),
+            ("runtime.context_parallel", self.runtime.context_parallel),
         ):
             if value <= 0:
                 raise ValueError(f"{name}={value} must be above 0")

@@ -68,15 +68,24 @@ def most_segments(streams: Sequence[MegadocStream], mask: Mask, context_length: 
     """Segments that one window can have at most, so that ``cu_seqlens`` never changes its size.
 
     A window holds the most segments when it holds the shortest ones; two more may be cut by its
-    borders.
+    borders. Packing ``whole`` cuts long documents at multiples of the context length, so what such
+    cuts leave over counts among the shortest.
     """
     if mask is Mask.none:
         return 1
     most = 1
     for stream in streams:
         by_member = mask is Mask.document and stream.manifest.members_are_documents
-        lengths = np.sort(stream.member_lengths if by_member else stream.lengths)
-        shortest = int(np.searchsorted(lengths.cumsum(), context_length, side="right"))
+        lengths = stream.member_lengths if by_member else stream.lengths
+        ends = lengths.cumsum(dtype=np.int64)
+        sample_starts = stream.lengths.cumsum(dtype=np.int64) - stream.lengths
+        sample = np.searchsorted(sample_starts, ends, side="left") - 1
+        start = ends - lengths - sample_starts[sample]  # of the segment, in its sample
+        end = ends - sample_starts[sample]
+        before_cut = np.minimum(lengths, context_length - start % context_length)
+        after_cut = np.minimum(lengths, (end - 1) % context_length + 1)
+        pieces = np.sort(np.concatenate((before_cut, after_cut[before_cut < lengths])))
+        shortest = int(np.searchsorted(pieces.cumsum(), context_length, side="right"))
         most = max(most, min(context_length, shortest + 2))
     return most
 

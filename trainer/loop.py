@@ -27,6 +27,7 @@ from trainer.checkpoint import (
     save_checkpoint,
 )
 from trainer.config import Dtype, RuntimeConfig, TrainConfig, to_dict
+from trainer.context_parallel import split_batch
 from trainer.data import BatchLoader, PackedBatch
 from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
 from trainer.evaluation import evaluate_model
@@ -92,8 +93,8 @@ def train(config: TrainConfig) -> float:
             plan,
             streams,
             config.data.mask,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=ranks.data_rank,
+            world_size=ranks.data_size,
             micro_batch_size=config.data.micro_batch_size,
             start_step=start,
             stop_step=steps,
@@ -152,6 +153,7 @@ def train(config: TrainConfig) -> float:
             result = {
                 "name": run_dir.name,
                 "recipe": to_dict(config)["recipe"],
+                "seed": config.seed,
                 "steps": steps,
                 "parameters": config.model.parameter_count(),
                 "seconds": seconds_before + time.monotonic() - began,
@@ -238,6 +240,9 @@ def accumulate_gradients(
     The loss is a sum over tokens divided by the valid targets of the *global* batch, so neither
     the number of ranks nor the micro-batch size changes the gradient.
     """
+    micro_batches = [
+        split_batch(batch, ranks.context_rank, ranks.context_parallel) for batch in micro_batches
+    ]
     valid = torch.tensor(
         sum(batch.valid_targets for batch in micro_batches), device=ranks.device, dtype=torch.int64
     )

@@ -57,7 +57,8 @@ class Meter:
         self.steps.append(step)
         self.losses.append(loss)
         self.grad_norm = grad_norm
-        self.flops += sum(batch_flops(self.config, batch) for batch in micro_batches)
+        flops = sum(batch_flops(self.config, batch) for batch in micro_batches)
+        self.flops += flops // self.ranks.context_parallel
         self.waited += waited
 
     def read(self, done: int, rate: float) -> dict[str, int | float]:

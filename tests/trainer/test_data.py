@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.conftest import StreamMaker
@@ -74,6 +74,8 @@ def unpack(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+@example(members=[[25]] * 12, packing="whole", one_text=False)  # a window full of remainders
+@example(members=[[20, 5], [25]] * 6, packing="whole", one_text=False)
 @given(
     members=st.lists(st.lists(st.integers(2, 20), min_size=1, max_size=4), min_size=2, max_size=12),
     packing=st.sampled_from(["whole", "stream", "windows"]),

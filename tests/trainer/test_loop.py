@@ -144,32 +144,6 @@ def test_sigterm_saves_and_the_next_start_goes_on(corpus_root: Path, tmp_path: P
     assert f"after step {stopped}" in done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(
-    corpus_root: Path, tmp_path: Path, parallel: str
-) -> None:
-    common = [*ARGUMENTS, "recipe.epochs=2", f"data.root={corpus_root}"]
-    run_script("train.py", *common, f"output={tmp_path / 'one'}")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, *common, f"output={tmp_path}", f"runtime.parallel={parallel}"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [path.name for path in tmp_path.iterdir() if path.name != "one"] == ["run"]
-    one = [row["train/loss"] for row in metrics(tmp_path / "one/run") if "train/loss" in row]
-    two = [row["train/loss"] for row in metrics(tmp_path / "run") if "train/loss" in row]
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), atol=2e-5, rtol=2e-5)
-    single, double = weights(tmp_path / "one/run"), weights(tmp_path / "run")
-    for name in single:
-        torch.testing.assert_close(double[name], single[name], atol=1e-4, rtol=1e-3)
-
-
 def test_a_loss_that_is_not_finite_names_its_documents(corpus_root: Path, tmp_path: Path) -> None:
     wild = RecipeConfig("real", "real", None, 0, 0.0, 4, 1e30, 0.0)
     settings = config(corpus_root, tmp_path, recipe=wild)
