@@ -8,6 +8,8 @@ that is no power of two is the sum of two (96 = 64 + 32): each part is its own p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -275,7 +277,7 @@ def attention_forward(
     Returns:
         ``[Tq, Hq, Dh]`` in q's dtype and fp32 ``[Hq, Tq]``; 0 and -inf where a query sees no key.
     """
-    tokens, heads, size = q.shape
+    tokens, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
     forward_kernel[(len(row_tiles) * heads,)](
@@ -285,22 +287,15 @@ def attention_forward(
         out,
         lse,
         row_tiles,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
+        *strides(q, k, v),
         tokens,
         window or 0,
         scale,
         softcap,
         HEADS=heads,
-        GROUP=heads // k.shape[1],
-        **split(size),
         BLOCK_M=config.rows,
         BLOCK_N=config.forward_step,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap != 0,
-        PRECISION=precision(q),
-        FIELDS=FIELDS,
+        **constants(q, k, window, softcap),
         num_warps=config.forward_warps,
         num_stages=config.forward_stages,
     )
@@ -323,6 +318,19 @@ def split(size: int) -> dict[str, int]:
     return {"D0": first, "D1": rest}
 
 
-def precision(x: Tensor) -> str:
-    """fp32 inputs are multiplied exactly; for half precision the choice means nothing."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+def strides(*tensors: Tensor) -> list[int]:
+    """Row and head strides of each, in elements; the last dimension is contiguous."""
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def constants(q: Tensor, k: Tensor, window: int | None, softcap: float) -> dict[str, Any]:
+    """The compile-time constants that all three kernels have."""
+    return {
+        "GROUP": q.shape[1] // k.shape[1],
+        **split(q.shape[2]),
+        "HAS_WINDOW": window is not None,
+        "HAS_SOFTCAP": softcap != 0,
+        # For half precision the choice means nothing; fp32 is multiplied exactly.
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "FIELDS": FIELDS,
+    }

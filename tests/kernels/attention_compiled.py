@@ -18,7 +18,8 @@ from triton.compiler import ASTSource
 from kernels.attention_config import TileConfig, find_config, read_configs
 from kernels.attention_layout import FIELDS
 from kernels.attention_triton import forward_kernel, split
-from kernels.attention_triton_backward import dkdv_kernel, dq_kernel
+from kernels.attention_triton_dkdv import dkdv_kernel
+from kernels.attention_triton_dq import dq_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {"lse": "*fp32", "dlse": "*fp32", "delta": "*fp32", "tiles": "*i32"}

@@ -56,6 +56,7 @@ def test_kernels_compile_without_spills(
     needs = [json.loads(line) for line in printed.splitlines()]
     assert [need["kernel"] for need in needs] == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
     for need in needs:
+        assert need["registers"] > 64, need  # fewer: the compiler has given the kernel up
         assert need["spilled"] == 0, need
         assert need["shared"] <= SHARED_MEMORY[architecture], need
         assert (need["wgmma"] > 0) == (architecture == "sm_90"), need
