@@ -115,6 +115,9 @@ def providers(q: Tensor, k: Tensor, lengths: list[int], borders: Tensor) -> dict
         "triton": lambda q, k, v: varlen_attention(
             q, k, v, borders, longest, backend="triton", tiles=tiles
         ),
+        "triton+tables": lambda q, k, v: varlen_attention(  # tables made in every call
+            q, k, v, borders, longest, backend="triton"
+        ),
         "pytorch": pytorch(borders, longest, group),
         "flex": flex(borders, tokens),
     }
@@ -192,13 +195,15 @@ def flash(module: str, borders: Tensor, longest: int) -> Attend:
     return attend
 
 
-def candidate(attend: Attend, leaves: tuple[Tensor, ...], which: str) -> timing.Candidate:
+def candidate(
+    attend: Attend, leaves: tuple[Tensor, ...], dout: Tensor, which: str
+) -> timing.Candidate:
     """One pass of one provider; the backward pass's graph is made in its first call."""
     q, k, v = leaves
     graph: list[Tensor] = []
 
     def gradients(out: Tensor, keep: bool) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=keep)
+        return torch.autograd.grad(out, leaves, dout, retain_graph=keep)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -245,6 +250,7 @@ def measure(
         torch.randn(tokens, n, size, device=place, generator=generator).to(dtype).requires_grad_()
         for n in (q_heads, key_heads, key_heads)
     )
+    dout = torch.randn(q.shape, device=place, generator=generator).to(dtype)
     borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(place)
     chosen = {
         name: attend
@@ -258,7 +264,7 @@ def measure(
         shared["tile_efficiency"] = tile_efficiency(lengths, config)
     rows = []
     for which in passes:
-        candidates = {name: candidate(f, (q, k, v), which) for name, f in chosen.items()}
+        candidates = {name: candidate(f, (q, k, v), dout, which) for name, f in chosen.items()}
         times, failed = timing.interleaved(candidates, options.rounds)
         flops = FLOPS[which] * pairs(lengths) * q_heads * size
         flop_floor = flops / rates[0]
@@ -297,7 +303,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"tile efficiency: forward {shares['forward']:.3f}, dK/dV {shares['dkdv']:.3f}")
     print(f"{'':22}{'ms':>10}{'TFLOP/s':>9}{'x FLOPs':>9}{'x bytes':>9}  speed over peers")
     for row in rows:
-        label = f"{row['pass']:10}{row['provider']:12}"
+        label = f"{row['pass']:9}{row['provider']:13}"
         if "failed" in row:
             print(f"{label}{row['failed']}")
             continue
