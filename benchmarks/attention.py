@@ -118,6 +118,9 @@ def providers(q: Tensor, k: Tensor, lengths: list[int], borders: Tensor) -> dict
         "triton+tables": lambda q, k, v: varlen_attention(  # tables made in every call
             q, k, v, borders, longest, backend="triton"
         ),
+        "gluon": lambda q, k, v: varlen_attention(  # forward only; the backward pass is triton's
+            q, k, v, borders, longest, backend="gluon", tiles=tiles
+        ),
         "pytorch": pytorch(borders, longest, group),
         "flex": flex(borders, tokens),
     }

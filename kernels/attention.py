@@ -15,7 +15,7 @@ from kernels.attention_op import triton_attention
 from kernels.attention_reference import reference_attention
 from kernels.attention_torch import torch_attention
 
-Backend = Literal["auto", "flash", "flash_attn", "flex", "triton", "torch", "reference"]
+Backend = Literal["auto", "flash", "flash_attn", "flex", "triton", "gluon", "torch", "reference"]
 
 # Options a backend does not have.
 LACKS = {
@@ -23,6 +23,7 @@ LACKS = {
     "flash_attn": ("return_lse",),
     "flex": ("cu_seqlens_k", "return_lse"),
     "triton": (),
+    "gluon": ("window", "softcap"),
     "torch": ("cu_seqlens_k", "window", "softcap", "return_lse"),
     "reference": (),
 }
@@ -96,9 +97,12 @@ def varlen_attention(
             segment), ``reference`` (quadratic, every option, any dtype), or ``auto``: the first of
             these that can do what is asked. Only when asked for: ``triton`` (our kernels with every
             option, half precision on CUDA; deterministic; tested in the interpreter and compiled
-            for three architectures, but not run on a GPU yet), ``flash_attn`` (the flash-attn
-            package), ``flex`` (FlexAttention; no backward pass on a CPU).
-        tiles: of :func:`kernels.attention_tiles`, for ``triton`` only; made in each call if None.
+            for three architectures, but not run on a GPU yet), ``gluon`` (``triton`` with a
+            warp-specialised forward pass for sm_90 and head dimensions 64 and 128, tested on a
+            model of the machine and compiled), ``flash_attn`` (the flash-attn package), ``flex``
+            (FlexAttention; no backward pass on a CPU).
+        tiles: of :func:`kernels.attention_tiles`, for ``triton`` and ``gluon``; made in each call
+            if None.
 
     Returns:
         ``[Tq, Hq, Dh]``; 0 with gradient 0 for tokens after the last border.
@@ -111,8 +115,8 @@ def varlen_attention(
         raise ValueError(f"window={window} must be at least 1: a token sees itself; None for all")
     if softcap < 0:
         raise ValueError(f"softcap={softcap} must be positive, or 0 for none")
-    if tiles is not None and backend != "triton":
-        raise ValueError(f"tiles are for backend='triton', not {backend!r}")
+    if tiles is not None and backend not in ("triton", "gluon"):
+        raise ValueError(f"tiles are for backend='triton' and 'gluon', not {backend!r}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     asked = {
         "cu_seqlens_k": cu_seqlens_k is not None,
@@ -145,9 +149,19 @@ def varlen_attention(
         return flex_document_attention(q, k, v, cu_seqlens, scale, window, softcap)
     if backend == "torch":
         return torch_attention(q, k, v, cu_seqlens, scale)
-    if backend == "triton":
+    if backend in ("triton", "gluon"):
         out, lse = triton_attention(
-            q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, scale, window, softcap, tiles
+            q,
+            k,
+            v,
+            cu_seqlens,
+            max_seqlen,
+            cu_seqlens_k,
+            scale,
+            window,
+            softcap,
+            tiles,
+            backend == "gluon",
         )
         return (out, lse) if return_lse else out
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k

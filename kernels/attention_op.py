@@ -26,6 +26,7 @@ def attention_tiles(
     cu_seqlens_k: Tensor | None = None,
     tokens_k: int | None = None,
     window: int | None = None,
+    rows: int | None = None,
 ) -> Tiles:
     """Tile tables for ``varlen_attention(backend="triton")``: made once, used by every layer.
 
@@ -37,11 +38,14 @@ def attention_tiles(
         cu_seqlens_k: borders of the keys where they differ.
         tokens_k: length of the key axis where it differs.
         window: keys a query sees, itself included; None for all.
+        rows: queries a tile where it must be another number: 128 for ``backend="gluon"``.
 
     Raises:
         ValueError: no tile sizes for this GPU or head dimension.
     """
     config = tile_config(cu_seqlens.device, head_dim, group)
+    if rows is not None:
+        config = config._replace(rows=rows)
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     length = tokens if tokens_k is None else tokens_k
     return make_tiles(cu_seqlens, keys, tokens, length, config, window)
@@ -58,10 +62,12 @@ def triton_attention(
     window: int | None,
     softcap: float,
     tiles: Tiles | None,
+    gluon: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Document-masked causal attention by our Triton kernels.
 
-    Arguments are those of :func:`kernels.varlen_attention`.
+    Arguments are those of :func:`kernels.varlen_attention`; with ``gluon`` the forward pass is the
+    warp-specialised kernel for sm_90.
 
     Returns:
         ``[Tq, Hq, Dh]`` and the fp32 log-sum-exp ``[Hq, Tq]``, both differentiable.
@@ -82,6 +88,8 @@ def triton_attention(
         )
     if scale <= 0:
         raise ValueError(f"scale={scale} must be positive with backend='triton'")
+    if gluon:
+        check_gluon(q, window, softcap, tiles)
     if tiles is None:
         tiles = attention_tiles(
             cu_seqlens,
@@ -91,6 +99,7 @@ def triton_attention(
             cu_seqlens_k=cu_seqlens_k,
             tokens_k=k.shape[0],
             window=window,
+            rows=128 if gluon else None,
         )
     out, lse = attention_op(
         q,
@@ -103,8 +112,25 @@ def triton_attention(
         scale,
         window or 0,
         softcap,
+        gluon,
     )
     return out, lse
+
+
+def check_gluon(q: Tensor, window: int | None, softcap: float, tiles: Tiles | None) -> None:
+    """Raise ValueError naming what the sm_90 kernel does not have."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+        raise ValueError("backend='gluon' needs an sm_90 GPU (H100, H200); use backend='triton'")
+    if q.shape[2] not in (64, 128) or window is not None or softcap:
+        raise ValueError(
+            f"backend='gluon' has head dimensions 64 and 128, not {q.shape[2]}, and no window or "
+            "softcap; use backend='triton'"
+        )
+    if tiles is not None and tiles.config.rows != 128:
+        raise ValueError(
+            f"backend='gluon' needs tiles of 128 rows, not {tiles.config.rows}; leave tiles out or "
+            "use backend='triton'"
+        )
 
 
 @torch.compiler.assume_constant_result
@@ -127,11 +153,17 @@ def attention_op(
     scale: float,
     window: int,
     softcap: float,
+    gluon: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; ``window`` is 0 for none, ``max_seqlen`` only counts FLOPs."""
     from kernels.attention_triton import attention_forward
 
     q, k, v = (with_contiguous_heads(x) for x in (q, k, v))
+    if gluon:
+        from kernels.attention_sm90 import attention_forward_sm90
+
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        return attention_forward_sm90(q, k, v, row_tiles, scale, processors)
     return attention_forward(
         q, k, v, row_tiles, TileConfig(*config), scale, window or None, softcap
     )
@@ -149,6 +181,7 @@ def _(
     scale: float,
     window: int,
     softcap: float,
+    gluon: bool,
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
@@ -200,7 +233,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the inputs, the output and the log-sum-exp; scores are computed again."""
-    q, k, v, row_tiles, column_tiles, *ctx.options = inputs
+    q, k, v, row_tiles, column_tiles, *ctx.options, _ = inputs
     ctx.save_for_backward(q, k, v, *output, row_tiles, column_tiles)
 
 
@@ -210,7 +243,7 @@ def attention_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | 
     gradients = attention_backward_op(
         q, k, v, out, lse, dout, dlse, row_tiles, column_tiles, *ctx.options
     )
-    return (*gradients, *[None] * 7)
+    return (*gradients, *[None] * 8)
 
 
 attention_op.register_autograd(attention_gradients, setup_context=save_for_backward)
@@ -240,6 +273,7 @@ def attention_flops(
     scale: float,
     window: int,
     softcap: float,
+    gluon: bool,
     out_shape: Any = None,
 ) -> int:
     """4 FLOPs a pair, head and dimension.

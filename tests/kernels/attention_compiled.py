@@ -1,6 +1,7 @@
 """Compile every attention kernel for an architecture, without a GPU, and print what it needs.
 
-``python -m tests.kernels.attention_compiled sm_90 128 [options]`` prints one JSON line a kernel.
+``python -m tests.kernels.attention_compiled sm_90 128 GROUP [options]`` prints one JSON line a
+kernel; ``python -m tests.kernels.attention_compiled gluon 128`` those of the Gluon kernels.
 """
 
 import json
@@ -14,7 +15,10 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from kernels import attention_sm90 as sm90
 from kernels.attention_config import TileConfig, find_config, read_configs
 from kernels.attention_layout import FIELDS
 from kernels.attention_triton import forward_kernel, split
@@ -69,6 +73,51 @@ def compile_kernel(
     )
     target = GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source, target, {"num_warps": warps, "num_stages": stages})
+    return describe(kernel, compiled)
+
+
+def compile_gluon(head_dim: int) -> dict[str, Any]:
+    """The forward kernel for sm_90."""
+    constants = {
+        "GROUP": 2,
+        "D": head_dim,
+        "BLOCK_N": sm90.BLOCK_N,
+        "STAGES": sm90.STAGES[head_dim],
+        "FIELDS": FIELDS,
+        "RAGGED": sm90.RAGGED,
+        "CONSUMER_REGISTERS": sm90.CONSUMER_REGISTERS,
+        "PRODUCER_REGISTERS": sm90.PRODUCER_REGISTERS,
+    }
+
+    def descriptor(*block: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([*block], gl.bfloat16)
+        return f"tensordesc<bf16{[*block]},{layout!r}>"
+
+    kernel: Any = sm90.forward_sm90_kernel
+    types = TYPES | {
+        "q_desc": descriptor(64, head_dim),
+        "k_desc": descriptor(sm90.BLOCK_N, head_dim),
+        "v_desc": descriptor(1, 1, sm90.BLOCK_N, head_dim),
+        "scale_log2": "fp32",
+    }
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    source = GluonASTSource(
+        kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4})
+    ptx = compiled.asm["ptx"]
+    return describe(kernel, compiled) | {
+        "waits": re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx),
+        "setmaxnreg": sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
+    }
+
+
+def describe(kernel: Any, compiled: Any) -> dict[str, Any]:
+    """What ``cuobjdump`` and the PTX say of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -92,4 +141,7 @@ def main(architecture: str, head_dim: int, group: int, options: bool) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "gluon":
+        print(json.dumps(compile_gluon(int(sys.argv[2]))))
+        sys.exit()
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["options"])
