@@ -185,9 +185,9 @@ def op() -> None:
     q, k, v, borders, _ = draw([30, 0, 7], extra=3, heads=(4, 2))
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
     tiles = attention_tiles(borders, 40, 16, 2)
-    options = (tiles.rows, tiles.columns, list(tiles.config), 30, 0.25, 0, 0.0)
-    torch.library.opcheck(attention_op, (q, k, v, *options, False))
-    out, lse = (x.detach() for x in attention_op(q, k, v, *options, False))
+    options = (tiles.rows, tiles.columns, list(tiles.config), 30, 0.25, 0, 0.0, False)
+    torch.library.opcheck(attention_op, (q, k, v, *options))
+    out, lse = (x.detach() for x in attention_op(q, k, v, *options))
     saved = [x.detach() for x in (q, k, v, out, lse, out.transpose(0, 1).clone().transpose(0, 1))]
     torch.library.opcheck(attention_backward_op, (*saved, torch.zeros_like(lse), *options))
 
