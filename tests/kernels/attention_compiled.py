@@ -20,6 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels import attention_sm90 as sm90
 from kernels import attention_sm90_dkdv as dkdv
+from kernels import attention_sm90_dq as dq
 from kernels.attention_config import TileConfig, find_config, read_configs
 from kernels.attention_layout import FIELDS
 from kernels.attention_triton import forward_kernel, split
@@ -86,6 +87,7 @@ def descriptor(*block: int) -> str:
 def gluon_kernels(head_dim: int) -> list[tuple[Any, dict[str, Any], dict[str, str]]]:
     """The kernels for sm_90 that exist for a head dimension: their constants and types."""
     tile, step = descriptor(64, head_dim), descriptor(1, 1, dkdv.BLOCK_M, head_dim)
+    keys = descriptor(1, 1, dq.BLOCK_N[head_dim], head_dim)
     found: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
         (
             sm90.forward_sm90_kernel,
@@ -95,7 +97,12 @@ def gluon_kernels(head_dim: int) -> list[tuple[Any, dict[str, Any], dict[str, st
                 "k_desc": descriptor(sm90.BLOCK_N, head_dim),
                 "v_desc": descriptor(1, 1, sm90.BLOCK_N, head_dim),
             },
-        )
+        ),
+        (
+            dq.dq_sm90_kernel,
+            {"BLOCK_N": dq.BLOCK_N[head_dim], "STAGES": dq.STAGES},
+            {"q_desc": tile, "dout_desc": tile, "k_desc": keys, "v_desc": keys},
+        ),
     ]
     if head_dim in dkdv.HEAD_DIMS:
         constants = {"BLOCK_M": dkdv.BLOCK_M, "STAGES": dkdv.STAGES}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import varlen_attention
 from kernels.attention_config import TileConfig
-from kernels.attention_layout import make_tiles
+from kernels.attention_layout import Tiles, make_tiles
 from kernels.attention_reference import reference_attention
 from tests.kernels import gluon_model
 from tests.kernels.test_attention_triton import random_pack, results, run
@@ -27,7 +27,7 @@ def modelled() -> dict[str, ModuleType]:
     modules = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "kernels.gluon_compat", gluon_model)
-        for name in ("attention_sm90", "attention_sm90_dkdv"):
+        for name in ("attention_sm90", "attention_sm90_dq", "attention_sm90_dkdv"):
             path = KERNELS / f"{name}.py"
             spec = importlib.util.spec_from_file_location(f"{name}_on_the_model", path)
             assert spec is not None
@@ -71,35 +71,53 @@ def test_on_the_model_of_the_machine(
     expected, expected_lse = reference_attention(
         leaves[0], leaves[1], leaves[2], borders, borders_k, 0.1
     )
-    gradients = torch.autograd.grad((expected * dout).sum(), leaves)
+    dlse = torch.randn(expected_lse.shape, generator=generator)
+    seen = expected_lse.isfinite()
+    loss = (expected * dout).sum() + (torch.where(seen, expected_lse, 0) * dlse).sum()
+    gradients = torch.autograd.grad(loss, leaves)
     for x in (q[sum(lengths) :], dout[sum(lengths) :], k[sum(keys) :], v[sum(keys) :]):
         x.fill_(torch.nan)  # what lies behind the last border
     forward = modelled["attention_sm90"].attention_forward_sm90
     out, lse = forward(q, k, v, tiles.rows, 0.1, programs)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
-    delta = (out * dout).sum(-1).T.contiguous()
-    backward = modelled["attention_sm90_dkdv"].key_gradients_sm90
-    computed = backward(q, k, v, lse, delta, dout, tiles.columns, 0.1, programs)
-    for ours, theirs in zip(computed, gradients[1:], strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    computed = backward(modelled, q, k, v, out, lse, dout, dlse, tiles, programs)
+    for ours, theirs in zip(computed, gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.nan_to_num(), rtol=1e-4, atol=1e-4)
+
+
+def backward(
+    modelled: dict[str, ModuleType],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor,
+    tiles: Tiles,
+    programs: int,
+) -> list[Tensor]:
+    query_gradient = modelled["attention_sm90_dq"].query_gradient_sm90
+    key_gradients = modelled["attention_sm90_dkdv"].key_gradients_sm90
+    dq, delta = query_gradient(q, k, v, out, lse, dout, dlse, tiles.rows, 0.1, programs)
+    return [dq, *key_gradients(q, k, v, lse, delta, dout, tiles.columns, 0.1, programs)]
 
 
 def test_segments_do_not_leak_bit_for_bit(modelled: dict[str, ModuleType]) -> None:
     lengths, inside = [100, 150, 90], slice(100, 250)
     generator = torch.Generator().manual_seed(0)
     q, k, v, dout = torch.randn(4, 340, 2, 64, generator=generator)
-    delta = torch.randn(2, 340, generator=generator)
+    dlse = torch.randn(2, 340, generator=generator)
     borders = borders_of(lengths)
     tiles = make_tiles(borders, borders, 340, 340, CONFIG)
 
     def everything() -> list[Tensor]:
         out, lse = modelled["attention_sm90"].attention_forward_sm90(q, k, v, tiles.rows, 0.1, 2)
-        backward = modelled["attention_sm90_dkdv"].key_gradients_sm90
-        return [out, *backward(q, k, v, lse, delta, dout, tiles.columns, 0.1, 2)]
+        return [out, *backward(modelled, q, k, v, out, lse, dout, dlse, tiles, 2)]
 
     before = everything()
-    for x in (q, k, v, dout, delta.T):
+    for x in (q, k, v, dout, dlse.T):
         x[inside] = torch.nan
     for old, new in zip(before, everything(), strict=True):
         assert torch.equal(old[:100], new[:100])
@@ -116,7 +134,8 @@ def test_compiles_with_overlapping_products(head_dim: int, tmp_path: Path) -> No
         assert {24, 240} <= set(need["setmaxnreg"]), need
     # In each of two consumers' two loops one product is left running while scores are worked on.
     assert needs["forward_sm90_kernel"]["waits"].count("1") == 4, needs
-    if head_dim == 64:  # and three times a step in the backward pass
+    assert needs["dq_sm90_kernel"]["waits"].count("1") == 4, needs
+    if head_dim == 64:  # and three times a step for dK and dV
         assert needs["dkdv_sm90_kernel"]["waits"].count("1") == 12, needs
 
 
