@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import varlen_attention
+from kernels import attention_sm90, varlen_attention
 from kernels.attention_config import TileConfig
 from kernels.attention_layout import Tiles, make_tiles
 from kernels.attention_reference import reference_attention
@@ -137,6 +137,16 @@ def test_compiles_with_overlapping_products(head_dim: int, tmp_path: Path) -> No
     assert needs["dq_sm90_kernel"]["waits"].count("1") == 4, needs
     if head_dim == 64:  # and three times a step for dK and dV
         assert needs["dkdv_sm90_kernel"]["waits"].count("1") == 12, needs
+
+
+def test_descriptors_are_accepted_and_other_strides_are_copied() -> None:
+    joined = torch.zeros(5, 6, 64, dtype=torch.bfloat16)
+    q, k = joined[:, :4], joined.transpose(1, 2).contiguous().transpose(1, 2)[:, :2]
+    assert attention_sm90.with_adjacent_heads(q) is q
+    assert attention_sm90.with_adjacent_heads(k).stride() == (128, 64, 1)
+    assert attention_sm90.descriptor(q, 64).shape == [5, 256]
+    ragged = attention_sm90.ragged_descriptor(q, 128)
+    assert sum(ragged.strides[:2]) == 1 << 34  # times 2^30 rows, an address's whole range
 
 
 def test_elsewhere_it_is_refused() -> None:
