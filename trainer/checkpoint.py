@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from trainer.config import TrainConfig, load_config
+from trainer.averaging import WeightAverage
+from trainer.config import Averaging, TrainConfig, load_config
 from trainer.distributed import Ranks
 from trainer.model import Llama
 
@@ -42,6 +43,8 @@ class Progress:
     plan_hash: str  # order of the data it was trained in
     tokenizer_sha256: str
     seconds: float  # training time so far, over all attempts
+    usual_grad_norm: float = 0.0  # the step guard's memory
+    accepted_steps: int = 0
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -53,7 +56,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def save_checkpoint(
     run_dir: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
+    average: WeightAverage | None,
     progress: Progress,
     ranks: Ranks,
     keep: int,
@@ -71,8 +75,7 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     ranks.barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state = training_state(model, optimizers, average)
     try:
         with quiet():
             dcp.save(state, checkpoint_id=unfinished, no_dist=ranks.world_size == 1)
@@ -94,6 +97,17 @@ def save_checkpoint(
         for old in checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old)
     ranks.barrier()
+
+
+def training_state(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], average: WeightAverage | None
+) -> dict[str, Any]:
+    """Everything with tensors, under names that do not depend on how the model is wrapped."""
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    if average is not None:
+        state["average"] = average.state
+    return state
 
 
 def publish(unfinished: Path, final: Path) -> None:
@@ -125,20 +139,22 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> Progress:
-    """Load model and optimiser in place; the number of ranks may differ from when it was saved."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    checkpoint: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    average: WeightAverage | None,
+    ranks: Ranks,
+) -> None:
+    """Load everything in place; the number of ranks may differ from when it was saved."""
+    state = training_state(model, optimizers, average)
     with quiet():
         dcp.load(state, checkpoint_id=checkpoint, no_dist=ranks.world_size == 1)
     set_state_dict(
         model,
-        optimizer,
+        optimizers,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
-    return read_progress(checkpoint)
 
 
 def newest_checkpoint(path: str | Path) -> Path:
@@ -164,6 +180,8 @@ def load_model(
 ) -> tuple[Llama, TrainConfig]:
     """The model of a run folder (its newest checkpoint) or of one checkpoint folder.
 
+    A run that averages its weights gives the average.
+
     Args:
         path: run folder or ``.../checkpoints/step-00000120``.
         device: where the parameters go.
@@ -178,8 +196,9 @@ def load_model(
         cuda = torch.device(device).type == "cuda"
         compute_dtype = torch.bfloat16 if cuda else torch.float32
     model = Llama(config.model, config.seed, compute_dtype)
-    state = {"model": get_model_state_dict(model)}
+    part = "model" if config.optimizer.averaging is Averaging.none else "average"
+    state = {part: get_model_state_dict(model)}
     with quiet():
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(state[part])
     return model.to(device).eval(), config

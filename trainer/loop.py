@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import clip_grad_norm_
 
+from trainer.averaging import WeightAverage
 from trainer.checkpoint import (
     Progress,
     checkpoints,
@@ -26,15 +28,16 @@ from trainer.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from trainer.config import Dtype, RuntimeConfig, TrainConfig, to_dict
+from trainer.config import Averaging, Dtype, RuntimeConfig, TrainConfig, to_dict
 from trainer.context_parallel import split_batch
 from trainer.data import BatchLoader, PackedBatch
 from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
 from trainer.evaluation import evaluate_model
+from trainer.guard import StepGuard
 from trainer.mds import MegadocStream, check_same_tokenizer
 from trainer.meter import Meter
 from trainer.model import Llama
-from trainer.optimizer import build_optimizer, learning_rate
+from trainer.optimizer import build_optimizers, set_schedules
 from trainer.plan import Plan, Source, total_steps
 from trainer.run_folder import claimed, write_json
 from trainer.tracking import Tracker
@@ -82,13 +85,17 @@ def train(config: TrainConfig) -> float:
         model.to(ranks.device)
         prepare_blocks(model, config.runtime, ranks.device)
         wrapped = parallelize(model, ranks, config.runtime)
-        optimizer = build_optimizer(model, config.optimizer, config.recipe)
+        optimizers = build_optimizers(model, config.optimizer, config.recipe)
+        average = None
+        if config.optimizer.averaging is not Averaging.none:
+            average = WeightAverage(wrapped, config.optimizer, steps)
 
         # Where an earlier attempt stopped.
         if ranks.is_main:
             cleanup.enter_context(claimed(run_dir, config))
         ranks.barrier()
-        start, seconds_before = resume(run_dir, wrapped, optimizer, plan, streams[0], ranks)
+        before = resume(run_dir, wrapped, optimizers, average, plan, streams[0], ranks)
+        guard = StepGuard(config.optimizer, before.usual_grad_norm, before.accepted_steps)
         loader = BatchLoader(
             plan,
             streams,
@@ -96,7 +103,7 @@ def train(config: TrainConfig) -> float:
             rank=ranks.data_rank,
             world_size=ranks.data_size,
             micro_batch_size=config.data.micro_batch_size,
-            start_step=start,
+            start_step=before.step,
             stop_step=steps,
         )
         stop = StopSignal(ranks)
@@ -104,18 +111,21 @@ def train(config: TrainConfig) -> float:
         evaluate_every = max(1, steps // config.tracking.evaluations)
         save_every = max(1, steps // config.tracking.checkpoints)
 
-        with Tracker(config, run_dir, steps, start, ranks.is_main) as tracker:
-            meter = Meter(config, ranks, plan, streams, start)
+        with Tracker(config, run_dir, steps, before.step, ranks.is_main) as tracker:
+            meter = Meter(config, ranks, plan, streams, before.step)
             for step, micro_batches in loader:
-                rate = learning_rate(step, steps, config.recipe.learning_rate, config.optimizer)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                rate = set_schedules(optimizers, step, steps, config.optimizer, config.recipe)
                 seed_step(config.seed, step, ranks.rank)
                 loss = accumulate_gradients(wrapped, micro_batches, ranks)
                 grad_norm = clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                meter.add(step, loss, grad_norm, micro_batches, loader.waited)
+                taken = guard.accepts(grad_norm, partial(meter.blame, step))
+                for optimizer in optimizers:
+                    if taken:
+                        optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                if average is not None:
+                    average.update(step)
+                meter.add(step, loss, grad_norm, micro_batches, loader.waited, taken)
 
                 done = step + 1
                 log_now = done % config.tracking.log_every == 0 or done == steps
@@ -130,14 +140,19 @@ def train(config: TrainConfig) -> float:
                     scores = evaluate_model(model, validation, config.data, ranks)
                     tracker.log(done, scores.metrics())
                 if save_now or stop_now:
-                    seconds = seconds_before + time.monotonic() - began
                     progress = Progress(
-                        done, plan.hash(), streams[0].manifest.tokenizer_sha256, seconds
+                        done,
+                        plan.hash(),
+                        streams[0].manifest.tokenizer_sha256,
+                        before.seconds + time.monotonic() - began,
+                        guard.usual,
+                        guard.accepted,
                     )
                     save_checkpoint(
                         run_dir,
                         wrapped,
-                        optimizer,
+                        optimizers,
+                        average,
                         progress,
                         ranks,
                         config.tracking.keep_checkpoints,
@@ -147,7 +162,8 @@ def train(config: TrainConfig) -> float:
                         print(f"stopped at step {done} of {steps}; start again to go on")
                     return math.nan
 
-            scores = evaluate_model(model, validation, config.data, ranks)
+            with average.in_place() if average else contextlib.nullcontext():
+                scores = evaluate_model(model, validation, config.data, ranks)
             tracker.log(steps, scores.metrics())
         if ranks.is_main:
             result = {
@@ -156,7 +172,8 @@ def train(config: TrainConfig) -> float:
                 "seed": config.seed,
                 "steps": steps,
                 "parameters": config.model.parameter_count(),
-                "seconds": seconds_before + time.monotonic() - began,
+                "seconds": before.seconds + time.monotonic() - began,
+                "skipped_steps": guard.skipped,
                 "tokens_seen": dict(zip(meter.names, plan.tokens_seen(steps), strict=True)),
                 "epochs_seen": dict(zip(meter.names, plan.epochs_seen(steps), strict=True)),
                 **scores.to_dict(),
@@ -290,15 +307,16 @@ class StopSignal:
 def resume(
     run_dir: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
+    average: WeightAverage | None,
     plan: Plan,
     stream: MegadocStream,
     ranks: Ranks,
-) -> tuple[int, float]:
-    """Load the newest checkpoint; returns the steps done and the seconds they took."""
+) -> Progress:
+    """Load the newest checkpoint, if there is one, and say what was done."""
     found = checkpoints(run_dir)
     if not found:
-        return 0, 0.0
+        return Progress(0, plan.hash(), stream.manifest.tokenizer_sha256, 0.0)
     progress = read_progress(found[-1])
     if progress.tokenizer_sha256 != stream.manifest.tokenizer_sha256:
         raise ValueError(
@@ -310,7 +328,7 @@ def resume(
             f"{found[-1]} was trained in another order of the data: the streams under "
             f"{stream.path.parent} have changed since; use another name=... or rebuild the old ones"
         )
-    load_checkpoint(found[-1], model, optimizer, ranks)
+    load_checkpoint(found[-1], model, optimizers, average, ranks)
     if ranks.is_main:
         print(f"resuming {run_dir} after step {progress.step}", flush=True)
-    return progress.step, progress.seconds
+    return progress
