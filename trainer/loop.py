@@ -22,11 +22,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import (
+    Checkpointer,
     Progress,
     checkpoints,
     load_checkpoint,
     read_progress,
-    save_checkpoint,
 )
 from trainer.config import Averaging, Dtype, RuntimeConfig, TrainConfig, to_dict
 from trainer.context_parallel import split_batch
@@ -41,6 +41,8 @@ from trainer.optimizer import build_optimizers, set_schedules
 from trainer.plan import Plan, Source, total_steps
 from trainer.run_folder import claimed, write_json
 from trainer.tracking import Tracker
+
+FULL = 0.97  # density of the windows below which we say how to raise it
 
 
 def train(config: TrainConfig) -> float:
@@ -96,6 +98,8 @@ def train(config: TrainConfig) -> float:
         ranks.barrier()
         before = resume(run_dir, wrapped, optimizers, average, plan, streams[0], ranks)
         guard = StepGuard(config.optimizer, before.usual_grad_norm, before.accepted_steps)
+        keep = config.tracking.keep_checkpoints
+        saver = Checkpointer(run_dir, wrapped, optimizers, average, ranks, keep)
         loader = BatchLoader(
             plan,
             streams,
@@ -111,7 +115,7 @@ def train(config: TrainConfig) -> float:
         evaluate_every = max(1, steps // config.tracking.evaluations)
         save_every = max(1, steps // config.tracking.checkpoints)
 
-        with Tracker(config, run_dir, steps, before.step, ranks.is_main) as tracker:
+        with Tracker(config, run_dir, steps, before.step, ranks.is_main) as tracker, saver:
             meter = Meter(config, ranks, plan, streams, before.step)
             for step, micro_batches in loader:
                 rate = set_schedules(optimizers, step, steps, config.optimizer, config.recipe)
@@ -148,20 +152,15 @@ def train(config: TrainConfig) -> float:
                         guard.usual,
                         guard.accepted,
                     )
-                    save_checkpoint(
-                        run_dir,
-                        wrapped,
-                        optimizers,
-                        average,
-                        progress,
-                        ranks,
-                        config.tracking.keep_checkpoints,
-                    )
+                    saver.save(progress)
+                elif log_now:
+                    saver.publish_if_written()
                 if stop_now:
                     if ranks.is_main:
                         print(f"stopped at step {done} of {steps}; start again to go on")
                     return math.nan
 
+            saver.finish()
             with average.in_place() if average else contextlib.nullcontext():
                 scores = evaluate_model(model, validation, config.data, ranks)
             tracker.log(steps, scores.metrics())
@@ -214,11 +213,19 @@ def plan_data(config: TrainConfig, streams: list[MegadocStream]) -> Plan:
 
 def describe_data(streams: list[MegadocStream], plan: Plan) -> str:
     """One line a stream: how much there is and how densely its windows are filled."""
-    return "\n".join(
-        f"{stream.manifest.name}: {len(stream):,} samples, {stream.manifest.tokens:,} tokens, "
-        f"windows {density:.1%} full"
-        for stream, density in zip(streams, plan.density(), strict=True)
-    )
+    lines = []
+    for stream, density in zip(streams, plan.density(), strict=True):
+        lines.append(
+            f"{stream.manifest.name}: {len(stream):,} samples, {stream.manifest.tokens:,} tokens, "
+            f"windows {density:.1%} full"
+        )
+        if density < FULL:
+            lines.append(
+                "  Few documents fit together. A longer data.context_length with a smaller "
+                "data.batch_size\n  fills the windows and costs no attention beyond a document; "
+                "data.packing=stream cuts documents instead."
+            )
+    return "\n".join(lines)
 
 
 def model_vocabulary(config: TrainConfig, stream: MegadocStream) -> int:
