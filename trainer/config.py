@@ -130,6 +130,15 @@ class Dtype(enum.Enum):
     bfloat16 = "bfloat16"
 
 
+class Recompute(enum.Enum):
+    """See ``trainer/memory.py``."""
+
+    auto = "auto"  # the cheapest that fits the memory
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 @dataclass
 class RuntimeConfig:
     """The machine's side of a run; nothing here changes what is learnt."""
@@ -140,7 +149,7 @@ class RuntimeConfig:
     parallel: Parallel = Parallel.ddp
     shard_size: int | None = None  # fsdp only: ranks that share one copy of the model; null: all
     context_parallel: int = 1  # ranks that share one window, see trainer/context_parallel.py
-    recompute: bool = False  # recompute every block in the backward pass to save memory
+    recompute: Recompute = Recompute.auto  # what the backward pass computes again
     threads: int | None = None  # CPU threads of one process
 
 

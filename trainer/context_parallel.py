@@ -19,7 +19,7 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 from kernels import varlen_attention
 from trainer.data import PackedBatch
-from trainer.model import Block, Llama
+from trainer.model import Attention, Llama
 
 PER_TOKEN = ("input_ids", "targets", "positions", "target_documents", "target_positions")
 
@@ -105,6 +105,6 @@ def split_batch(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
 
 def apply_context_parallel(model: Llama, group: dist.ProcessGroup) -> None:
     """Let every attention layer of ``model`` work across the ranks of ``group``."""
-    for layer in model.model.layers:
-        assert isinstance(layer, Block)
-        layer.self_attn.attend = ContextParallelAttention(group)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = ContextParallelAttention(group)
