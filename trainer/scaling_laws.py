@@ -132,7 +132,7 @@ class Points:
     """
 
     inputs: np.ndarray
-    losses: Sequence[Sequence[float]]
+    losses: Sequence[Sequence[float]] | np.ndarray
 
     def __post_init__(self) -> None:
         inputs = np.asarray(self.inputs, dtype=np.float64)
