@@ -152,6 +152,7 @@ def train(config: TrainConfig) -> float:
             result = {
                 "name": run_dir.name,
                 "recipe": to_dict(config)["recipe"],
+                "seed": config.seed,
                 "steps": steps,
                 "parameters": config.model.parameter_count(),
                 "seconds": seconds_before + time.monotonic() - began,

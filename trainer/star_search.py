@@ -82,16 +82,16 @@ class StarSearch:
         star = [self.centre, *self.grid.neighbours(self.centre)]
         return [place for place in star if place not in self.losses]
 
-    def record(self, losses: Mapping[Place, float]) -> None:
+    def record(self, losses: Mapping[Place, float | None]) -> None:
         """Add results (infinite: diverged) and move while the centre of a full star is beaten.
 
         Raises:
-            ValueError: a loss is NaN: such a run was stopped or is broken, it proves nothing.
+            ValueError: a loss is missing or NaN: such a run was stopped or is broken.
         """
         for place, loss in losses.items():
-            if math.isnan(loss):
-                raise ValueError(f"the run at {self.grid.values(place)} has no loss (NaN)")
-        self.losses.update(losses)
+            if loss is None or math.isnan(loss):
+                raise ValueError(f"the run at {self.grid.values(place)} has the loss {loss}")
+            self.losses[place] = loss
         while not self.wanted:
             best = min(self.grid.neighbours(self.centre), key=self.losses.__getitem__, default=None)
             if best is None or self.losses[best] >= self.losses[self.centre]:

@@ -84,7 +84,7 @@ def test_what_proves_nothing_is_refused() -> None:
     search = StarSearch(Grid({"lr": [1.0, 2.0]}), (0,))
     with pytest.raises(ValueError, match="not trained yet"):
         search.certificate()
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="the loss nan"):
         search.record({(0,): math.nan})
     search.record({(0,): math.inf, (1,): math.inf})
     with pytest.raises(ValueError, match="diverged"):
@@ -98,7 +98,7 @@ def test_the_sweeper_trains_stars_resumes_and_certifies(corpus_root: Path, tmp_p
         *(f"data.root={corpus_root}", f"output={tmp_path}", "runtime.threads=1"),
         *("data.context_length=64", "data.batch_size=64", "tracking.tensorboard=false"),
         *("tracking.log_every=1", "tracking.evaluations=1", "tracking.checkpoints=1"),
-        *("recipe=simple,stitched", "recipe.generations=2", "recipe.weight_decay=0.4,0.8"),
+        *("recipe=simple", "recipe.generations=2", "recipe.weight_decay=0.4,0.8"),
         *("recipe.learning_rate=3e-3,1e30", "recipe.mixing_fraction=0.5,0.75"),
         *("recipe.epochs=1,2",),
     ]
@@ -108,18 +108,16 @@ def test_the_sweeper_trains_stars_resumes_and_certifies(corpus_root: Path, tmp_p
     assert "Traceback" not in wrong.stderr
     command[command.index("recipe.epochs=1,2")] = "recipe.epochs=4,8"
     done = run_script(*command)
-    assert "star search: 10 runs wanted, 0 of them finished already" in done.stdout
-    assert done.stdout.count("recipe.learning_rate=1e+30: diverged") == 2
-    certificates = [json.loads(path.read_text()) for path in (tmp_path / "star").iterdir()]
-    assert {word for one in certificates for word in one["study"] if "recipe=" in word} == {
-        "recipe=simple",
-        "recipe=stitched",
-    }
-    for certificate in certificates:
-        losses = [other["loss"] for other in certificate["neighbours"] if other["loss"]]
-        assert min(losses) >= certificate["loss"]
+    assert "star search: 5 runs wanted, 0 of them finished already" in done.stdout
+    assert done.stdout.count("recipe.learning_rate=1e+30: diverged") == 1
+    (path,) = (tmp_path / "star").iterdir()
+    certificate = json.loads(path.read_text())
+    assert "recipe=simple" in certificate["study"]
+    losses = [other["loss"] for other in certificate["neighbours"] if other["loss"]]
+    assert len(losses) == 3
+    assert min(losses) > certificate["loss"]
     again = run_script(*command)
-    assert "8 of them finished already" in again.stdout  # only the diverged ones run again
+    assert "5 of them finished already" in again.stdout
     assert [line for line in again.stdout.splitlines() if line.startswith("loss ")] == [
         line for line in done.stdout.splitlines() if line.startswith("loss ")
     ]

@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -90,28 +90,19 @@ class StarSweeper(Sweeper):
             wanted = [(study, place) for study in studies for place in study.search.wanted]
             if not wanted:
                 break
-            missing = [pair for pair in wanted if self.finished_loss(pair[0].job(pair[1])) is None]
+            missing = [pair for pair in wanted if self.outcome(pair[0].job(pair[1])) is None]
             print(
                 f"star search: {len(wanted)} runs wanted, {len(wanted) - len(missing)} of them "
                 "finished already",
                 flush=True,
             )
             batch = [study.job(place) for study, place in missing]
-            returns = self.pool.launch(batch, initial_job_idx=jobs) if batch else []
+            self.launch(batch, jobs)
             jobs += len(batch)
-            diverged = [
-                pair
-                for pair, job in zip(missing, returns, strict=True)
-                if self.has_diverged(pair[0].job(pair[1]), job)
-            ]
             for study in studies:
-                results = {}
-                for other, place in wanted:
-                    if other is study:
-                        loss = self.finished_loss(study.job(place))
-                        results[place] = math.inf if (study, place) in diverged else loss
-                if results:
-                    study.search.record(results)  # type: ignore[arg-type]
+                study.search.record(
+                    {place: self.outcome(study.job(place)) for place in study.search.wanted}
+                )
         return [self.certify(study) for study in studies]
 
     def studies(self, arguments: list[str]) -> list[Study]:
@@ -142,7 +133,9 @@ class StarSweeper(Sweeper):
         for axis, value in centre.items():
             if not isinstance(value, int | float):
                 raise ValueError(f"the axis {axis} is {value!r} in the config, not a number")
-        fixed = [one for one in overrides if one.partition("=")[0] not in grid.axes]
+        # A run is no search itself, and its axes are set by the search.
+        dropped = {"sweep", *grid.axes}
+        fixed = [one for one in overrides if one.partition("=")[0] not in dropped]
         return Study(fixed, StarSearch(grid, grid.place(centre)))
 
     def compose(self, overrides: list[str]) -> DictConfig:
@@ -152,28 +145,35 @@ class StarSweeper(Sweeper):
             del config["hydra"]
         return config
 
-    def finished_loss(self, overrides: list[str]) -> float | None:
-        """The loss in the run's folder; None where the run is not finished."""
-        config = OmegaConf.to_object(self.compose(overrides))
-        assert isinstance(config, TrainConfig)
-        path = config.run_dir() / "result.json"
-        return json.loads(path.read_text())["loss"]["iid"] if path.exists() else None
-
-    def has_diverged(self, overrides: list[str], job: JobReturn) -> bool:
-        """Whether a run that was launched ended with an infinite loss.
+    def launch(self, batch: list[list[str]], first: int) -> None:
+        """Run ``batch`` to its end; diverged runs are results, other failures are not.
 
         Raises:
-            RuntimeError: it ended with neither a result nor a loss.
+            RuntimeError: a run ended with neither a result nor a diverged loss.
         """
-        if self.finished_loss(overrides) is not None:
-            return False
-        if job.status is JobStatus.COMPLETED and job.return_value == math.inf:
-            return True
-        reason = job._return_value if job.status is JobStatus.FAILED else "it wrote no result.json"
-        raise RuntimeError(
-            f"the run {' '.join(overrides)} failed: {reason}. Finished runs are kept; mend it and "
-            "start the same command again"
-        )
+        failure: object = "it ended without result.json"
+        try:
+            if batch:
+                for job in self.pool.launch(batch, initial_job_idx=first):
+                    if job.status is JobStatus.FAILED:
+                        failure = job._return_value
+        except RuntimeError as error:  # a launcher that raises once all jobs have ended
+            failure = error
+        for overrides in batch:
+            if self.outcome(overrides) is None:
+                raise RuntimeError(
+                    f"the run {' '.join(overrides)} failed: {failure}. Finished runs are kept; "
+                    "mend it and start the same command again"
+                )
+
+    def outcome(self, overrides: list[str]) -> float | None:
+        """The loss in the run's folder, infinite where it diverged; None where nothing is there."""
+        config = OmegaConf.to_object(self.compose(overrides))
+        assert isinstance(config, TrainConfig)
+        result = config.run_dir() / "result.json"
+        if result.exists():
+            return json.loads(result.read_text())["loss"]["iid"]
+        return math.inf if (config.run_dir() / "diverged.txt").exists() else None
 
     def certify(self, study: Study) -> dict[str, Any]:
         """Print the certificate and write it beside the runs."""
