@@ -156,6 +156,8 @@ def train(config: TrainConfig) -> float:
                 "steps": steps,
                 "parameters": config.model.parameter_count(),
                 "seconds": seconds_before + time.monotonic() - began,
+                "processes": ranks.world_size,
+                "device": ranks.device.type,
                 "tokens_seen": dict(zip(meter.names, plan.tokens_seen(steps), strict=True)),
                 "epochs_seen": dict(zip(meter.names, plan.epochs_seen(steps), strict=True)),
                 **scores.to_dict(),
