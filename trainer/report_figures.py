@@ -11,10 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer import paper
-from trainer.report_page import Drawing, Missing, colour, legend, log_ticks, marker, new_figure
+from trainer.report_page import (
+    Drawing,
+    Missing,
+    colour,
+    legend,
+    line_style,
+    log_ticks,
+    marker,
+    new_figure,
+)
 from trainer.report_runs import Group, Run, Study, best_by
 
 SET_NAMES = {"iid": "i.i.d. documents", "short": "short documents", "long": "long documents"}
+BARS = "The axis of the bars does not start at zero."
 
 
 def recipe_figures(study: Study) -> list[Drawing | Missing]:
@@ -164,8 +174,7 @@ def by_axis(study: Study, axis: str, label: str) -> Drawing | Missing:
         return Missing(title, f"no recipe was trained with two values of recipe.{axis}")
     published = paper.BY_EPOCHS if axis == "epochs" else {}
     figure, axes = new_figure(label, panels=2 if published else 1)
-    styles = ["-", "--", ":", "-."]
-    for place, ((kind, generations), points) in enumerate(lines.items()):
+    for (kind, generations), points in lines.items():
         for group in recipes[kind, generations]:
             value = getattr(group.first.config.recipe, axis)
             axes[0].plot(value, group.mean(), ".", color=colour(kind), alpha=0.3)
@@ -173,18 +182,18 @@ def by_axis(study: Study, axis: str, label: str) -> Drawing | Missing:
             list(points),
             [group.mean() for group in points.values()],
             marker="o",
-            linestyle=styles[place % len(styles)],
+            linestyle=line_style(kind, generations),
             color=colour(kind),
             label=f"{kind} G={generations}" if generations else kind,
         )
     if axis == "epochs":
         log_ticks(axes[0], [value for points in lines.values() for value in points])
-    for place, ((kind, generations), losses) in enumerate(published.items()):
+    for (kind, generations), losses in published.items():
         axes[1].plot(
             list(losses),
             list(losses.values()),
             marker="o",
-            linestyle=styles[place % len(styles)],
+            linestyle=line_style(kind, generations),
             color=colour(kind),
             label=f"{kind} G={generations}",
         )
@@ -236,7 +245,7 @@ def order_bars(study: Study) -> Drawing | Missing:
     shown = generations if generations in paper.ORDER else 8
     axes[1].set_title(f"published, 300M, G = {shown}", fontsize="medium")
     rows = [row(group) for group in groups.values()]
-    return Drawing("order", title, figure, rows, [describe_setting(study)])
+    return Drawing("order", title, figure, rows, [BARS, describe_setting(study)])
 
 
 def mask_bars(study: Study) -> Drawing | Missing:
@@ -273,7 +282,7 @@ def mask_bars(study: Study) -> Drawing | Missing:
         "first token; under the other masks it does not."
     )
     rows = [row(group) for group in flat.values()]
-    return Drawing("masks", title, figure, rows, [note, describe_setting(study)])
+    return Drawing("masks", title, figure, rows, [BARS, note, describe_setting(study)])
 
 
 def no_separate_real(study: Study) -> Drawing | Missing:
@@ -300,7 +309,7 @@ def no_separate_real(study: Study) -> Drawing | Missing:
     bars(axes[0], pairs)
     published_bars(axes[1], paper.NO_SEPARATE_REAL, ["stitched"] * 2)
     rows = [row(group) for group in pairs.values()]
-    return Drawing("no-separate-real", title, figure, rows)
+    return Drawing("no-separate-real", title, figure, rows, [BARS])
 
 
 def by_context(study: Study) -> Drawing | Missing:
@@ -350,7 +359,9 @@ def by_position(study: Study) -> Drawing | Missing:
         ]
         if not positions:
             return Missing(title, f"{run.path} has no loss by position")
-        axes.plot(positions, losses, marker=".", color=colour(run.kind), label=label_of(run))
+        style = line_style(run.kind, run.generations)
+        shade = colour(run.kind)
+        axes.plot(positions, losses, ".", linestyle=style, color=shade, label=label_of(run))
         rows += [
             {**row(group), "position": place, "loss": loss}
             for place, loss in zip(positions, losses, strict=True)

@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,14 @@ def new_figure(
 
 
 def colour(kind: str) -> str:
-    return COLOURS.get(kind.replace(" ", "-").partition("-")[0], "#aa3377")
+    return COLOURS.get(re.split(r"[-\s]", kind)[0], "#aa3377")
+
+
+def line_style(kind: str, generations: int) -> Any:
+    """Variants are dotted; the more generations the longer the dashes."""
+    if "-" in kind or " " in kind:
+        return ":"
+    return (0, (generations, 2)) if generations else "-"
 
 
 def marker(kind: str) -> str:
