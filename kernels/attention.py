@@ -88,18 +88,18 @@ def varlen_attention(
     """
     check_shapes(q, k, v, cu_seqlens, cu_seqlens_k)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    same_borders = cu_seqlens_k is None and softcap == 0 and not return_lse
-    plain = same_borders and window is None
+    flashable = softcap == 0 and not return_lse
+    plain = flashable and cu_seqlens_k is None and window is None
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if backend == "auto":
-        backend = "flash" if half and same_borders else "torch" if plain else "reference"
+        backend = "flash" if half and flashable else "torch" if plain else "reference"
     if backend == "flash":
-        if not (half and same_borders):
+        if not (half and flashable):
             raise ValueError(
                 f"backend='flash' needs float16 or bfloat16 on CUDA (got {q.dtype} on {q.device}) "
-                "and has no cu_seqlens_k, softcap or return_lse; use backend='reference'"
+                "and has no softcap or return_lse; use backend='reference'"
             )
-        return flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window)
+        return flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, cu_seqlens_k)
     if backend == "torch":
         if not plain:
             raise ValueError(

@@ -21,6 +21,7 @@ def flash_attention(
     max_seqlen: int,
     scale: float,
     window: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Causal attention inside each segment.
 
@@ -35,12 +36,15 @@ def flash_attention(
         max_seqlen: upper bound of the segment lengths.
         scale: factor of the scores.
         window: keys a query sees, itself included; None for all.
+        cu_seqlens_k: borders of the keys where they differ; causality is aligned at segment ends.
 
     Returns:
         ``[T, Hq, Dh]``.
     """
     inside = (torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1])[:, None, None]
-    q, k, v = (torch.where(inside, x, 0) for x in (q, k, v))
+    borders_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    inside_k = (torch.arange(k.shape[0], device=k.device) < borders_k[-1])[:, None, None]
+    q, k, v = torch.where(inside, q, 0), torch.where(inside_k, k, 0), torch.where(inside_k, v, 0)
     if not HAS_GQA:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -51,7 +55,7 @@ def flash_attention(
         k,
         v,
         cu_seqlens,
-        cu_seqlens,
+        borders_k,
         max_seqlen,
         max_seqlen,
         scale=scale,

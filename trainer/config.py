@@ -83,18 +83,48 @@ class ScheduleKind(enum.Enum):
     wsd = "wsd"  # warm up, hold, decay linearly
 
 
+class OptimizerKind(enum.Enum):
+    adamw = "adamw"
+    muon = "muon"  # Muon for the matrices inside the blocks, AdamW for the rest
+
+
+class DecaySchedule(enum.Enum):
+    constant = "constant"
+    linear = "linear"  # falls to 0 at the end of the run
+
+
+class Averaging(enum.Enum):
+    none = "none"
+    ema = "ema"
+    swa = "swa"
+
+
+class BadStep(enum.Enum):
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass
 class OptimizerConfig:
-    """AdamW and the learning-rate schedule (the paper's values)."""
+    """Optimiser and schedules (defaults: the paper's), averages of the weights, bad steps."""
 
+    kind: OptimizerKind = OptimizerKind.adamw
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    muon_momentum: float = 0.95
     clip_norm: float = 1.0
     schedule: ScheduleKind = ScheduleKind.cosine
     warmup_fraction: float = 0.01
     decay_fraction: float = 0.2  # wsd only: share of the steps in the final decay
     min_ratio: float = 0.0  # learning rate at the end, as a share of the peak
+    weight_decay_schedule: DecaySchedule = DecaySchedule.constant
+    decay_embeddings: bool = False  # the paper exempts the input embedding
+    averaging: Averaging = Averaging.none  # what is evaluated and exported at the end
+    ema_decay: float = 0.999
+    swa_fraction: float = 0.25  # share of the steps, the last ones, whose weights are averaged
+    on_bad_step: BadStep = BadStep.stop  # gradient not finite, or a spike
+    spike_factor: float | None = None  # a norm above this multiple of the usual one is a spike
 
 
 class Parallel(enum.Enum):
@@ -116,6 +146,8 @@ class RuntimeConfig:
     dtype: Dtype = Dtype.auto
     compile: bool | None = None  # torch.compile the blocks; null: on CUDA only
     parallel: Parallel = Parallel.ddp
+    shard_size: int | None = None  # fsdp only: ranks that share one copy of the model; null: all
+    context_parallel: int = 1  # ranks that share one window, see trainer/context_parallel.py
     recompute: bool = False  # recompute every block in the backward pass to save memory
     threads: int | None = None  # CPU threads of one process
 
@@ -182,9 +214,20 @@ class TrainConfig:
             ("tracking.evaluations", self.tracking.evaluations),
             ("tracking.checkpoints", self.tracking.checkpoints),
             ("tracking.keep_checkpoints", self.tracking.keep_checkpoints),
+            ("runtime.context_parallel", self.runtime.context_parallel),
         ):
             if value <= 0:
                 raise ValueError(f"{name}={value} must be above 0")
+        for name, value in (
+            ("optimizer.ema_decay", self.optimizer.ema_decay),
+            ("optimizer.swa_fraction", self.optimizer.swa_fraction),
+        ):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name}={value} must be in (0, 1]")
+        if self.optimizer.spike_factor is not None and self.optimizer.spike_factor <= 1:
+            raise ValueError(
+                f"optimizer.spike_factor={self.optimizer.spike_factor} must be above 1"
+            )
         if recipe.weight_decay < 0:
             raise ValueError(f"recipe.weight_decay={recipe.weight_decay} must not be negative")
 

@@ -7,6 +7,7 @@ Face's Llama, which makes export a plain dump.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,7 @@ class Attention(nn.Module):
         super().__init__()
         kv_size = config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
+        self.attend: Callable[..., Tensor] = varlen_attention  # trainer/context_parallel.py's too
         self.q_proj = Linear(config.hidden_size, config.hidden_size)
         self.k_proj = Linear(config.hidden_size, kv_size)
         self.v_proj = Linear(config.hidden_size, kv_size)
@@ -115,7 +117,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = varlen_attention(q, k, v, cu_seqlens, max_seqlen)
+        out = self.attend(q, k, v, cu_seqlens, max_seqlen)
         return self.o_proj(out.flatten(1))
 
 
