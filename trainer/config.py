@@ -60,6 +60,14 @@ class RecipeConfig:
     epochs: float = 16.0  # E: passes over the base stream
     learning_rate: float = 3e-3
     weight_decay: float = 1.6
+    max_generations: int | None = None  # a smaller scale's cap on generations
+
+    @property
+    def used_generations(self) -> int:
+        """G of the stream that is read; 0 for real only."""
+        if self.stream is None:
+            return 0
+        return min(self.generations, self.max_generations or self.generations)
 
     @property
     def synthetic(self) -> str | None:
@@ -67,7 +75,7 @@ class RecipeConfig:
         if self.stream is None:
             return None
         kind, _, variant = self.stream.partition("-")
-        return "-".join(part for part in (kind, f"g{self.generations}", variant) if part)
+        return "-".join(part for part in (kind, f"g{self.used_generations}", variant) if part)
 
 
 class ScheduleKind(enum.Enum):
@@ -205,6 +213,8 @@ class TrainConfig:
                 f"recipe.generations={recipe.generations} must be at least 1 for the "
                 f"{recipe.stream} stream"
             )
+        if recipe.max_generations is not None and recipe.max_generations < 1:
+            raise ValueError(f"recipe.max_generations={recipe.max_generations} must be at least 1")
         for name, value in (
             ("recipe.epochs", recipe.epochs),
             ("recipe.learning_rate", recipe.learning_rate),
@@ -239,6 +249,8 @@ class TrainConfig:
         learnt = to_dict(self)
         for key in ("runtime", "tracking", "output", "name"):
             learnt.pop(key)
+        learnt["recipe"]["generations"] = self.recipe.used_generations
+        learnt["recipe"].pop("max_generations")
         learnt["data"].pop("micro_batch_size")
         learnt["data"].pop("cache")
         return hashlib.sha256(json.dumps(learnt, sort_keys=True).encode()).hexdigest()[:8]

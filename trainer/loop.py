@@ -180,6 +180,8 @@ def train(config: TrainConfig) -> float:
                 "steps": steps,
                 "parameters": config.model.parameter_count(),
                 "seconds": before.seconds + time.monotonic() - began,
+                "processes": ranks.world_size,
+                "device": ranks.device.type,
                 "skipped_steps": guard.skipped,
                 "tokens_seen": dict(zip(meter.names, plan.tokens_seen(steps), strict=True)),
                 "epochs_seen": dict(zip(meter.names, plan.epochs_seen(steps), strict=True)),
