@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from gen.corpus import CorpusConfig, Document, build_documents, load_split
 from gen.generation import run_job
 from gen.prompts import MethodConfig
+from gen.quality import QualityConfig
 from gen.servers import GeneratorConfig, serving
 from gen.store import GenerationStore
 from gen.streams import StreamConfig, build_stream
@@ -31,6 +32,7 @@ class GenerateConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     streams: StreamConfig = field(default_factory=StreamConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
 
 
 def generate(config: GenerateConfig) -> None:
@@ -42,6 +44,7 @@ def generate(config: GenerateConfig) -> None:
         return print(status(root))
     config.method.check()
     config.generator.check()
+    config.quality.check()
     corpus = prepare_corpus(config, root)
     if config.task in ("all", "generate"):
         statistics = run_job(
@@ -122,6 +125,7 @@ def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
             corpus.tokenizer,
             corpus.vocabulary,
             config.streams,
+            config.quality,
             root,
         )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -30,10 +31,12 @@ from gen.megadocs import (
     simple,
     stitched,
 )
+from gen.quality import QualityConfig, gates, select, strip_preamble
+from gen.quality_table import columns_of, quality_table
 from gen.store import GenerationStore
 from gen.tokenizer import TokenizerManifest, encode
 
-FORMAT = 1  # of the samples and the manifest; a change rebuilds the streams
+FORMAT = 2  # of the samples and the manifest; a change rebuilds the streams
 COLUMNS = {
     "id": "str",
     "tokens": "ndarray:uint32",
@@ -78,6 +81,7 @@ def build_stream(
     tokenizer: Tokenizer,
     vocabulary: TokenizerManifest,
     config: StreamConfig,
+    quality: QualityConfig,
     root: Path,
 ) -> dict[str, Any]:
     """Write ``root/streams/<name>`` unless it is current.
@@ -90,6 +94,7 @@ def build_stream(
         tokenizer: of the corpus.
         vocabulary: its manifest.
         config: separators, order, shards.
+        quality: which generations are left out.
         root: corpus folder.
 
     Returns:
@@ -116,6 +121,7 @@ def build_stream(
         "documents": documents_hash,
         "tokenizer_sha256": vocabulary.sha256,
         "generated": store.fingerprint() if store else None,
+        "quality": {**asdict(quality), "processes": None} if store else None,
     }
     config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     if (folder / "manifest.json").exists():
@@ -123,14 +129,20 @@ def build_stream(
         if manifest["config_hash"] == config_hash:
             print(f"{folder}: up to date", flush=True)
             return manifest
-    megadocs = assemble(kind, generations, documents, store, tokenizer, config)
+    judged: dict[str, Any] = {}
     try:
+        chosen = None
+        if store is not None:
+            chosen = Generations(store.read(), documents, generations, str(store.folder))
+            judged = select_generations(chosen, store, documents, documents_hash, quality)
+        megadocs = assemble(kind, documents, chosen, tokenizer, config)
         with replace_folder(folder) as unfinished:
             statistics = write_shards(megadocs, unfinished, tokenizer, vocabulary, config, name)
             manifest = {
                 **identity,
                 "name": name,
                 **statistics,
+                "judged": judged,
                 "vocab_size": vocabulary.vocab_size,
                 "eos_id": vocabulary.eos_id,
                 "members_are_documents": kind != "latent",
@@ -144,24 +156,57 @@ def build_stream(
         ) from error
     print(
         f"{folder}: {manifest['samples']} samples, {manifest['tokens']:,} tokens "
-        f"({manifest['synthetic_tokens']:,} synthetic)",
+        f"({manifest['synthetic_tokens']:,} synthetic){describe_judged(judged)}",
         flush=True,
     )
     return manifest
 
 
+def select_generations(
+    generations: Generations,
+    store: GenerationStore,
+    documents: list[Document],
+    documents_hash: str,
+    quality: QualityConfig,
+) -> dict[str, Any]:
+    """Drop what the quality gates say from ``generations``; returns the counts for the manifest."""
+    table = quality_table(store, documents, documents_hash, quality.processes)
+    columns = columns_of(table.filter(pc.less(table["index"], generations.count)))
+    failed = gates(columns, quality)
+    selection = select(failed, quality)
+    strip = quality.preamble == "strip"
+    generations.select(selection.kept, strip_preamble if strip else None)
+    return {
+        "generations": len(selection.kept),
+        "kept": int(selection.kept.sum()),
+        "failed": selection.failed,
+        "dropped": selection.dropped,
+        "stripped": int((failed["preamble"] & selection.kept).sum()) if strip else 0,
+    }
+
+
+def describe_judged(judged: dict[str, Any]) -> str:
+    """What the quality gates found, for the line about a stream."""
+    if not judged:
+        return ""
+    found = [f"{count:,} {gate}" for gate, count in judged["failed"].items() if count]
+    left_out = judged["generations"] - judged["kept"]
+    return (
+        f"; of {judged['generations']:,} generations {left_out:,} left out; "
+        f"gates: {', '.join(found) or 'none failed'}"
+    )
+
+
 def assemble(
     kind: str,
-    count: int,
     documents: list[Document],
-    store: GenerationStore | None,
+    generations: Generations | None,
     tokenizer: Tokenizer,
     config: StreamConfig,
 ) -> Iterator[Megadoc]:
     """The megadocs of a stream in their stored order."""
-    if store is None:
+    if generations is None:
         return real_documents(documents)
-    generations = Generations(store.read(), documents, count, str(store.folder))
     if kind == "simple":
         return simple(documents, generations, config.real_document != "absent", config.shuffle_seed)
     if kind == "stitched":

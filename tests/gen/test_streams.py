@@ -14,6 +14,7 @@ import pytest
 from streaming import LocalDataset
 
 from gen.corpus import Document
+from gen.quality import QualityConfig
 from gen.store import Generation, GenerationStore
 from gen.streams import StreamConfig, build_stream, stream_name
 from gen.tokenizer import TokenizerConfig, build_tokenizer, encode
@@ -40,8 +41,12 @@ def root(tmp_path: Path) -> Path:
 
 def build(root: Path, kind: str, generations: int = 2, **options: object) -> dict:
     tokenizer, vocabulary = build_tokenizer(TokenizerConfig(vocab_size=320), root, [])
+    quality = options.pop("quality", QualityConfig())
     config = StreamConfig(**options)  # type: ignore[arg-type]
-    return build_stream(kind, generations, DOCUMENTS, "h", tokenizer, vocabulary, config, root)
+    assert isinstance(quality, QualityConfig)
+    return build_stream(
+        kind, generations, DOCUMENTS, "h", tokenizer, vocabulary, config, quality, root
+    )
 
 
 @pytest.mark.parametrize("kind", ["real", "simple", "stitched", "latent"])
