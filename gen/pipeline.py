@@ -12,20 +12,20 @@ from tokenizers import Tokenizer
 from gen.corpus import CorpusConfig, Document, build_documents, load_split
 from gen.generation import run_job
 from gen.prompts import MethodConfig
-from gen.quality import QualityConfig
+from gen.quality import QualityConfig, ReportConfig
 from gen.servers import GeneratorConfig, serving
 from gen.store import GenerationStore
 from gen.streams import StreamConfig, build_stream
 from gen.tokenizer import TokenizerConfig, TokenizerManifest, build_tokenizer, cut_to_tokens, encode
 
-TASKS = ("all", "corpus", "generate", "streams", "status")
+TASKS = ("all", "corpus", "generate", "streams", "status", "report")
 
 
 @dataclass
 class GenerateConfig:
     """Everything ``generate.py`` can be told."""
 
-    task: str = "all"  # all, corpus, generate, streams or status
+    task: str = "all"  # all, corpus, generate, streams, status or report
     root: str = "data/pydoc"  # corpus folder
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -33,6 +33,7 @@ class GenerateConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     streams: StreamConfig = field(default_factory=StreamConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
 
 def generate(config: GenerateConfig) -> None:
@@ -43,8 +44,10 @@ def generate(config: GenerateConfig) -> None:
     if config.task == "status":
         return print(status(root))
     config.method.check()
-    config.generator.check()
     config.quality.check()
+    if config.task == "report":
+        return print(quality_report(config, root))
+    config.generator.check()
     corpus = prepare_corpus(config, root)
     if config.task in ("all", "generate"):
         statistics = run_job(
@@ -114,14 +117,11 @@ def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
     """``real``, ``val`` and the synthetic streams that the method's generations allow."""
 
     def build(kind: str, generations: int, documents: list[Document]) -> dict[str, Any]:
-        content = hashlib.sha256()
-        for document in documents:
-            content.update(f"{document.id}\0{document.text}\0".encode())
         return build_stream(
             kind,
             generations,
             documents,
-            content.hexdigest()[:16],
+            hash_of(documents),
             corpus.tokenizer,
             corpus.vocabulary,
             config.streams,
@@ -137,6 +137,31 @@ def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
     for generations in config.streams.generations or [config.method.generations]:
         build("simple", generations, corpus.train)
         build("stitched", generations, corpus.train)
+
+
+def hash_of(documents: list[Document]) -> str:
+    """Identity of documents and their order."""
+    content = hashlib.sha256()
+    for document in documents:
+        content.update(f"{document.id}\0{document.text}\0".encode())
+    return content.hexdigest()[:16]
+
+
+def quality_report(config: GenerateConfig, root: Path) -> str:
+    """Write ``root/reports/<store>.html`` about the method's generations; returns its table.
+
+    Raises:
+        FileNotFoundError: there are no documents or no generations yet.
+    """
+    from gen.quality_report import write_quality_report  # takes a second to import
+
+    documents = list(load_split(root, "train"))
+    store = GenerationStore.of_method(root, config.method.name, config.method.generations)
+    path = root / "reports" / f"{store.folder.name}.html"
+    table = write_quality_report(
+        store, documents, hash_of(documents), config.quality, config.report, path
+    )
+    return f"{table}\n\nreport: {path}"
 
 
 def describe(method: MethodConfig, statistics: dict[str, Any]) -> str:

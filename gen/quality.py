@@ -93,6 +93,16 @@ class QualityConfig:
                 raise ValueError(f"quality.{name}={getattr(self, name)} must be in [0, 1]")
 
 
+@dataclass
+class ReportConfig:
+    """What the quality report shows."""
+
+    samples: int = 10  # documents, drawn at random, beside their generations
+    siblings: int = 4  # generations shown of each
+    examples: int = 3  # generations shown of each gate
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class Measures:
     """Measures of one generation, the columns of a quality table."""

@@ -23,6 +23,8 @@ def test_from_documents_to_a_report(corpus_root: Path, tmp_path: Path) -> None:
     status = run_script("generate.py", "status", f"root={corpus_root}")
     assert "generations/rephrase: " in status.stdout
     assert "generations/latent-g2: " in status.stdout
+    quality = run_script("generate.py", "report", f"root={corpus_root}")
+    assert f"report: {corpus_root}/reports/rephrase.html" in quality.stdout
 
     options = [*TRAINING, f"data.root={corpus_root}", f"output={tmp_path}"]
     run_script("train.py", "--multirun", *options, "recipe=real,simple,stitched,latent")

@@ -10,7 +10,16 @@ from streaming import LocalDataset
 
 from gen.corpus import Document
 from gen.language import other_language
-from gen.quality import GATES, QualityConfig, gates, measure, select, strip_preamble
+from gen.quality import (
+    GATES,
+    QualityConfig,
+    ReportConfig,
+    gates,
+    measure,
+    select,
+    strip_preamble,
+)
+from gen.quality_report import write_quality_report
 from gen.quality_table import columns_of, quality_table
 from gen.store import Generation, GenerationStore
 from gen.streams import StreamConfig, build_stream
@@ -295,3 +304,34 @@ def test_processes_measure_the_same(root: Path) -> None:
 def test_the_manifest_on_disk_has_the_counts(root: Path) -> None:
     manifest = build(root, "stitched", STRICT)
     assert json.loads((root / "streams/stitched-g2/manifest.json").read_text()) == manifest
+
+
+def test_the_report_shows_counts_samples_and_examples(root: Path) -> None:
+    store = GenerationStore.of_method(root, "rephrase", 2)
+    path = root / "reports" / "rephrase.html"
+    documents = [*DOCUMENTS, Document("<script>", "never rewritten")]
+    text = write_quality_report(store, documents, "h", STRICT, ReportConfig(), path)
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
+    assert rows["copy"] == ["2", "16.67%", "drop", "1"]
+    assert rows["kept"] == ["7", "58.33%", "5"]
+    page = path.read_text()
+    assert page.count("data:image/png;base64,") == 7
+    assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
+    assert "12 generations of 6 of 7 training\ndocuments" in page
+    assert "I&#x27;m sorry, but I cannot rewrite this." in page
+    assert page.count('<span class="badge">refusal</span>') == 2  # as a sample, as an example
+    again = root / "again.html"
+    write_quality_report(store, documents, "h", STRICT, ReportConfig(), again)
+    assert again.read_text() == page
+
+
+def test_a_report_needs_generations_of_these_documents(root: Path) -> None:
+    store = GenerationStore.of_method(root, "rephrase", 2)
+    with pytest.raises(ValueError, match="holds no generation of these documents"):
+        write_quality_report(
+            store, [Document("x", "y")], "z", STRICT, ReportConfig(), root / "r.html"
+        )
+    with pytest.raises(FileNotFoundError, match="holds no generations"):
+        write_quality_report(
+            GenerationStore(root / "none"), DOCUMENTS, "h", STRICT, ReportConfig(), root / "r.html"
+        )
