@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+from gen.routing import Routing
+
+RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 504}
+UNAVAILABLE = 503  # still loading, or its queue is full: not this request's fault
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 
@@ -37,8 +39,11 @@ class Completion:
 class ChatClient:
     """Keeps connections open, retries what may pass, sends a document always to one server.
 
+    A server that refuses connections or is unavailable costs a request no attempt: it goes to
+    another server, or waits until one is back.
+
     Args:
-        urls: servers that serve the same model; a document sticks to one by its hash.
+        routing: the servers and what is known of them.
         model: the model's name as the servers know it.
         concurrency: requests in flight.
         timeout: seconds until a request counts as lost.
@@ -48,14 +53,14 @@ class ChatClient:
 
     def __init__(
         self,
-        urls: list[str],
+        routing: Routing,
         model: str,
         concurrency: int,
         timeout: float,
         attempts: int,
         api_key: str | None = None,
     ) -> None:
-        self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
+        self.routing = routing
         self.model = model
         self.attempts = attempts
         self.retries = 0
@@ -71,13 +76,9 @@ class ChatClient:
     async def __aexit__(self, *_: object) -> None:
         await self.http.aclose()
 
-    def server_of(self, document_id: str) -> str:
-        """The server that has this document's prompt in its cache."""
-        return self.urls[zlib.crc32(document_id.encode()) % len(self.urls)]
-
     async def chat(
         self,
-        server: str,
+        document_id: str,
         messages: list[dict[str, str]],
         *,
         max_tokens: int,
@@ -90,6 +91,7 @@ class ChatClient:
         Raises:
             PromptTooLong: the prompt does not fit; trying again would not help.
             GenerationFailed: every attempt failed; says how.
+            ServersLost: no server is left.
         """
         body = {
             "model": self.model,
@@ -100,45 +102,68 @@ class ChatClient:
             "seed": seed,
             "stream": False,
         }
-        return completion_of(await self.post(f"{server}/v1/chat/completions", body, is_answer))
+        return completion_of(await self.post(document_id, "/v1/chat/completions", body, is_answer))
 
-    async def count_tokens(self, server: str, text: str) -> int:
+    async def count_tokens(self, document_id: str, text: str) -> int:
         """Length of ``text`` in the server's tokens (llama.cpp and SGLang both have /tokenize)."""
         body = {"model": self.model, "content": text, "prompt": text}
-        answer = await self.post(f"{server}/tokenize", body, lambda found: "tokens" in found)
+        answer = await self.post(document_id, "/tokenize", body, lambda found: "tokens" in found)
         return len(answer["tokens"])
 
     async def post(
-        self, url: str, body: dict[str, Any], usable: Callable[[dict[str, Any]], bool]
+        self,
+        document_id: str,
+        path: str,
+        body: dict[str, Any],
+        usable: Callable[[dict[str, Any]], bool],
     ) -> dict[str, Any]:
         """POST until the answer is usable; pauses grow twofold, with jitter."""
-        problem = "no attempt"
-        for attempt in range(self.attempts):
-            if attempt:
+        problem, attempt, url = "no attempt", 0, path
+        while attempt < self.attempts:
+            server = await self.routing.server_for(document_id)
+            url = server + path
+            try:
+                response = await self.http.post(url, json=body)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                self.routing.down(server, f"{type(error).__name__}: {error}")
+                continue
+            except httpx.HTTPError as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if response.status_code == UNAVAILABLE:
+                    self.routing.down(server, f"HTTP 503: {response.text[:200]}")
+                    continue
+                self.routing.up(server)
+                answer, problem = read_answer(url, response)
+                if answer is not None and usable(answer):
+                    return answer
+            attempt += 1
+            if attempt < self.attempts:
                 self.retries += 1
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-            try:
-                response = await self.http.post(url, json=body)
-            except httpx.HTTPError as error:
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            if response.status_code == 400 and "context" in response.text.lower():
-                raise PromptTooLong(response.text[:300])
-            if response.status_code in RETRIED_STATUS:
-                problem = f"HTTP {response.status_code}: {response.text[:300]}"
-                continue
-            if response.status_code != 200:
-                raise GenerationFailed(f"{url}: HTTP {response.status_code}: {response.text[:300]}")
-            try:
-                answer = response.json()
-            except ValueError:
-                problem = f"an answer that is not JSON: {response.text[:100]!r}"
-                continue
-            if isinstance(answer, dict) and usable(answer):
-                return answer
-            problem = f"an unusable answer: {response.text[:300]}"
         raise GenerationFailed(f"{url}: {self.attempts} attempts failed, the last with {problem}")
+
+
+def read_answer(url: str, response: httpx.Response) -> tuple[dict[str, Any] | None, str]:
+    """The JSON object of an answer, or None and what to say if trying again does not help.
+
+    Raises:
+        PromptTooLong: the server says so.
+        GenerationFailed: a status that will not change.
+    """
+    start = response.text[:300]
+    if response.status_code == 400 and "context" in response.text.lower():
+        raise PromptTooLong(start)
+    if response.status_code in RETRIED_STATUS:
+        return None, f"HTTP {response.status_code}: {start}"
+    if response.status_code != 200:
+        raise GenerationFailed(f"{url}: HTTP {response.status_code}: {start}")
+    try:
+        answer = response.json()
+    except ValueError:
+        return None, f"an answer that is not JSON: {start!r}"
+    return answer if isinstance(answer, dict) else None, f"an unusable answer: {start}"
 
 
 def is_answer(answer: dict[str, Any]) -> bool:

@@ -23,7 +23,8 @@ from gen.client import ChatClient, Completion, GenerationFailed, PromptTooLong
 from gen.corpus import Document
 from gen.latent import split_text
 from gen.prompts import MethodConfig, sibling_seed
-from gen.servers import GeneratorConfig
+from gen.routing import Routing, ServersLost
+from gen.servers import GeneratorConfig, Servers
 from gen.store import Generation, GenerationStore, drop_leftovers, owns
 
 TEMPLATE_ROOM = 64  # tokens a chat template may add around the messages
@@ -71,16 +72,21 @@ class Job:
             if indices:
                 yield Work(document, indices, fields)
 
-    async def run(self, urls: list[str], works: list[Work]) -> None:
-        """Generate everything in ``works``; failures are collected, not raised."""
+    async def run(self, servers: Servers, works: list[Work]) -> None:
+        """Generate everything in ``works``; failures are collected, not raised.
+
+        Raises:
+            ServersLost: no server is left; what was generated is stored.
+        """
         config = self.config
         total = sum(len(work.indices) for work in works)
         slots = asyncio.Semaphore(config.concurrency)
         documents = asyncio.Semaphore(max(1, config.concurrency // config.siblings_in_flight))
         bar = tqdm(total=total, desc=self.store.folder.name, unit="text", dynamic_ncols=True)
         began = time.monotonic()
+        routing = Routing(servers.urls, config.outage_seconds, servers.failure)
         async with ChatClient(
-            urls,
+            routing,
             config.model,
             config.concurrency,
             config.timeout,
@@ -113,6 +119,8 @@ class Job:
                     for work in works:
                         await documents.acquire()
                         group.create_task(document(work))
+            except* ServersLost as errors:
+                raise errors.exceptions[0] from None
             finally:
                 saver.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -122,13 +130,13 @@ class Job:
 
     async def generate(self, client: ChatClient, work: Work, index: int) -> None:
         """One generation, its document cut as far as the context demands."""
-        method, server = self.method, client.server_of(work.document.id)
-        seed = sibling_seed(self.config.seed, work.document.id, method.name, index)
-        fields, truncated = await self.fit(client, server, work.fields(index))
+        method, document_id = self.method, work.document.id
+        seed = sibling_seed(self.config.seed, document_id, method.name, index)
+        fields, truncated = await self.fit(client, document_id, work.fields(index))
         while True:
             try:
                 completion = await client.chat(
-                    server,
+                    document_id,
                     method.messages(**fields),
                     max_tokens=method.max_tokens,
                     temperature=method.temperature,
@@ -144,7 +152,7 @@ class Job:
         self.keep(work.document, index, seed, completion, truncated)
 
     async def fit(
-        self, client: ChatClient, server: str, fields: dict[str, str]
+        self, client: ChatClient, document_id: str, fields: dict[str, str]
     ) -> tuple[dict[str, str], bool]:
         """The fields cut so that prompt and answer fit the context, and whether they were cut."""
         room = self.config.context_length - self.method.max_tokens - TEMPLATE_ROOM
@@ -153,7 +161,7 @@ class Job:
             text = "".join(part["content"] for part in self.method.messages(**candidate))
             if len(text.encode()) <= room:  # a token holds at least a byte
                 return 0
-            return await client.count_tokens(server, text)
+            return await client.count_tokens(document_id, text)
 
         if await tokens(fields) <= room:
             return fields, False
@@ -225,13 +233,14 @@ def run_job(
     documents: list[Document],
     tokenizer: Tokenizer,
     root: Path,
-    serve: Callable[[GeneratorConfig, Path], contextlib.AbstractContextManager[list[str]]],
+    serve: Callable[[GeneratorConfig, Path], contextlib.AbstractContextManager[Servers]],
 ) -> dict[str, Any]:
     """Generate what is missing of ``method`` and return statistics of this call.
 
     Raises:
         ValueError: settings differ from those of the store, or another job holds it.
         GenerationFailed: some generations failed after all attempts; the rest is stored.
+        ServersLost: no server is left; what was generated until then is stored.
     """
     method.check()
     config.check()
@@ -254,8 +263,8 @@ def run_job(
         works = list(job.missing(documents))
         began = time.monotonic()
         if works:
-            with serve(config, root / "generations" / "server.log") as urls:
-                asyncio.run(job.run(urls, works))
+            with serve(config, root / "generations" / "server.log") as servers:
+                asyncio.run(job.run(servers, works))
         seconds = time.monotonic() - began
     failures = store.folder / "failures.json"
     failures.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ TINY = [
     "tokenizer.vocab_size=512",
     "method.generations=2",
     "method.max_tokens=10",
+    "generator.threads=1",  # pytest-xdist runs a test on each core
 ]
 
 

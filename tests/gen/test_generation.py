@@ -21,6 +21,7 @@ from gen.client import ChatClient, GenerationFailed
 from gen.corpus import Document, load_split
 from gen.generation import run_job, shorten
 from gen.prompts import MethodConfig
+from gen.routing import Routing, ServersLost
 from gen.servers import GeneratorConfig, embedded_server, serving
 from gen.store import GenerationStore
 from gen.tokenizer import load_tokenizer
@@ -32,9 +33,9 @@ DOCUMENTS = [Document(f"d{i}", f"The {i}th cat sat on the mat and slept.") for i
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    config = GeneratorConfig(context_length=512, concurrency=4)
-    with embedded_server(config, tmp_path_factory.mktemp("server") / "server.log") as url:
-        yield url
+    config = GeneratorConfig(context_length=512, concurrency=4, threads=1)
+    with embedded_server(config, tmp_path_factory.mktemp("server") / "server.log") as server:
+        yield server.url
 
 
 class Faults(http.server.BaseHTTPRequestHandler):
@@ -99,12 +100,12 @@ def faulty(upstream: str, faults: list[str]) -> Iterator[str]:
         proxy.shutdown()
 
 
-def ask(url: str, attempts: int) -> str:
+def ask(url: str, attempts: int, outage: float = 60.0) -> str:
     async def chat() -> str:
-        async with ChatClient([url], "m", 2, 30.0, attempts) as client:
+        async with ChatClient(Routing([url], outage), "m", 2, 30.0, attempts) as client:
             messages = [{"role": "user", "content": "Say something."}]
             answer = await client.chat(
-                url, messages, max_tokens=5, temperature=1.0, top_p=1.0, seed=1
+                "d0", messages, max_tokens=5, temperature=1.0, top_p=1.0, seed=1
             )
             return answer.text
 
@@ -125,8 +126,8 @@ def test_lasting_faults_are_reported(server: str) -> None:
         ask(url, attempts=2)
     with faulty(server, ["401"]) as url, pytest.raises(GenerationFailed, match="HTTP 401"):
         ask(url, attempts=5)
-    with pytest.raises(GenerationFailed, match="ConnectError"):
-        ask("http://127.0.0.1:9", attempts=1)
+    with pytest.raises(ServersLost, match=r"no server has answered for 1 s.*ConnectError"):
+        ask("http://127.0.0.1:9", attempts=1, outage=1.0)
 
 
 def test_failed_documents_are_reported_and_tried_again(
