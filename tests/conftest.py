@@ -37,6 +37,12 @@ def run_script(
     return done
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=3, help="SIGKILLs of the generation client (the full test: 50)"
+    )
+
+
 @pytest.fixture(scope="session")
 def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished corpus folder with the streams real, val, simple-g2, stitched-g2, latent-g2."""
