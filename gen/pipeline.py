@@ -14,6 +14,8 @@ from gen.generation import run_job
 from gen.prompts import MethodConfig
 from gen.quality import QualityConfig, ReportConfig
 from gen.servers import GeneratorConfig, serving
+from gen.sessions import Session
+from gen.status import status
 from gen.store import GenerationStore
 from gen.streams import StreamConfig, build_stream
 from gen.tokenizer import TokenizerConfig, TokenizerManifest, build_tokenizer, cut_to_tokens, encode
@@ -50,10 +52,10 @@ def generate(config: GenerateConfig) -> None:
     config.generator.check()
     corpus = prepare_corpus(config, root)
     if config.task in ("all", "generate"):
-        statistics = run_job(
+        session = run_job(
             config.method, config.generator, corpus.train, corpus.tokenizer, root, serving
         )
-        print(describe(config.method, statistics), flush=True)
+        print(describe(config.method, session), flush=True)
     if config.task in ("all", "streams"):
         build_streams(config, corpus, root)
     return None
@@ -119,6 +121,7 @@ def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
     def build(kind: str, generations: int, documents: list[Document]) -> dict[str, Any]:
         return build_stream(
             kind,
+            config.method.name,
             generations,
             documents,
             hash_of(documents),
@@ -156,7 +159,9 @@ def quality_report(config: GenerateConfig, root: Path) -> str:
     from gen.quality_report import write_quality_report  # takes a second to import
 
     documents = list(load_split(root, "train"))
-    store = GenerationStore.of_method(root, config.method.name, config.method.generations)
+    store = GenerationStore.of_method(
+        root, config.method.name, config.method.generations, config.method.latent
+    )
     path = root / "reports" / f"{store.folder.name}.html"
     table = write_quality_report(
         store, documents, hash_of(documents), config.quality, config.report, path
@@ -164,36 +169,14 @@ def quality_report(config: GenerateConfig, root: Path) -> str:
     return f"{table}\n\nreport: {path}"
 
 
-def describe(method: MethodConfig, statistics: dict[str, Any]) -> str:
+def describe(method: MethodConfig, session: Session) -> str:
     """One line about what a generation job did."""
-    if not statistics["generations"]:
+    if not session.generations:
         return f"{method.name}: all G={method.generations} generations are there"
-    cached = statistics["cached_tokens"] / max(1, statistics["prompt_tokens"])
-    rate = statistics["completion_tokens"] / statistics["seconds"]
     return (
-        f"{method.name}: {statistics['generations']} generations, "
-        f"{statistics['completion_tokens']:,} tokens in {statistics['seconds']:.0f} s "
-        f"({rate:.0f} tokens/s), {cached:.0%} of the prompt tokens cached"
+        f"{method.name}: {session.generations:,} generations, "
+        f"{session.completion_tokens:,} tokens in {session.seconds:.0f} s "
+        f"({session.completion_tokens / session.seconds:,.0f} tokens/s), "
+        f"{session.cached_share:.1%} of {session.prompt_tokens:,} prompt tokens from the server's "
+        f"cache, {session.retries} retries, {session.restarts} server restarts"
     )
-
-
-def status(root: Path) -> str:
-    """What every store of a corpus folder holds, from the stores alone."""
-    folders = sorted((root / "generations").glob("*/manifest.json"))
-    if not folders:
-        return f"{root}: no generations yet"
-    lines = []
-    for folder in folders:
-        store = GenerationStore(folder.parent)
-        if not store.parts():
-            lines.append(f"{store.folder}: empty")
-            continue
-        table = store.read(["document_id", "index", "completion_tokens", "finish_reason"])
-        documents = len(table["document_id"].unique())
-        tokens = sum(table["completion_tokens"].to_pylist())
-        cut = table["finish_reason"].to_pylist().count("length")
-        lines.append(
-            f"{store.folder}: {table.num_rows:,} generations of {documents:,} documents, "
-            f"{tokens:,} tokens, {cut / table.num_rows:.0%} cut off by their length limit"
-        )
-    return "\n".join(lines)

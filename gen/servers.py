@@ -28,10 +28,14 @@ class GeneratorConfig:
     urls: list[str] = field(default_factory=list)  # openai: one or more servers of that model
     api_key: str | None = None
     context_length: int = 2048  # tokens of prompt and answer together
-    concurrency: int = 8  # requests in flight
+    concurrency: int = 8  # requests in flight at each server, at most
+    adaptive: bool = False  # fewer than that where they only wait in the server's queue
     # Generations of one document in flight: 1 reuses llama.cpp's slot, SGLang shares a prefix
     # among all that follow the first.
     siblings_in_flight: int = 1
+    # Where siblings run at once: a request for one token puts the document's prompt into the
+    # server's cache before them. False: the first sibling does, while the others wait for it.
+    warm_up: bool = True
     seed: int = 0
     timeout: float = 600.0  # seconds
     attempts: int = 6
@@ -41,6 +45,7 @@ class GeneratorConfig:
     threads: int | None = None  # embedded: CPU threads; null: all cores
     python: str | None = None  # sglang: the interpreter of its own environment
     arguments: list[str] = field(default_factory=list)  # sglang: flags of launch_server
+    gpus: int = 0  # that this job keeps busy, for the cost that status tells
     start_timeout: float = 1200.0  # embedded, sglang: seconds until it must be healthy
     restarts: int = 5  # embedded, sglang: in a row, without ten healthy minutes between
     outage_seconds: float = 1800.0  # how long no server may answer before the job ends
@@ -56,6 +61,9 @@ class GeneratorConfig:
                 "generator=sglang needs generator.python=/path/to/sglang-venv/bin/python: SGLang "
                 "lives in an environment of its own"
             )
+        for name in ("concurrency", "siblings_in_flight", "attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"generator.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.writer < self.writers:
             raise ValueError(
                 f"generator.writer={self.writer} must be in [0, generator.writers={self.writers})"

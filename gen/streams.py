@@ -45,7 +45,8 @@ COLUMNS = {
     "provenance": "json",
 }
 BATCH = 256  # megadocs tokenized together
-METHOD_OF = {"simple": "rephrase", "stitched": "rephrase", "latent": "latent"}
+SYNTHETIC = ("simple", "stitched", "latent")
+PLAIN = ("rephrase", "latent")  # methods that streams do not name: the paper's
 
 
 @dataclass
@@ -65,16 +66,18 @@ class StreamConfig:
     shard_bytes: int = 1 << 26
 
 
-def stream_name(kind: str, generations: int, config: StreamConfig) -> str:
-    """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-real-first``, ..."""
-    if kind in ("real", "val"):
+def stream_name(kind: str, method: str, generations: int, config: StreamConfig) -> str:
+    """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-faq-real-first``, ..."""
+    if kind not in SYNTHETIC:
         return kind
     variant = {"last": "", "first": "-real-first", "absent": "-no-real"}[config.real_document]
-    return f"{kind}-g{generations}" + ("" if kind == "latent" else variant)
+    style = "" if method in PLAIN else f"-{method}"
+    return f"{kind}-g{generations}{style}" + ("" if kind == "latent" else variant)
 
 
 def build_stream(
     kind: str,
+    method: str,
     generations: int,
     documents: list[Document],
     documents_hash: str,
@@ -88,6 +91,7 @@ def build_stream(
 
     Args:
         kind: ``real``, ``val``, ``simple``, ``stitched`` or ``latent``.
+        method: whose generations; ignored for ``real`` and ``val``.
         generations: G; ignored for ``real`` and ``val``.
         documents: training documents (``val``: the held-out ones) in corpus order.
         documents_hash: identity of those documents.
@@ -108,14 +112,15 @@ def build_stream(
         raise ValueError(
             f"streams.real_document={config.real_document} is not one of last, first, absent"
         )
-    name = stream_name(kind, generations, config)
+    name = stream_name(kind, method, generations, config)
     folder = root / "streams" / name
     store = None
-    if kind in METHOD_OF:
-        store = GenerationStore.of_method(root, METHOD_OF[kind], generations)
+    if kind in SYNTHETIC:
+        store = GenerationStore.of_method(root, method, generations, kind == "latent")
     identity = {
         "format": FORMAT,
         "kind": kind,
+        "method": method if store else None,
         "generations": generations if store else 0,
         "config": {**asdict(config), "generations": None},
         "documents": documents_hash,
@@ -130,12 +135,12 @@ def build_stream(
             print(f"{folder}: up to date", flush=True)
             return manifest
     judged: dict[str, Any] = {}
+    chosen = None
+    if store is not None:
+        chosen = Generations(store.read(), documents, generations, str(store.folder))
+        judged = select_generations(chosen, store, documents, documents_hash, quality)
+    megadocs = assemble(kind, documents, chosen, tokenizer, config)
     try:
-        chosen = None
-        if store is not None:
-            chosen = Generations(store.read(), documents, generations, str(store.folder))
-            judged = select_generations(chosen, store, documents, documents_hash, quality)
-        megadocs = assemble(kind, documents, chosen, tokenizer, config)
         with replace_folder(folder) as unfinished:
             statistics = write_shards(megadocs, unfinished, tokenizer, vocabulary, config, name)
             manifest = {
@@ -213,7 +218,7 @@ def assemble(
         return stitched(documents, generations, config.real_document)
     if kind == "latent":
         return latent(documents, generations, tokenizer, config.open_thought, config.close_thought)
-    raise ValueError(f"unknown stream {kind!r}; known: real, val, {', '.join(METHOD_OF)}")
+    raise ValueError(f"unknown stream {kind!r}; known: real, val, {', '.join(SYNTHETIC)}")
 
 
 def write_shards(

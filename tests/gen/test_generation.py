@@ -8,7 +8,8 @@ import pytest
 
 from gen.client import GenerationFailed
 from gen.corpus import Document, load_split
-from gen.generation import run_job, shorten
+from gen.fitting import shorten
+from gen.generation import run_job
 from gen.prompts import MethodConfig
 from gen.servers import GeneratorConfig, serving
 from gen.store import GenerationStore
@@ -32,7 +33,7 @@ def test_failed_documents_are_reported_and_tried_again(
         run([url])
     store = GenerationStore(tmp_path / "generations" / "rephrase")
     assert store.done() == {"d0": {1, 2}} | {f"d{i}": {0, 1, 2} for i in (1, 2, 3)}
-    failures = json.loads((store.folder / "failures.json").read_text())
+    failures = json.loads((store.folder / "failures-000.json").read_text())
     assert list(failures) == ["d0#0"]
     run([server])
     assert store.done() == {f"d{i}": {0, 1, 2} for i in range(4)}
@@ -49,7 +50,7 @@ def test_raising_g_repeats_nothing(server: str, corpus_root: Path, tmp_path: Pat
     for count, new in ((1, 4), (3, 8), (3, 0)):
         method = MethodConfig(prompt=REPHRASE.prompt, generations=count, max_tokens=8)
         made = run_job(method, config, DOCUMENTS, tokenizer, tmp_path, serving)
-        assert made["generations"] == new
+        assert made.generations == new
 
 
 def test_long_documents_are_cut_to_fit_and_marked(
@@ -63,7 +64,7 @@ def test_long_documents_are_cut_to_fit_and_marked(
     )
     for method in (REPHRASE, latent):
         run_job(method, config, documents, tokenizer, tmp_path, serving)
-        store = GenerationStore.of_method(tmp_path, method.name, method.generations)
+        store = GenerationStore.of_method(tmp_path, method.name, method.generations, method.latent)
         for row in store.read().to_pylist():
             assert row["truncated"] == (row["document_id"] == "long")
             assert row["prompt_tokens"] <= 512 - 8

@@ -208,7 +208,7 @@ def row(document: int, method: str, index: int) -> Generation:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for method in ("rephrase", "latent"):
-        store = GenerationStore.of_method(tmp_path, method, 2)
+        store = GenerationStore.of_method(tmp_path, method, 2, method == "latent")
         store.claim({})
         rows = [row(i, method, index) for i in reversed(range(6)) for index in (1, 0)]
         store.append(rows, 0)
@@ -219,7 +219,10 @@ def root(tmp_path: Path) -> Path:
 def build(root: Path, kind: str, quality: QualityConfig, real: str = "last") -> dict:
     tokenizer, vocabulary = build_tokenizer(TokenizerConfig(vocab_size=320), root, [])
     config = StreamConfig(real_document=real)
-    return build_stream(kind, 2, DOCUMENTS, "h", tokenizer, vocabulary, config, quality, root)
+    method = "latent" if kind == "latent" else "rephrase"
+    return build_stream(
+        kind, method, 2, DOCUMENTS, "h", tokenizer, vocabulary, config, quality, root
+    )
 
 
 STRICT = QualityConfig(refusal="drop", duplicate="drop", copy="drop", preamble="strip")

@@ -87,7 +87,7 @@ def test_siblings_have_different_seeds_and_the_same_ones_next_time() -> None:
 
 def test_prompts_take_documents_with_braces_and_wrong_templates_are_refused() -> None:
     method = MethodConfig(system="s", prompt="Rewrite: {text}")
-    messages = method.messages(text="f'{prefix}' {text}")
+    messages = method.messages(0, text="f'{prefix}' {text}")
     assert messages[1]["content"] == "Rewrite: f'{prefix}' {text}"
     assert MethodConfig(prompt="Say: {text}").version != method.version
     with pytest.raises(ValueError, match=r"must have \['text'\]"):
