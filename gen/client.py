@@ -81,28 +81,32 @@ class ChatClient:
         document_id: str,
         messages: list[dict[str, str]],
         *,
+        template: bool = True,
         max_tokens: int,
         temperature: float,
         top_p: float,
         seed: int,
     ) -> Completion:
-        """One completion.
+        """One completion of a chat or, without a chat template, of its text.
 
         Raises:
             PromptTooLong: the prompt does not fit; trying again would not help.
             GenerationFailed: every attempt failed; says how.
             ServersLost: no server is left.
         """
-        body = {
+        body: dict[str, Any] = {
             "model": self.model,
-            "messages": messages,
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
             "seed": seed,
             "stream": False,
         }
-        return completion_of(await self.post(document_id, "/v1/chat/completions", body, is_answer))
+        if template:
+            path, body["messages"] = "/v1/chat/completions", messages
+        else:
+            path, body["prompt"] = "/v1/completions", "".join(part["content"] for part in messages)
+        return completion_of(await self.post(document_id, path, body, is_answer))
 
     async def count_tokens(self, document_id: str, text: str) -> int:
         """Length of ``text`` in the server's tokens (llama.cpp and SGLang both have /tokenize)."""
@@ -171,12 +175,17 @@ def is_answer(answer: dict[str, Any]) -> bool:
     try:
         choice = answer["choices"][0]
         return (
-            isinstance(choice["message"]["content"], str)
+            isinstance(text_of(choice), str)
             and choice["finish_reason"] in ("stop", "length")
             and isinstance(answer["usage"]["completion_tokens"], int)
         )
     except (KeyError, IndexError, TypeError):
         return False
+
+
+def text_of(choice: dict[str, Any]) -> Any:
+    """What a choice says, in the form of a chat or of a plain completion."""
+    return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
 def completion_of(answer: dict[str, Any]) -> Completion:
@@ -185,7 +194,7 @@ def completion_of(answer: dict[str, Any]) -> Completion:
     details = usage.get("prompt_tokens_details") or {}
     cached = details.get("cached_tokens") or answer.get("timings", {}).get("cache_n") or 0
     return Completion(
-        choice["message"]["content"].strip(),
+        text_of(choice).strip(),
         choice["finish_reason"],
         usage["prompt_tokens"],
         usage["completion_tokens"],

@@ -207,6 +207,7 @@ class Job:
         return await self.client.chat(
             document_id,
             method.messages(index, **fields),
+            template=method.chat,
             max_tokens=max_tokens,
             temperature=method.temperature,
             top_p=method.top_p,

@@ -16,6 +16,7 @@ class MethodConfig:
     name: str = "rephrase"  # folder of the generations; latent ones get their G added
     latent: bool = False  # a thought for each of G cuts instead of G rewrites
     generations: int = 8  # G: generations per document
+    chat: bool = True  # False: the prompt as it stands, for base models without a chat template
     system: str = ""
     prompt: str = "{text}"  # with {text}; latent: with {prefix} and {suffix}
     # What {variant} of the prompt stands for: generation i takes variant i modulo their number.
@@ -30,7 +31,12 @@ class MethodConfig:
         wanted = {"prefix", "suffix"} if self.latent else {"text"}
         wanted |= {"variant"} if self.variants else set()
         found = set(FIELD.findall(self.prompt))
-        if found != wanted:
+        if not self.chat and (self.system or self.latent):
+            raise ValueError(
+                f"method.chat=false of {self.name} takes neither method.system nor method.latent: "
+                "put everything into method.prompt"
+            )
+        if found != wanted and (self.chat or found - wanted):  # a base model may get no document
             raise ValueError(
                 f"method.prompt of {self.name} has the fields {sorted(found)}, it must have "
                 f"{sorted(wanted)}"
@@ -43,6 +49,8 @@ class MethodConfig:
     def version(self) -> str:
         """Hash of the wording."""
         wording = "\0".join((self.system, self.prompt, *self.variants))
+        if not self.chat:
+            wording += "\0without chat template"
         return hashlib.sha256(wording.encode()).hexdigest()[:12]
 
     def messages(self, index: int, **fields: str) -> list[dict[str, str]]:

@@ -67,7 +67,7 @@ def test_variants_are_taken_in_turn_and_come_after_the_document() -> None:
     assert all(chat.startswith(shared) for chat in chats)
 
 
-@pytest.mark.parametrize("style", ["maga", "faq"])
+@pytest.mark.parametrize("style", ["maga", "faq", "self"])
 def test_siblings_of_a_document_differ(
     server: str, corpus_root: Path, tmp_path: Path, style: str
 ) -> None:
