@@ -359,7 +359,9 @@ def run_job(
             drop_leftovers(store.folder)
         works, expected = missing_works(method, config, store, documents, tokenizer)
         missing = sum(len(work.indices) for work in works)
-        session = Session(config.writer, config.writers, expected, expected - missing, config.gpus)
+        session = Session(
+            config.writer, config.writers, expected, expected - missing, config.gpus_used
+        )
         if not works:
             failures.unlink(missing_ok=True)
             return session

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 
+from gen.sglang import SglangConfig
 from gen.supervisor import SupervisedServer, free_port
 
 EMBEDDED = Path(__file__).with_name("embedded.py")
@@ -43,9 +44,8 @@ class GeneratorConfig:
     writer: int = 0  # this job among several that share the store
     writers: int = 1
     threads: int | None = None  # embedded: CPU threads; null: all cores
-    python: str | None = None  # sglang: the interpreter of its own environment
-    arguments: list[str] = field(default_factory=list)  # sglang: flags of launch_server
-    gpus: int = 0  # that this job keeps busy, for the cost that status tells
+    sglang: SglangConfig = field(default_factory=SglangConfig)
+    gpus: int | None = None  # that this job keeps busy, for its cost; null: sglang's own, else none
     start_timeout: float = 1200.0  # embedded, sglang: seconds until it must be healthy
     restarts: int = 5  # embedded, sglang: in a row, without ten healthy minutes between
     outage_seconds: float = 1800.0  # how long no server may answer before the job ends
@@ -56,11 +56,12 @@ class GeneratorConfig:
             raise ValueError(f"generator.kind={self.kind} is not one of embedded, openai, sglang")
         if self.kind == "openai" and not self.urls:
             raise ValueError("generator=openai needs generator.urls=[http://host:port, ...]")
-        if self.kind == "sglang" and not self.python:
+        if self.kind == "openai" and not self.model:
             raise ValueError(
-                "generator=sglang needs generator.python=/path/to/sglang-venv/bin/python: SGLang "
-                "lives in an environment of its own"
+                "generator=openai needs generator.model=NAME as the servers list it at /v1/models"
             )
+        if self.kind == "sglang":
+            self.sglang.check()
         for name in ("concurrency", "siblings_in_flight", "attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"generator.{name}={getattr(self, name)} must be at least 1")
@@ -68,6 +69,13 @@ class GeneratorConfig:
             raise ValueError(
                 f"generator.writer={self.writer} must be in [0, generator.writers={self.writers})"
             )
+
+    @property
+    def gpus_used(self) -> int:
+        """GPUs whose time a session costs."""
+        if self.gpus is not None:
+            return self.gpus
+        return self.sglang.gpus if self.kind == "sglang" else 0
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,30 @@ def serving(config: GeneratorConfig, log: Path) -> Iterator[Servers]:
         urls = [url.rstrip("/").removesuffix("/v1") for url in config.urls]
         for url in urls:
             check_reachable(url)
+            check_model(url, config)
         yield Servers(urls)
         return
-    start = embedded_server if config.kind == "embedded" else sglang_server
-    with start(config, log) as server:
-        yield Servers([server.url], lambda: server.failure, lambda: server.restarted)
+    if config.kind == "embedded":
+        started = [embedded_server(config, log)]
+    else:
+        started = [sglang_server(config, log, replica) for replica in range(config.sglang.replicas)]
+
+    def failure() -> str | None:
+        """Why no server is left; the documents of one that is given up go to the others."""
+        failures = [server.failure for server in started if server.failure]
+        return "\n".join(failures) if len(failures) == len(started) else None
+
+    with contextlib.ExitStack() as stack:
+        for server in started:  # all load their model at the same time
+            server.spawn()
+            stack.callback(server.kill)
+        for server in started:
+            stack.enter_context(server)
+        yield Servers(
+            [server.url for server in started],
+            failure,
+            lambda: sum(server.restarted for server in started),
+        )
 
 
 def check_reachable(url: str) -> None:
@@ -102,6 +129,23 @@ def check_reachable(url: str) -> None:
         raise ValueError(
             f"no server answers at generator.urls={url} ({type(error).__name__}: {error})"
         ) from error
+
+
+def check_model(url: str, config: GeneratorConfig) -> None:
+    """Raise ValueError where a server lists its models and the one asked for is not among them."""
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    answer = httpx.get(f"{url}/v1/models", timeout=30.0, headers=headers)
+    if answer.status_code == 404:
+        print(f"{url} does not list its models: generator.model={config.model} is not checked")
+        return
+    if answer.status_code != 200:
+        raise ValueError(f"{url}/v1/models answers HTTP {answer.status_code}: {answer.text[:200]}")
+    served = [model["id"] for model in answer.json()["data"]]
+    if config.model not in served:
+        raise ValueError(
+            f"generator.model={config.model} is not served at {url}, which serves "
+            f"{', '.join(served)}"
+        )
 
 
 def embedded_server(config: GeneratorConfig, log: Path) -> SupervisedServer:
@@ -131,14 +175,17 @@ def embedded_weights() -> Path:
     return Path(carrier.submodule_search_locations[0]) / EMBEDDED_WEIGHTS
 
 
-def sglang_server(config: GeneratorConfig, log: Path) -> SupervisedServer:
-    """SGLang in its own environment."""
+def sglang_server(config: GeneratorConfig, log: Path, replica: int) -> SupervisedServer:
+    """SGLang in its own environment, on its own GPUs."""
     port = free_port()
-    command = [
-        str(config.python),
-        *("-m", "sglang.launch_server", "--model-path", config.model),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--context-length", str(config.context_length)),
-        *config.arguments,
-    ]
-    return SupervisedServer("SGLang", command, port, log, config.start_timeout, config.restarts)
+    if config.sglang.replicas > 1:
+        log = log.with_name(f"{log.stem}-replica-{replica}{log.suffix}")
+    return SupervisedServer(
+        "SGLang",
+        config.sglang.command(config.model, config.context_length, port),
+        port,
+        log,
+        config.start_timeout,
+        config.restarts,
+        config.sglang.devices(replica),
+    )

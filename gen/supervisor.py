@@ -59,7 +59,8 @@ class SupervisedServer:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> SupervisedServer:
-        self.spawn()
+        if self.process is None:
+            self.spawn()
         try:
             self.wait_until_healthy()
         except BaseException:
@@ -128,6 +129,7 @@ class SupervisedServer:
                     f"(generator.restarts={self.restarts}). Its log {self.log} ends:\n"
                     f"{self.log_tail()}"
                 )
+                print(f"given up: {self.failure}", file=sys.stderr, flush=True)
                 return
             print(f"the {self.name} server {state}; its log {self.log} ends:", file=sys.stderr)
             print(self.log_tail(10), file=sys.stderr)
