@@ -38,9 +38,12 @@ def run_script(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--kills", type=int, default=3, help="SIGKILLs of the generation client (the full test: 50)"
-    )
+    add = parser.addoption
+    add("--kills", type=int, default=3, help="SIGKILLs of the generation client; in full: 50")
+    add("--server-url", help="a running server for the tests marked server; else the embedded one")
+    add("--server-model", default="SmolLM2-135M-Instruct", help="its name, as /v1/models lists it")
+    add("--server-context", type=int, default=512, help="its context length in tokens")
+    add("--server-siblings", type=int, default=1, help="generations of one document in flight")
 
 
 @pytest.fixture(scope="session")
