@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "note": options.note,
         "server": describe_server(options.url[0]),
         "python": platform.python_version(),
-        "httpx": importlib.metadata.version("httpx"),
+        "aiohttp": importlib.metadata.version("aiohttp"),
         "documents": len(documents),
         "generations_per_document": options.generations,
         **measured(session, options.generations, spent, options.offline_tokens_per_second),

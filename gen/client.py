@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 
 from gen.routing import Routing
 
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 504}
 UNAVAILABLE = 503  # still loading, or its queue is full: not this request's fault
+CONNECT_TIMEOUT = 10.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 
@@ -64,17 +66,22 @@ class ChatClient:
         self.model = model
         self.attempts = attempts
         self.retries = 0
-        self.http = httpx.AsyncClient(
-            timeout=httpx.Timeout(timeout, connect=10.0),
-            limits=httpx.Limits(max_connections=concurrency + 4),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-        )
+        self.concurrency = concurrency
+        self.timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def __aenter__(self) -> ChatClient:
+        # aiohttp, because thousands of connections are open: httpx's pool looks at all of them for
+        # every request.
+        self.http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self.concurrency + 4),
+            timeout=self.timeout,
+            headers=self.headers,
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.http.aclose()
+        await self.http.close()
 
     async def chat(
         self,
@@ -127,18 +134,19 @@ class ChatClient:
             server = await self.routing.server_for(document_id)
             url = server + path
             try:
-                response = await self.http.post(url, json=body)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                async with self.http.post(url, json=body) as response:
+                    status, content = response.status, await response.read()
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 self.routing.down(server, f"{type(error).__name__}: {error}")
                 continue
-            except httpx.HTTPError as error:
+            except (aiohttp.ClientError, TimeoutError) as error:
                 problem = f"{type(error).__name__}: {error}"
             else:
-                if response.status_code == UNAVAILABLE:
-                    self.routing.down(server, f"HTTP 503: {response.text[:200]}")
+                if status == UNAVAILABLE:
+                    self.routing.down(server, f"HTTP 503: {start_of(content)}")
                     continue
                 self.routing.up(server)
-                answer, problem = read_answer(url, response)
+                answer, problem = read_answer(url, status, content)
                 if answer is not None and usable(answer):
                     return answer
             attempt += 1
@@ -149,25 +157,32 @@ class ChatClient:
         raise GenerationFailed(f"{url}: {self.attempts} attempts failed, the last with {problem}")
 
 
-def read_answer(url: str, response: httpx.Response) -> tuple[dict[str, Any] | None, str]:
+def read_answer(url: str, status: int, content: bytes) -> tuple[dict[str, Any] | None, str]:
     """The JSON object of an answer, or None and what to say if trying again does not help.
 
     Raises:
         PromptTooLong: the server says so.
         GenerationFailed: a status that will not change.
     """
-    start = response.text[:300]
-    if response.status_code == 400 and "context" in response.text.lower():
-        raise PromptTooLong(start)
-    if response.status_code in RETRIED_STATUS:
-        return None, f"HTTP {response.status_code}: {start}"
-    if response.status_code != 200:
-        raise GenerationFailed(f"{url}: HTTP {response.status_code}: {start}")
-    try:
-        answer = response.json()
-    except ValueError:
-        return None, f"an answer that is not JSON: {start!r}"
-    return answer if isinstance(answer, dict) else None, f"an unusable answer: {start}"
+    if status == 200:
+        try:
+            answer = json.loads(content)
+        except ValueError:
+            return None, f"an answer that is not JSON: {start_of(content)!r}"
+        return (
+            answer if isinstance(answer, dict) else None,
+            f"an unusable answer: {start_of(content)}",
+        )
+    if status == 400 and b"context" in content.lower():
+        raise PromptTooLong(start_of(content))
+    if status in RETRIED_STATUS:
+        return None, f"HTTP {status}: {start_of(content)}"
+    raise GenerationFailed(f"{url}: HTTP {status}: {start_of(content)}")
+
+
+def start_of(content: bytes) -> str:
+    """The beginning of an answer, for messages."""
+    return content[:300].decode(errors="replace")
 
 
 def is_answer(answer: dict[str, Any]) -> bool:

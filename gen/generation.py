@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import aiohttp
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -268,7 +268,7 @@ class Job:
             for lane in lanes:
                 try:
                     load = await read_load(self.client.http, lane.url)
-                except httpx.HTTPError:
+                except (aiohttp.ClientError, TimeoutError):
                     continue  # a server that is down is the routing's matter
                 lane.shows_queue = load is not None
                 if load is not None:
@@ -346,6 +346,9 @@ def run_job(
         {
             "method": method.name,
             "prompt_version": method.version,
+            "system": method.system,
+            "prompt": method.prompt,
+            "variants": method.variants,
             "model": config.model,
             "temperature": method.temperature,
             "top_p": method.top_p,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import httpx
+import aiohttp
 
 # Requests that a server has accepted and not begun.
 WAITING = (
@@ -41,14 +41,14 @@ def parse_load(page: str) -> ServerLoad | None:
     return ServerLoad(waiting[0], sum(values[name] for name in RUNNING if name in values))
 
 
-async def read_load(http: httpx.AsyncClient, url: str) -> ServerLoad | None:
+async def read_load(http: aiohttp.ClientSession, url: str) -> ServerLoad | None:
     """The load of the server at ``url``.
 
     Returns:
         None where ``/metrics`` is not served or names no queue.
 
     Raises:
-        httpx.HTTPError: the server does not answer.
+        aiohttp.ClientError: the server does not answer.
     """
-    response = await http.get(f"{url}/metrics")
-    return parse_load(response.text) if response.status_code == 200 else None
+    async with http.get(f"{url}/metrics") as response:
+        return parse_load(await response.text()) if response.status == 200 else None

@@ -95,7 +95,7 @@ class GenerationStore:
             return
         found = read_json(manifest)
         different = [
-            f"{key}: {found.get(key)!r} -> {settings.get(key)!r}"
+            f"{key}: {difference(found.get(key), settings.get(key))}"
             for key in sorted(found.keys() | settings.keys())
             if found.get(key) != settings.get(key)
         ]
@@ -188,6 +188,20 @@ class GenerationStore:
         """Changes when generations are added."""
         sizes = [(part.name, part.stat().st_size) for part in self.parts()]
         return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+
+
+def difference(before: object, after: object, context: int = 30) -> str:
+    """How two values differ; of long texts only the surroundings of the first difference."""
+    texts = before, after
+    if not all(isinstance(text, str) and len(text) > 2 * context for text in texts):
+        return f"{before!r} -> {after!r}"
+    first, second = str(before), str(after)
+    pairs = enumerate(zip(first, second, strict=False))
+    shorter = min(len(first), len(second))
+    same = next((place for place, (one, other) in pairs if one != other), shorter)
+    start = max(0, same - context)
+    cut = [text[start : same + context] for text in (first, second)]
+    return f"at character {same}: {cut[0]!r} -> {cut[1]!r}"
 
 
 def divide(lock: TextIO, writers: int) -> None:

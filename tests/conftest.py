@@ -1,5 +1,6 @@
 """A real corpus folder, made once: real documents, a real model's generations, real shards."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished corpus folder with the streams real, val, simple-g2, stitched-g2, latent-g2."""
-    shared = tmp_path_factory.getbasetemp().parent  # the same for every pytest-xdist worker
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # the same for every worker of this run
     root = shared / "corpus"
     with FileLock(shared / "corpus.lock"):
         if not (root / "streams" / "latent-g2").exists():

@@ -1,17 +1,25 @@
-"""Generation with the real embedded model: faults on real sockets, SIGKILL at random moments."""
+"""Generation with the real embedded model: failures, raised G, cuts, full disks, adaptation."""
 
+import contextlib
+import functools
 import json
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from gen import generation
 from gen.client import GenerationFailed
+from gen.concurrency import AdaptiveLimit
 from gen.corpus import Document, load_split
 from gen.fitting import shorten
 from gen.generation import run_job
 from gen.prompts import MethodConfig
-from gen.servers import GeneratorConfig, serving
+from gen.servers import GeneratorConfig, Servers, serving
 from gen.store import GenerationStore
 from gen.tokenizer import load_tokenizer
 from tests.gen.faults import faulty
@@ -89,3 +97,103 @@ def test_the_embedded_job_shares_prompt_prefixes(corpus_root: Path) -> None:
     second = [row for row in rows if row["index"] == 1]
     cached = sum(row["cached_tokens"] for row in second)
     assert cached > 0.5 * sum(row["prompt_tokens"] for row in second)
+
+
+def test_a_full_disk_ends_the_job_and_the_next_one_goes_on(
+    server: str, corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, _ = load_tokenizer(corpus_root)
+    config = GeneratorConfig("openai", urls=[server], concurrency=2, flush_seconds=0.2)
+    full = threading.Event()
+    write = pq.write_table
+
+    def write_until_full(table: pa.Table, path: Path, **options: str) -> None:
+        """The third part meets a full disk: a real one, half of the part is written."""
+        if len(GenerationStore(path.parent).parts()) >= 2 and not full.is_set():
+            full.set()
+            path.write_bytes(b"PAR1 half a part")
+            with open("/dev/full", "wb", buffering=0) as disk:
+                disk.write(b"the other half")
+        write(table, path, **options)
+
+    monkeypatch.setattr(pq, "write_table", write_until_full)
+    with pytest.raises(OSError, match=r"could not write a part .*No space left"):
+        run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
+    assert full.is_set()
+    run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
+    rows = GenerationStore(tmp_path / "generations" / "rephrase").read().to_pylist()
+    assert Counter((row["document_id"], row["index"]) for row in rows) == Counter(
+        (document.id, index) for document in DOCUMENTS for index in range(3)
+    )
+
+
+def test_another_prompt_is_refused_before_anything_is_asked(
+    server: str, corpus_root: Path, tmp_path: Path
+) -> None:
+    tokenizer, _ = load_tokenizer(corpus_root)
+    config = GeneratorConfig("openai", urls=[server])
+    run_job(REPHRASE, config, DOCUMENTS[:1], tokenizer, tmp_path, serving)
+    other = MethodConfig(prompt="Say it in other words: {text}", generations=3, max_tokens=8)
+    with pytest.raises(ValueError, match=r"prompt: 'Rewrite in other.*' -> 'Say it in other"):
+        run_job(other, config, DOCUMENTS, tokenizer, tmp_path, serving)
+
+
+def test_a_second_job_on_the_same_store_is_refused(
+    server: str, corpus_root: Path, tmp_path: Path
+) -> None:
+    tokenizer, _ = load_tokenizer(corpus_root)
+    config = GeneratorConfig("openai", urls=[server])
+
+    @contextlib.contextmanager
+    def while_another_runs(config: GeneratorConfig, log: Path) -> Iterator[Servers]:
+        with pytest.raises(ValueError, match="another job is writing"):
+            run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
+        with serving(config, log) as servers:
+            yield servers
+
+    session = run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, while_another_runs)
+    assert session.generations == 3 * len(DOCUMENTS)
+
+
+def test_adaptive_concurrency_fills_a_real_server(
+    server: str, corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four slots and a band of 1 to 3 waiting requests: between 5 and 7 in flight."""
+    monkeypatch.setattr(generation, "LOOK_EVERY", 0.05)
+    limits: list[tuple[int, float]] = []
+
+    class Recorded(AdaptiveLimit):
+        def observe_queue(self, waiting: float, in_flight: int) -> int:
+            limits.append((self.limit, waiting))
+            return super().observe_queue(waiting, in_flight)
+
+    monkeypatch.setattr(
+        generation, "AdaptiveLimit", functools.partial(Recorded, queue_low=1, queue_high=3)
+    )
+    tokenizer, _ = load_tokenizer(corpus_root)
+    config = GeneratorConfig("openai", urls=[server], concurrency=64, adaptive=True)
+    documents = [Document(f"e{i}", f"The {i}th cat sat on the mat.") for i in range(24)]
+    method = MethodConfig(prompt="Rewrite: {text}", generations=2, max_tokens=12)
+    run_job(method, config, documents, tokenizer, tmp_path, serving)
+    settled = [limit for limit, _ in limits[len(limits) // 2 :]]
+    assert limits[0][0] == 1
+    assert max(limit for limit, _ in limits) < 40  # far from the 64 that are allowed
+    assert 4 <= sum(settled) / len(settled) <= 20  # llama.cpp tells its queue between two steps
+
+
+def test_the_cuts_of_a_document_share_the_text_before_them(
+    corpus_root: Path, tmp_path: Path, server: str
+) -> None:
+    """From the last cut to the first: half of an evenly cut document is cached on average."""
+    tokenizer, _ = load_tokenizer(corpus_root)
+    text = " ".join(f"Sentence {i} tells of the {i * i}th ship." for i in range(20))
+    method = MethodConfig(
+        "latent", True, 5, prompt="Before: {prefix}\n\nAfter: {suffix}\n\nBetween:", max_tokens=2
+    )
+    config = GeneratorConfig("openai", urls=[server], context_length=512, concurrency=1)
+    run_job(method, config, [Document("s", text)], tokenizer, tmp_path, serving)
+    rows = GenerationStore.of_method(tmp_path, "latent", 5, True).read().to_pylist()
+    shares = {row["index"]: row["cached_tokens"] / row["prompt_tokens"] for row in rows}
+    assert set(shares) == set(range(5))
+    for index in range(4):  # all but the first request, which is the last cut's
+        assert shares[index] > 0.9 * (index + 1) / 6
