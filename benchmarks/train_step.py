@@ -14,6 +14,8 @@ recomputation, over the GPU's dense bf16 peak.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,12 @@ from trainer.data import PackedBatch
 from trainer.distributed import Ranks
 from trainer.flops import attention_pairs, peak_flops, training_flops
 from trainer.loop import accumulate_gradients, prepare_blocks
-from trainer.model import Attention, Llama, ModelConfig
+from trainer.model import Attention, Kernels, Llama, ModelConfig
 from trainer.optimizer import build_optimizers
 
 MODELS = Path(__file__).parents[1] / "conf" / "model"
 VOCABULARY = 128_256
+Builder = Callable[[TrainConfig, PackedBatch, Ranks], timing.Candidate]
 GPU = {"models": ["300m", "1_5b"], "contexts": [4096, 32_768, 131_072], "documents": [0, 1200]}
 CPU = {"models": ["tiny"], "contexts": [256], "documents": [0, 60]}
 
@@ -73,10 +76,12 @@ def random_batch(tokens: int, context: int, document: int, vocabulary: int) -> P
     )
 
 
-def ours(config: TrainConfig, batch: PackedBatch, ranks: Ranks) -> timing.Candidate:
+def ours(
+    config: TrainConfig, batch: PackedBatch, ranks: Ranks, kernels: Kernels
+) -> timing.Candidate:
     """The trainer's own step."""
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    model = Llama(config.model, 0, dtype).to(ranks.device)
+    model = Llama(config.model, 0, dtype, kernels).to(ranks.device)
     prepare_blocks(model, config, ranks)
     optimizers = build_optimizers(model, config.optimizer, config.recipe)
 
@@ -127,7 +132,9 @@ def library_attention(batch: PackedBatch, context: int, device: torch.device) ->
     document = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)  # [T]
     single = len(lengths) == windows
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Any
+    ) -> Tensor:
         q, k, v = (x.unflatten(0, (windows, context)).transpose(1, 2) for x in (q, k, v))
         mask = None
         if not single:
@@ -149,7 +156,9 @@ def library_attention(batch: PackedBatch, context: int, device: torch.device) ->
     tokens = len(document)
     blocks = create_block_mask(visible, None, None, tokens, tokens, device=device)
 
-    def flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def flex(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Any
+    ) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
         assert isinstance(out, Tensor)
@@ -210,7 +219,10 @@ def measure(
         optimizer=OptimizerConfig(),
     )
     batch = random_batch(tokens, context, document, size.vocab_size)
-    builders = {"ours": ours, "plain": plain}
+    builders: dict[str, Builder] = {"ours": partial(ours, kernels=Kernels()), "plain": plain}
+    if ranks.device.type == "cuda":
+        builders["ours triton"] = partial(ours, kernels=Kernels("triton", "triton"))
+        builders["ours lean"] = partial(ours, kernels=Kernels("triton", "triton", "lean"))
     if ranks.device.type == "cuda" and importlib.util.find_spec("transformers"):
         builders["hf"] = hugging_face
     rows: list[dict[str, Any]] = []
@@ -247,13 +259,13 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(f"\n{first['model']}, context {first['context']:,}, documents of {first['document']:,}")
     for row in rows:
         if "failed" in row:
-            print(f"{row['way']:8}{row['failed']}")
+            print(f"{row['way']:12}{row['failed']}")
             continue
         mfu = "" if row["mfu"] is None else f"{row['mfu']:7.1%} MFU"
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:8.1f} GiB"
         milliseconds = row["seconds"]["median"] * 1e3
         speed = row["tokens_per_second"]
-        print(f"{row['way']:8}{milliseconds:10.1f} ms{speed:12,.0f} tokens/s{mfu}{peak}")
+        print(f"{row['way']:12}{milliseconds:10.1f} ms{speed:12,.0f} tokens/s{mfu}{peak}")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -296,7 +308,9 @@ def main() -> None:
     parser.add_argument("--documents", nargs="*", type=int, default=defaults["documents"],
                         help="tokens a document; 0: as long as the window")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=65_536 if place.type == "cuda" else 4096)
-    parser.add_argument("--ways", nargs="*", default=[], help="ours, plain, hf")
+    parser.add_argument(
+        "--ways", nargs="*", default=[], help="ours, ours triton, ours lean, plain, hf"
+    )
     options = parser.parse_args()
     ranks = Ranks(0, 1, place)
     rows = []

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from kernels.attention import LACKS as ATTENTION_BACKENDS
 from trainer.model import ModelConfig
 
 
@@ -158,6 +159,9 @@ class RuntimeConfig:
     shard_size: int | None = None  # fsdp only: ranks that share one copy of the model; null: all
     context_parallel: int = 1  # ranks that share one window, see trainer/context_parallel.py
     recompute: Recompute = Recompute.auto  # what the backward pass computes again
+    attention: str = "auto"  # backend of kernels.varlen_attention
+    loss: str = "torch"  # backend of kernels.linear_cross_entropy: torch or triton
+    loss_memory: str = "fast"  # or lean: the loss in 128 MiB, a third slower
     threads: int | None = None  # CPU threads of one process
 
 
@@ -215,6 +219,14 @@ class TrainConfig:
             )
         if recipe.max_generations is not None and recipe.max_generations < 1:
             raise ValueError(f"recipe.max_generations={recipe.max_generations} must be at least 1")
+        runtime = self.runtime
+        for name, chosen, choices in (
+            ("runtime.attention", runtime.attention, ("auto", *ATTENTION_BACKENDS)),
+            ("runtime.loss", runtime.loss, ("torch", "triton")),
+            ("runtime.loss_memory", runtime.loss_memory, ("fast", "lean")),
+        ):
+            if chosen not in choices:
+                raise ValueError(f"{name}={chosen} is not one of {', '.join(choices)}")
         for name, value in (
             ("recipe.epochs", recipe.epochs),
             ("recipe.learning_rate", recipe.learning_rate),

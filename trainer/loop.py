@@ -44,7 +44,7 @@ from trainer.guard import StepGuard
 from trainer.mds import MegadocStream, check_same_tokenizer
 from trainer.memory import choose_recompute, recompute_blocks
 from trainer.meter import Meter
-from trainer.model import Llama
+from trainer.model import Kernels, Llama
 from trainer.optimizer import build_optimizers, set_schedules
 from trainer.plan import Plan, Source, total_steps
 from trainer.run_folder import claimed, write_json
@@ -91,7 +91,9 @@ def train(config: TrainConfig) -> float:
         )
 
         # The model.
-        model = Llama(config.model, config.seed, compute_dtype(config.runtime, ranks.device))
+        runtime = config.runtime
+        kernels = Kernels(runtime.attention, runtime.loss, runtime.loss_memory)
+        model = Llama(config.model, config.seed, compute_dtype(runtime, ranks.device), kernels)
         model.to(ranks.device)
         prepare_blocks(model, config, ranks)
         wrapped = parallelize(model, ranks, config.runtime)
