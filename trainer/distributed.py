@@ -87,7 +87,13 @@ def join_ranks(config: RuntimeConfig) -> Iterator[Ranks]:
         yield Ranks(0, 1, device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    store, rank, _ = next(dist.rendezvous("env://"))
+    # After an elastic restart the store still holds the addresses of the processes that died.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10)
+    )
     try:
         yield Ranks(
             dist.get_rank(),

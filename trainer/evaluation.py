@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.config import DataConfig, Mask
 from trainer.context_parallel import split_batch
-from trainer.data import NO_TARGET, PackedBatch, most_segments, pack
+from trainer.data import NO_TARGET, PackedBatch, pack, segment_bounds
 from trainer.distributed import Ranks
 from trainer.mds import MegadocStream
 from trainer.model import Llama
@@ -135,7 +135,7 @@ def evaluation_batches(
         packed = pack_whole(stream.lengths, data.context_length, np.random.default_rng(0))
     count = len(packed.offsets) - 1
     size = max(1, BATCH_TOKENS // data.context_length)
-    segments = most_segments([stream], data.mask, data.context_length)
+    bounds = segment_bounds([stream], data.mask, data.context_length)
     for start in range(0, -(-count // size), world_size):
         first = (start + rank) * size
         counts = first < count
@@ -143,7 +143,7 @@ def evaluation_batches(
             packed.window(0, index)
             for index in range(first if counts else 0, min(count, (first if counts else 0) + size))
         ]
-        yield pack(windows, [stream], data.mask, data.context_length, segments), counts
+        yield pack(windows, [stream], data.mask, data.context_length, bounds), counts
 
 
 @torch.no_grad()

@@ -16,16 +16,25 @@ import torch
 from tests.conftest import REPOSITORY, run_script
 from trainer.checkpoint import checkpoints, load_model, read_progress
 from trainer.config import (
+    Averaging,
+    BadStep,
     DataConfig,
+    DecaySchedule,
     Mask,
     ModelConfig,
+    OptimizerConfig,
+    OptimizerKind,
     RecipeConfig,
     RuntimeConfig,
+    ScheduleKind,
     TrackingConfig,
     TrainConfig,
 )
+from trainer.distributed import Ranks
 from trainer.errors import NonFiniteLossError
+from trainer.evaluation import evaluate_model
 from trainer.loop import train
+from trainer.mds import MegadocStream
 from trainer.run_folder import claimed
 
 STITCHED = RecipeConfig("stitched", "real", "stitched", 2, 0.75, 4, 3e-3, 0.4)
@@ -147,8 +156,59 @@ def test_sigterm_saves_and_the_next_start_goes_on(corpus_root: Path, tmp_path: P
 def test_a_loss_that_is_not_finite_names_its_documents(corpus_root: Path, tmp_path: Path) -> None:
     wild = RecipeConfig("real", "real", None, 0, 0.0, 4, 1e30, 0.0)
     settings = config(corpus_root, tmp_path, recipe=wild)
-    with pytest.raises(NonFiniteLossError, match=r"the loss of step \d+ is nan.*real:"):
+    with pytest.raises(NonFiniteLossError, match=r"step \d+: the loss is nan.*real:"):
         train(settings)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerConfig(
+            kind=OptimizerKind.muon,
+            weight_decay_schedule=DecaySchedule.linear,
+            on_bad_step=BadStep.skip,
+            spike_factor=20.0,
+        ),
+        OptimizerConfig(averaging=Averaging.ema, ema_decay=0.9),
+        OptimizerConfig(averaging=Averaging.swa, schedule=ScheduleKind.wsd),
+    ],
+)
+def test_every_way_to_optimise_learns_and_resumes_to_the_bit(
+    corpus_root: Path, tmp_path: Path, optimizer: OptimizerConfig
+) -> None:
+    tracking = TrackingConfig(
+        tensorboard=False, log_every=1, evaluations=1, checkpoints=4, keep_checkpoints=9
+    )
+    settings = config(corpus_root, tmp_path, optimizer=optimizer, tracking=tracking)
+    loss = train(settings)
+    run = settings.run_dir()
+    rows = [row for row in metrics(run) if "train/loss" in row]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 1
+    final = weights(run)
+    assert evaluate_run(run, settings) == pytest.approx(loss, abs=1e-6)
+    (run / "result.json").unlink()
+    for newer in checkpoints(run)[1:]:
+        shutil.rmtree(newer)
+    assert train(settings) == loss
+    assert all(torch.equal(value, final[name]) for name, value in weights(run).items())
+
+
+def evaluate_run(run: Path, settings: TrainConfig) -> float:
+    model, stored = load_model(run)
+    stream = MegadocStream(f"{stored.data.root}/streams/val")
+    scores = evaluate_model(model, stream, settings.data, Ranks(0, 1, torch.device("cpu")))
+    return scores.loss["iid"]
+
+
+def test_bad_steps_are_skipped_until_there_are_too_many(
+    corpus_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = RecipeConfig("real", "real", None, 0, 0.0, 60, 1e30, 0.0)
+    skipping = OptimizerConfig(on_bad_step=BadStep.skip)
+    settings = config(corpus_root, tmp_path, recipe=wild, optimizer=skipping)
+    with pytest.raises(NonFiniteLossError, match=r"step \d+: the gradient has norm nan.*real:"):
+        train(settings)
+    assert capsys.readouterr().out.count("skipped: step") == 10
 
 
 def test_another_config_in_the_same_folder_is_refused(corpus_root: Path, tmp_path: Path) -> None:
