@@ -171,6 +171,7 @@ class TrackingConfig:
 
     tensorboard: bool = True
     wandb_project: str | None = None
+    trackio_project: str | None = None
     log_every: int = 10  # steps
     evaluations: int = 20  # spread evenly over the run; the last one is the result
     checkpoints: int = 20  # spread evenly over the run
