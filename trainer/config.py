@@ -128,6 +128,14 @@ class OptimizerConfig:
     spike_factor: float | None = None  # a norm above this multiple of the usual one is a spike
 
 
+@dataclass
+class DistillationConfig:
+    """Teachers whose mean prediction the model learns beside the text."""
+
+    teachers: list[str] = field(default_factory=list)  # run folders; none: plain training
+    share: float = 0.5  # of the loss, in (0, 1]
+
+
 class Parallel(enum.Enum):
     ddp = "ddp"  # a whole model on every rank
     fsdp = "fsdp"  # parameters, gradients and optimiser states sharded (FSDP2)
@@ -186,6 +194,7 @@ class TrainConfig:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0  # initialisation (the data order has data.seed)
@@ -243,6 +252,7 @@ class TrainConfig:
         for name, value in (
             ("optimizer.ema_decay", self.optimizer.ema_decay),
             ("optimizer.swa_fraction", self.optimizer.swa_fraction),
+            ("distillation.share", self.distillation.share),
         ):
             if not 0 < value <= 1:
                 raise ValueError(f"{name}={value} must be in (0, 1]")
