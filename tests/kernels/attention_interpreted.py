@@ -122,8 +122,13 @@ def gradients() -> None:
     compare([50, 2], heads=(1, 1), factor=300.0)  # one key takes all the weight
     compare([70, 20, 0, 3], [40, 33, 9, 0], extra=2, heads=(1, 1))  # some queries see no key
     compare([33, 1], [95, 64], heads=(1, 1), window=33)  # the last part of a context
+    # Where the diagonal and the window's edge meet the ends of a loop's steps.
+    compare([10, 10], [24, 25], heads=(1, 1))
+    compare([60], [74], heads=(1, 1))
+    compare([50], heads=(1, 1), window=33)
+    compare([70], heads=(1, 1), window=47)
 
-    @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         st.lists(st.tuples(st.integers(0, 50), st.integers(0, 70)), min_size=1, max_size=3),
         st.booleans(),
