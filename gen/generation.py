@@ -252,6 +252,7 @@ class Job:
         if self.unsaved:
             self.store.append(self.unsaved, self.config.writer)
             self.unsaved = []
+            self.store.merge(self.config.writer, self.config.merge_parts)
         self.session.retries = self.client.retries
         self.session.restarts = self.servers.restarts()
         self.session.save(self.store.folder)
