@@ -74,6 +74,7 @@ class Job:
     bar: tqdm
     failures: dict[str, str] = field(default_factory=dict)
     unsaved: list[Generation] = field(default_factory=list)
+    fits: dict[tuple[str, int], tuple[dict[str, str], bool]] = field(default_factory=dict)
 
     async def run(self, works: list[Work]) -> None:
         """Generate everything in ``works``; failures of requests are collected, not raised.
@@ -148,6 +149,8 @@ class Job:
         async with asyncio.TaskGroup() as siblings:
             for number in range(size):
                 siblings.create_task(worker(number == 0))
+        for index in (0, *work.indices):
+            self.fits.pop((work.document.id, index), None)
 
     async def one(self, lane: Lane, work: Work, index: int) -> None:
         """One generation, and what is learned from it."""
@@ -164,28 +167,31 @@ class Job:
 
     async def warm_up(self, work: Work) -> None:
         """Put the document's prompt into the server's cache: one token of the first sibling."""
-        index, document_id = work.indices[0], work.document.id
-        fields, _ = await fit(
-            self.client,
-            self.method,
-            self.config.context_length,
-            document_id,
-            index,
-            work.fields(index),
-        )
-        self.count(await self.ask(document_id, index, fields, max_tokens=1))
+        index = work.indices[0]
+        fields, _ = await self.fitted(work, index)
+        self.count(await self.ask(work.document.id, index, fields, max_tokens=1))
+
+    async def fitted(self, work: Work, index: int) -> tuple[dict[str, str], bool]:
+        """The fields of a prompt that fits, and whether the document was cut for it.
+
+        Rephrases of a document have the same one, so it is looked for once.
+        """
+        key = (work.document.id, index if self.method.latent else 0)
+        if key not in self.fits:
+            self.fits[key] = await fit(
+                self.client,
+                self.method,
+                self.config.context_length,
+                work.document.id,
+                index,
+                work.fields(index),
+            )
+        return self.fits[key]
 
     async def generate(self, work: Work, index: int) -> Completion:
         """One generation, its document cut as far as the context demands."""
         document_id = work.document.id
-        fields, truncated = await fit(
-            self.client,
-            self.method,
-            self.config.context_length,
-            document_id,
-            index,
-            work.fields(index),
-        )
+        fields, truncated = await self.fitted(work, index)
         while True:
             try:
                 answer = await self.ask(document_id, index, fields, self.method.max_tokens)

@@ -13,6 +13,7 @@ from gen.corpus import Document
 from gen.latent import split_text
 
 REAL, REPHRASE, THOUGHT = 0, 1, 2
+TEXT_COLUMNS = ["document_id", "index", "text"]  # of a store, what megadocs are made of
 
 
 @dataclass(frozen=True)

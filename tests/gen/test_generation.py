@@ -62,8 +62,8 @@ def test_raising_g_repeats_nothing(server: str, tokenizer: Tokenizer, tmp_path: 
 def test_long_documents_are_cut_to_fit_and_marked(
     server: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    documents = [Document("long", "word " * 3000), Document("short", "a few words")]
-    config = GeneratorConfig("openai", urls=[server], context_length=512)
+    documents = [Document("long", "word " * 600), Document("short", "a few words")]
+    config = GeneratorConfig("openai", urls=[server], context_length=256)
     latent = MethodConfig(
         "latent", True, 2, prompt="Before: {prefix} After: {suffix}", max_tokens=8
     )
@@ -72,9 +72,9 @@ def test_long_documents_are_cut_to_fit_and_marked(
         store = GenerationStore.of_method(tmp_path, method.name, method.generations, method.latent)
         for row in store.read().to_pylist():
             assert row["truncated"] == (row["document_id"] == "long")
-            assert row["prompt_tokens"] <= 512 - 8
+            assert row["prompt_tokens"] <= 256 - 8
             if row["truncated"]:
-                assert row["prompt_tokens"] > 350  # no more is cut than must be
+                assert row["prompt_tokens"] > 160  # no more is cut than must be
     config = GeneratorConfig("openai", urls=[server], context_length=75)
     with pytest.raises(GenerationFailed, match="not even the instructions fit"):
         run_job(REPHRASE, config, documents[:1], tokenizer, tmp_path / "b", serving)
