@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -26,7 +27,7 @@ from gen.servers import GeneratorConfig, Servers, embedded_server, serving
 from gen.store import GenerationStore
 from gen.supervisor import ServerFailed, SupervisedServer, free_port
 from tests.conftest import REPOSITORY, TINY, run_script
-from tests.gen.faults import Faults, faulty
+from tests.gen.faults import POISON, Faults, faulty
 
 REPHRASE = MethodConfig(prompt="Rewrite in other words: {text}", generations=3, max_tokens=8)
 DOCUMENTS = [Document(f"d{i}", f"The {i}th cat sat on the mat and slept.") for i in range(8)]
@@ -87,6 +88,29 @@ def test_a_job_behind_a_bad_network_ends_complete(
     assert found == Counter(
         (document.id, index) for document in DOCUMENTS[:5] for index in range(3)
     )
+
+
+@pytest.mark.parametrize("siblings", [1, 3])
+def test_a_document_that_kills_servers_is_given_up_and_the_others_are_not(
+    server: str,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    siblings: int,
+) -> None:
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.05)
+    poison = Document("poison", f"This is {POISON.decode()}.")
+    documents = [DOCUMENTS[0], poison, *DOCUMENTS[1:]]
+    with faulty(server, []) as url:
+        config = GeneratorConfig(
+            "openai", urls=[url], concurrency=4, siblings_in_flight=siblings, flush_seconds=0.1
+        )
+        with pytest.raises(GenerationFailed, match=r"3 .*\(poison\)"):
+            run_job(REPHRASE, config, documents, tokenizer, tmp_path, serving)
+    store = GenerationStore(tmp_path / "generations" / "rephrase")
+    assert keys(store) == ALL_KEYS
+    problems = json.loads((store.folder / "failures-000.json").read_text())
+    assert sum("not tried after" in problem for problem in problems.values()) >= 2
 
 
 def test_documents_of_a_lost_server_go_to_another(
