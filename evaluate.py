@@ -1,9 +1,10 @@
 """Score a run or an ensemble: ``python evaluate.py runs=[runs/a,runs/b]``.
 
+An ensemble of all sizes up to K, for the report's figure over K:
+``python evaluate.py runs=[...] output=runs/ensembles/stitched.json``.
 ``export=FOLDER`` writes a single run in Hugging Face's Llama format instead.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,16 +12,18 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from trainer.ensemble import evaluate_runs
+from trainer.ensemble import Mean, evaluate_ensemble
 from trainer.errors import user_errors
 from trainer.export import export_run
+from trainer.run_folder import write_json
 
 
 @dataclass
 class EvaluateConfig:
     """What is evaluated."""
 
-    runs: list[str] = field(default_factory=lambda: MISSING)  # several: mean of logits
+    runs: list[str] = field(default_factory=lambda: MISSING)  # several: an ensemble
+    mean: Mean = Mean.logits  # of what: logits or probabilities
     validation: str | None = None  # held-out stream; null: the one of the first run
     export: str | None = None  # write this run as a Hugging Face folder
     output: str | None = None  # also write the scores to this JSON file
@@ -41,14 +44,23 @@ def main(config: DictConfig) -> float | None:
         export_run(options.runs[0], Path(options.export))
         print(f"{options.runs[0]} written to {options.export}")
         return None
-    scores = evaluate_runs(options.runs, options.validation).to_dict()
+    sizes = [
+        scores.to_dict()
+        for scores in evaluate_ensemble(options.runs, options.validation, options.mean)
+    ]
+    scores = sizes[-1]
+    if len(sizes) > 1:
+        for count, size in enumerate(sizes, 1):
+            print(f"{count:>6} members: {size['loss']['iid']:.4f} nats per token")
     for name, loss in scores["loss"].items():
         print(f"{name:>6} {loss:.4f} nats per token")
     print(f"{'':>6} {scores['bits_per_byte']:.4f} bits per byte")
     for position, loss in scores["loss_by_position"].items():
         print(f"from position {position:>7} {loss:.4f}")
     if options.output:
-        Path(options.output).write_text(json.dumps(scores, indent=1))
+        ensemble = {"members": options.runs, "mean": options.mean.value, "sizes": sizes}
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(options.output), scores | (ensemble if len(sizes) > 1 else {}))
     return scores["loss"]["iid"]
 
 

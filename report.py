@@ -1,4 +1,7 @@
-"""Compare finished runs: ``python report.py runs=runs`` prints a table and writes an HTML page."""
+"""Compare finished runs: ``python report.py runs=runs`` prints a table and writes an HTML page.
+
+``python report.py question=data_efficiency runs=runs`` answers that question in a few lines.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.errors import user_errors
-from trainer.report import write_report
+from trainer.report import answer_data_efficiency, write_report
 
 
 @dataclass
@@ -17,6 +20,7 @@ class ReportConfig:
 
     runs: str = "runs"  # folder with run folders, at any depth
     output: str | None = None  # null: <runs>/report
+    question: str | None = None  # data_efficiency: print that answer, write nothing
 
 
 ConfigStore.instance().store(name="report_schema", node=ReportConfig)
@@ -28,6 +32,11 @@ def main(config: DictConfig) -> None:
     options = OmegaConf.to_object(config)
     assert isinstance(options, ReportConfig)
     runs = Path(options.runs)
+    if options.question is not None:
+        if options.question != "data_efficiency":
+            raise ValueError(f"question={options.question} is not one of data_efficiency")
+        print(answer_data_efficiency(runs))
+        return
     table, page = write_report(runs, Path(options.output) if options.output else runs / "report")
     print(table)
     print(f"\nreport: {page}")

@@ -14,16 +14,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from kernels.cross_entropy_torch import Gradients, Options, chunked_cross_entropy
+from kernels.cross_entropy_sweeps import (
+    Gradients,
+    Options,
+    Steps,
+    sweep_tokens,
+    sweep_vocabulary,
+)
+from kernels.cross_entropy_torch import TORCH
 
 Backend = Literal["torch", "triton"]
+Memory = Literal["fast", "lean"] | int
 
-# Bytes of fp32 logits held at a time: on a CPU about a core's share of its cache; on a GPU enough
-# rows to keep the matrix units busy with a vocabulary of 128k.
-CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
-# 8192 rows of a vocabulary of 128k, held in bf16. Each chunk reads and writes the fp32 gradient of
-# the weight once: by bytes, a tenth of its matrix product's time at 8192 rows, most of it at 1024.
-TRITON_CHUNK_BYTES = 4 << 30
+# Logits held at a time. On a CPU about a core's share of its cache. The torch backend holds a few
+# copies of 4 bytes, the Triton backend one in the inputs' dtype: 8192 rows of a vocabulary of 128k,
+# because every chunk reads and writes the fp32 gradient of the weight once; by bytes that is a
+# tenth of its matrix product's time at 8192 rows and most of it at 1024. Lean: 96 MiB in all.
+CPU_ELEMENTS = 2 << 20
+FAST_ELEMENTS = {"torch": 128 << 20, "triton": 1 << 30}
+LEAN_ELEMENTS = {"torch": 6 << 20, "triton": 40 << 20}
 
 
 @overload
@@ -41,7 +50,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     grad_weight_out: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    chunk_bytes: int | None = None,
+    memory: Memory = "fast",
     return_token_losses: Literal[False] = False,
     backend: Backend = "torch",
 ) -> Tensor: ...
@@ -62,7 +71,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     grad_weight_out: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    chunk_bytes: int | None = None,
+    memory: Memory = "fast",
     return_token_losses: Literal[True],
     backend: Backend = "torch",
 ) -> tuple[Tensor, Tensor]: ...
@@ -82,7 +91,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     grad_weight_out: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    chunk_bytes: int | None = None,
+    memory: Memory = "fast",
     return_token_losses: bool = False,
     backend: Backend = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -102,13 +111,14 @@ def linear_cross_entropy(
         grad_weight_out: fp32 ``[V, D]``; the weight's gradient is added to it in the forward pass
             instead of being returned, so the upstream gradient must be 1.
         group: ranks that hold equal, contiguous parts of the vocabulary in order of their rank.
-        chunk_bytes: rows a chunk are those whose fp32 logits fit; default by device and backend.
+        memory: ``fast`` holds an fp32 gradient of the weight and large chunks of logits; a number
+            is fast with that many bytes of logits; ``lean`` needs at most 128 MiB beside the
+            gradients it returns, for a fourth matrix product beside three.
         return_token_losses: also return fp32 ``[N]`` losses, detached; 0 where the target is
             ignored or the token weight is 0.
-        backend: ``torch`` (chunks of logits, every option) or ``triton`` (CUDA; without bias,
-            softcap, smoothing and group). The Triton kernels are tested in the interpreter and
-            compiled for three architectures, but have not run on a GPU yet; until then they are
-            not chosen by themselves.
+        backend: ``torch``, or ``triton`` on CUDA. The Triton kernels are tested in the interpreter
+            and compiled for three architectures, but have not run on a GPU yet; until then they
+            are not chosen by themselves.
 
     Returns:
         Scalar fp32 loss in nats, differentiable once in ``hidden``, ``weight`` and ``bias``.
@@ -119,24 +129,18 @@ def linear_cross_entropy(
     check_arguments(hidden, weight, targets, bias, token_weight, grad_weight_out)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
-    if backend not in ("torch", "triton"):
-        raise ValueError(f"backend={backend!r} is not one of torch, triton")
-    if backend == "triton" and (bias is not None or softcap or label_smoothing or group):
-        raise ValueError(
-            "backend='triton' has no bias, softcap, label_smoothing or group; use backend='torch'"
-        )
-    if backend == "triton" and hidden.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"backend='triton' needs bfloat16 or float32, hidden is {hidden.dtype}; its "
-            "exponentials leave the range of float16; use backend='torch'"
-        )
-    if backend == "triton" and not hidden.is_cuda:
-        raise ValueError(f"backend='triton' needs CUDA tensors, hidden is on {hidden.device}")
+    check_backend(backend, hidden)
+    if memory not in ("fast", "lean") and not (isinstance(memory, int) and memory > 0):
+        raise ValueError(f"memory={memory!r} must be fast, lean or a number of bytes")
     counts = targets != ignore_index
     if denominator is None:
         denominator = counts.sum().clamp(min=1)
     row_weight = counts.float() if token_weight is None else counts * token_weight.float()
-    loss, token_loss, _, weight_grad, _ = linear_cross_entropy_op(
+    learning = torch.is_grad_enabled()
+    lean = memory == "lean"
+    plan = (chunk_elements(memory, backend, hidden), lean)
+    group_name = "" if group is None else group.group_name
+    loss, token_loss, lses, _, weight_grad, _ = linear_cross_entropy_op(
         hidden,
         weight if grad_weight_out is None else weight.detach(),
         bias,
@@ -146,17 +150,50 @@ def linear_cross_entropy(
         softcap,
         z_loss,
         label_smoothing,
-        chunk_bytes
-        or (TRITON_CHUNK_BYTES if backend == "triton" else CHUNK_BYTES[hidden.device.type]),
-        torch.is_grad_enabled() and hidden.requires_grad,
-        grad_weight_out is not None or (torch.is_grad_enabled() and weight.requires_grad),
-        torch.is_grad_enabled() and bias is not None and bias.requires_grad,
-        "" if group is None else group.group_name,
+        *plan,
+        learning and hidden.requires_grad,
+        (learning and weight.requires_grad) if grad_weight_out is None else not lean,
+        learning and bias is not None and bias.requires_grad,
+        group_name,
         backend,
     )
-    if grad_weight_out is not None:
+    if grad_weight_out is not None and lean:
+        add_weight_gradient(
+            grad_weight_out,
+            hidden.detach(),
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            targets,
+            row_weight / denominator,
+            lses.detach(),
+            softcap,
+            z_loss,
+            label_smoothing,
+            plan[0],
+            group_name,
+            backend,
+        )
+    elif grad_weight_out is not None:
         grad_weight_out += weight_grad.detach()
     return (loss, token_loss.detach()) if return_token_losses else loss
+
+
+def chunk_elements(memory: Memory, backend: Backend, hidden: Tensor) -> int:
+    """Logits to hold at a time, see ``linear_cross_entropy``."""
+    if isinstance(memory, int):
+        return max(1, memory // (4 if backend == "torch" else hidden.element_size()))
+    if not hidden.is_cuda:
+        return CPU_ELEMENTS
+    return (LEAN_ELEMENTS if memory == "lean" else FAST_ELEMENTS)[backend]
+
+
+def steps_of(backend: str) -> Steps:
+    """The backend's chunks; Triton is imported only where it is asked for."""
+    if backend == "torch":
+        return TORCH
+    from kernels.cross_entropy_triton_steps import TRITON
+
+    return TRITON
 
 
 @torch.no_grad()
@@ -168,6 +205,7 @@ def token_losses(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float = 0.0,
+    backend: Backend = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of every row, forward only, in memory proportional to N.
 
@@ -178,22 +216,30 @@ def token_losses(
         bias: ``[V]``.
         ignore_index: rows with it have loss 0.
         softcap: as in :func:`linear_cross_entropy`.
+        backend: ``torch`` holds a chunk of logits at a time, ``triton`` (CUDA) a tile.
 
     Returns:
-        fp32 ``[N]`` losses in nats and fp32 ``[N]`` log-sum-exps.
+        fp32 ``[N]`` losses in nats and fp32 ``[N]`` log-sum-exps, from logits that are not rounded.
     """
     check_arguments(hidden, weight, targets, bias, None, None)
+    check_backend(backend, hidden)
     counts = targets != ignore_index
-    losses, lses = chunked_cross_entropy(
-        hidden,
-        weight,
-        bias,
-        targets,
-        counts.float(),
-        Options(softcap),
-        rows_per_chunk(CHUNK_BYTES[hidden.device.type], weight),
-        None,
-    )
+    if backend == "triton":
+        from kernels.cross_entropy_triton_forward import forward_only
+
+        losses, lses = forward_only(hidden, weight, bias, targets, softcap)
+    else:
+        losses, lses = sweep_tokens(
+            TORCH,
+            hidden,
+            weight,
+            bias,
+            targets,
+            counts.float(),
+            Options(softcap),
+            chunk_elements("fast", backend, hidden),
+            None,
+        )
     return losses.masked_fill(~counts, 0.0), lses
 
 
@@ -208,51 +254,52 @@ def linear_cross_entropy_op(
     softcap: float,
     z_loss: float,
     label_smoothing: float,
-    chunk_bytes: int,
+    chunk_elements: int,
+    lean: bool,
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
     group: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, token losses, and the gradients of hidden, weight and bias (empty if not wanted)."""
-    grads = empty_gradients(hidden, weight, wants_hidden, wants_weight, wants_bias)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, losses and log-sum-exps of the rows, gradients of hidden, weight, bias (or empty)."""
+    grads = empty_gradients(hidden, weight, lean, wants_hidden, wants_weight, wants_bias)
     hidden_grad, weight_grad, bias_grad = grads
-    factors = row_weight / denominator
-    rows = rows_per_chunk(chunk_bytes, weight)
-    if backend == "triton":
+    options = Options(softcap, z_loss, label_smoothing)
+    factors = (row_weight / denominator).to(torch.promote_types(hidden.dtype, torch.float32))
+    dx = hidden_grad if wants_hidden else None
+    dw = weight_grad if wants_weight else None
+    db = bias_grad if wants_bias else None
+    plain = bias is None and not softcap and not label_smoothing and not group
+    if backend == "triton" and plain and not lean and hidden.dtype != torch.float16:
         from kernels.cross_entropy_triton import anchored_cross_entropy
 
-        losses, _ = anchored_cross_entropy(
+        losses, lses = anchored_cross_entropy(
             hidden.contiguous(),
             weight.contiguous(),
             targets.masked_fill(row_weight == 0, -1),
             factors,
             z_loss,
-            rows,
-            hidden_grad if wants_hidden else None,
-            weight_grad if wants_weight else None,
+            max(1, chunk_elements // weight.shape[0]),
+            dx,
+            dw,
         )
     else:
-        wanted = Gradients(
-            hidden_grad if wants_hidden else None,
-            weight_grad if wants_weight else None,
-            bias_grad if wants_bias else None,
+        steps, ranks = steps_of(backend), ranks_of(group)
+        wanted = Gradients(dx, None, None) if lean else Gradients(dx, dw, db)
+        inputs = (hidden, weight, bias, targets, factors)
+        learning = wants_hidden or wants_weight or wants_bias
+        losses, lses = sweep_tokens(
+            steps, *inputs, options, chunk_elements, wanted if learning else None, ranks
         )
-        losses, _ = chunked_cross_entropy(
-            hidden,
-            weight,
-            bias,
-            targets,
-            factors.to(torch.promote_types(hidden.dtype, torch.float32)),
-            Options(softcap, z_loss, label_smoothing),
-            rows,
-            wanted if wants_hidden or wants_weight or wants_bias else None,
-            _resolve_process_group(group) if group else None,  # type: ignore[arg-type]
-        )
+        if lean and (wants_weight or wants_bias):
+            sweep_vocabulary(
+                steps, *inputs, lses, options, chunk_elements, Gradients(None, dw, db), ranks
+            )
     # A row that is ignored may hold anything, also what is not finite.
     losses = torch.where(row_weight != 0, losses, 0.0)
-    return (losses * row_weight).sum() / denominator, losses, hidden_grad, weight_grad, bias_grad
+    loss = (losses * row_weight).sum() / denominator
+    return loss, losses, lses, hidden_grad, weight_grad, bias_grad
 
 
 @linear_cross_entropy_op.register_fake
@@ -266,61 +313,115 @@ def _(
     softcap: float,
     z_loss: float,
     label_smoothing: float,
-    chunk_bytes: int,
+    chunk_elements: int,
+    lean: bool,
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
     group: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = empty_gradients(hidden, weight, wants_hidden, wants_weight, wants_bias)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = empty_gradients(hidden, weight, lean, wants_hidden, wants_weight, wants_bias)
     precision = torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(hidden.shape[0], dtype=precision)
-    return losses.new_empty(()), losses, *grads
+    return losses.new_empty(()), losses, torch.empty_like(losses), *grads
 
 
 def empty_gradients(
     hidden: Tensor,
     weight: Tensor,
+    lean: bool,
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient buffers; the weight's and the bias's are accumulated in at least fp32."""
+    """Gradient buffers; what is added up over chunks is in at least fp32."""
     hidden_grad = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
     weight_shape = weight.shape if wants_weight else (0,)
     bias_shape = (weight.shape[0],) if wants_bias else (0,)
     precision = torch.promote_types(weight.dtype, torch.float32)
     return (
         hidden_grad,
-        weight.new_zeros(weight_shape, dtype=precision),
+        weight.new_zeros(weight_shape, dtype=weight.dtype if lean else precision),
         weight.new_zeros(bias_shape, dtype=precision),
     )
 
 
 def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the gradients that the forward pass has computed."""
-    _, losses, hidden_grad, weight_grad, bias_grad = output
-    ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
-    ctx.mark_non_differentiable(losses, hidden_grad, weight_grad, bias_grad)
+    _, losses, lses, *gradients = output
+    ctx.save_for_backward(*gradients)
+    ctx.mark_non_differentiable(losses, lses, *gradients)
     ctx.dtypes = [x.dtype if x is not None else None for x in inputs[:3]]
+    ctx.lean = inputs[10]
 
 
 def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    """Multiply by the upstream gradient, without asking the host what it is."""
-    scaled = [
-        None if gradient.dim() == 1 and gradient.numel() == 0 else (gradient * upstream).to(dtype)
-        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    ]
-    return (*scaled, *[None] * 12)
+    """Multiply by the upstream gradient, without asking the host what it is.
+
+    Lean gradients are multiplied in place, so their graph can be walked once only; torch refuses a
+    second time. A compiler that traces this plans the memory itself and must see no mutation.
+    """
+    scaled: list[Tensor | None] = []
+    for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+        if gradient.dim() == 1 and gradient.numel() == 0:
+            scaled.append(None)
+        elif ctx.lean and type(gradient) is Tensor:
+            scaled.append(gradient.mul_(upstream).to(dtype))
+        else:
+            scaled.append((gradient * upstream).to(dtype))
+    return (*scaled, *[None] * 13)
 
 
 linear_cross_entropy_op.register_autograd(scale_gradients, setup_context=save_gradients)
 
 
-def rows_per_chunk(chunk_bytes: int, weight: Tensor) -> int:
-    """Rows whose fp32 logits fit in ``chunk_bytes``, at least one."""
-    return max(1, chunk_bytes // (4 * weight.shape[0]))
+@torch.library.custom_op("megadocs::add_weight_gradient", mutates_args=("buffer",))
+def add_weight_gradient(
+    buffer: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    factors: Tensor,
+    lses: Tensor,
+    softcap: float,
+    z_loss: float,
+    label_smoothing: float,
+    chunk_elements: int,
+    group: str,
+    backend: str,
+) -> None:
+    """Add the weight's gradient to an fp32 ``[V, D]`` buffer in a sweep over the vocabulary."""
+    sweep_vocabulary(
+        steps_of(backend),
+        hidden,
+        weight,
+        bias,
+        targets,
+        factors.to(lses.dtype),
+        lses,
+        Options(softcap, z_loss, label_smoothing),
+        chunk_elements,
+        Gradients(None, buffer, None),
+        ranks_of(group),
+    )
+
+
+def ranks_of(group: str) -> dist.ProcessGroup | None:
+    """The process group of a name; an op's arguments cannot hold the group itself."""
+    return _resolve_process_group(group) if group else None  # type: ignore[arg-type]
+
+
+def check_backend(backend: str, hidden: Tensor) -> None:
+    """Raise ValueError for a backend that is unknown or cannot run where the inputs are."""
+    if backend not in ("torch", "triton"):
+        raise ValueError(f"backend={backend!r} is not one of torch, triton")
+    if backend == "triton" and (not hidden.is_cuda or hidden.dtype == torch.float64):
+        raise ValueError(
+            f"backend='triton' needs CUDA tensors of up to 32 bits, hidden is {hidden.dtype} on "
+            f"{hidden.device}; use backend='torch'"
+        )
 
 
 def check_arguments(

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy_torch import add_product, product_in_fp32
+from kernels.cross_entropy_sweeps import add_product, product_in_fp32
+from kernels.cross_entropy_triton_fused import fused_exponentials
 
 SHIFT = 30.0  # c: p below exp(-57) counts as 0
 # Largest exponent that is not repaired. exp(88) is fp32's range, but E is also summed over the
@@ -190,6 +191,7 @@ def anchored_cross_entropy(
     rows_per_chunk: int,
     hidden_grad: Tensor | None,
     weight_grad: Tensor | None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Losses and gradients of rows without bias, softcap and smoothing.
 
@@ -202,13 +204,14 @@ def anchored_cross_entropy(
         rows_per_chunk: rows whose logits are held at a time.
         hidden_grad: ``[N, D]``, written, or None.
         weight_grad: fp32 ``[V, D]``, added to, or None.
+        fused: take the exponentials in the product's own kernel, see
+            ``kernels/cross_entropy_triton_fused.py``.
 
     Returns:
         fp32 ``[N]`` losses without ``row_weight`` and fp32 ``[N]`` log-sum-exps.
     """
     rows, depth = hidden.shape
     vocabulary = weight.shape[0]
-    tiles = triton.cdiv(vocabulary, BLOCK_V)
     block_d = min(1024, triton.next_power_of_2(depth))
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
     losses, lses, anchor = torch.empty(3, rows, **fp32)
@@ -219,26 +222,16 @@ def anchored_cross_entropy(
         part = slice(start, start + rows_per_chunk)
         x = hidden[part]
         count = x.shape[0]
-        logits = x @ weight.T  # [C, V], becomes E
-        sums = torch.empty(count, tiles, **fp32)
+        chunk = (targets[part], anchor[part], overflow[part])
+        # E [C, V] and its sums [C, tiles]
+        e, sums = exponentials(x, weight, *chunk, fused)
+        tiles = sums.shape[1]
         scale = torch.empty(count, **fp32)
         scaled = torch.empty_like(x)
-        exponential_kernel[(count, tiles)](
-            logits,
-            targets[part],
-            anchor[part],
-            sums,
-            overflow[part],
-            vocabulary,
-            tiles,
-            SHIFT,
-            HIGHEST,
-            BLOCK_V,
-        )
         repair_kernel[(count,)](
             x,
             weight,
-            logits,
+            e,
             anchor[part],
             sums,
             overflow[part],
@@ -252,7 +245,7 @@ def anchored_cross_entropy(
         finish_kernel[(count,)](
             x,
             scaled,
-            logits,
+            e,
             targets[part],
             target_logit[part],
             anchor[part],
@@ -270,7 +263,23 @@ def anchored_cross_entropy(
             block_d,
         )
         if hidden_grad is not None:
-            hidden_grad[part] = product_in_fp32(logits, weight) * scale[:, None]
+            hidden_grad[part] = product_in_fp32(e, weight) * scale[:, None]
         if weight_grad is not None:
-            add_product(weight_grad, logits.T, scaled)
+            add_product(weight_grad, e.T, scaled)
     return losses, lses
+
+
+def exponentials(
+    x: Tensor, weight: Tensor, targets: Tensor, anchor: Tensor, overflow: Tensor, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """``E [C, V]`` and its sums ``[C, tiles]``, by cuBLAS and a pass or by one kernel."""
+    if fused:
+        return fused_exponentials(x, weight, targets, anchor, overflow, SHIFT, HIGHEST)
+    logits = x @ weight.T
+    rows, vocabulary = logits.shape
+    tiles = triton.cdiv(vocabulary, BLOCK_V)
+    sums = torch.empty(rows, tiles, dtype=torch.float32, device=x.device)
+    exponential_kernel[(rows, tiles)](
+        logits, targets, anchor, sums, overflow, vocabulary, tiles, SHIFT, HIGHEST, BLOCK_V
+    )
+    return logits, sums

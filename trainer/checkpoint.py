@@ -13,11 +13,13 @@ import os
 import re
 import shutil
 import warnings
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,10 +29,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from trainer.config import TrainConfig, load_config
+from trainer.averaging import WeightAverage
+from trainer.config import Averaging, TrainConfig, load_config
 from trainer.distributed import Ranks
+from trainer.errors import NonFiniteLossError
 from trainer.model import Llama
 
+# One process saves alone, which is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -42,6 +48,8 @@ class Progress:
     plan_hash: str  # order of the data it was trained in
     tokenizer_sha256: str
     seconds: float  # training time so far, over all attempts
+    usual_grad_norm: float = 0.0  # the step guard's memory
+    accepted_steps: int = 0
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -50,50 +58,121 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name))
 
 
-def save_checkpoint(
-    run_dir: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    ranks: Ranks,
-    keep: int,
-) -> None:
-    """Write the checkpoint of ``progress.step`` and drop all but the newest ``keep``.
+class Checkpointer:
+    """Writes checkpoints while training goes on.
 
-    Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are untouched.
+    :meth:`save` copies the tensors and returns; a thread writes them under a temporary name, and
+    the next call of any method, on all ranks at the same step, gives a finished folder its name. At
+    most one checkpoint is being written.
     """
-    final = run_dir / "checkpoints" / f"step-{progress.step:08d}"
-    if final.exists():
-        return
-    unfinished = final.with_name(f".{final.name}.tmp")
-    if ranks.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    ranks.barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        with quiet():
-            dcp.save(state, checkpoint_id=unfinished, no_dist=ranks.world_size == 1)
-        if ranks.is_main:
-            (unfinished / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
-            publish(unfinished, final)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if ranks.is_main:
+
+    def __init__(
+        self,
+        run_dir: Path,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        average: WeightAverage | None,
+        ranks: Ranks,
+        keep: int,
+    ) -> None:
+        self.run_dir = run_dir
+        self.parts = (model, optimizers, average)
+        self.ranks = ranks
+        self.keep = keep
+        # Messages of the writing threads must not mix with those of the training.
+        self.group: dist.ProcessGroup | None = None
+        if ranks.world_size > 1:
+            self.group = dist.new_group(backend="gloo")  # type: ignore[assignment]
+        self.writing: tuple[Progress, Future[Any]] | None = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Where all ranks stop together, what is being written is still wanted; where one has
+        # failed, waiting for it would hang.
+        if kind is None or issubclass(kind, NonFiniteLossError):
+            self.finish()
+
+    def save(self, progress: Progress) -> None:
+        """Begin to write the checkpoint of ``progress.step``, after the one before is on disk."""
+        self.finish()
+        if self.folder(progress).exists():
+            return
+        unfinished = self.unfinished(progress)
+        if self.ranks.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
-        free = shutil.disk_usage(run_dir).free
-        older = checkpoints(run_dir)
-        raise OSError(
-            f"could not write the checkpoint {final}: {last_line(error)} "
+            unfinished.mkdir(parents=True)
+        self.ranks.barrier()
+        future = dcp.async_save(
+            training_state(*self.parts),
+            checkpoint_id=unfinished,
+            process_group=self.group,
+            no_dist=self.group is None,
+        )
+        assert isinstance(future, Future)
+        self.writing = (progress, future)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written and drop all but the newest ``keep``.
+
+        Raises:
+            OSError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        if self.writing is None:
+            return
+        progress, future = self.writing
+        self.writing = None
+        unfinished = self.unfinished(progress)
+        try:
+            future.result()
+            if self.ranks.is_main:
+                (unfinished / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
+                publish(unfinished, self.folder(progress))
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if self.ranks.is_main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(self.explain(progress, error)) from error
+        if self.ranks.is_main:
+            for old in checkpoints(self.run_dir)[: -self.keep]:
+                shutil.rmtree(old)
+
+    def publish_if_written(self) -> None:
+        """Give a checkpoint its name if all ranks have written it; call it now and then."""
+        if self.writing is None:
+            return
+        written = torch.tensor(int(self.writing[1].done()), device=self.ranks.device)
+        if self.ranks.all_reduce(written).item() == self.ranks.world_size:
+            self.finish()
+
+    def folder(self, progress: Progress) -> Path:
+        return self.run_dir / "checkpoints" / f"step-{progress.step:08d}"
+
+    def unfinished(self, progress: Progress) -> Path:
+        folder = self.folder(progress)
+        return folder.with_name(f".{folder.name}.tmp")
+
+    def explain(self, progress: Progress, error: BaseException) -> str:
+        """What could not be written, what is safe, and what to do."""
+        free = shutil.disk_usage(self.run_dir).free
+        older = checkpoints(self.run_dir)
+        return (
+            f"could not write the checkpoint {self.folder(progress)}: {last_line(error)} "
             f"({free / 1e9:.2f} GB free on that disk). "
             + (f"{older[-1]} is intact; " if older else "No earlier checkpoint exists; ")
             + "free some space and start the same command again to resume"
-        ) from error
-    if ranks.is_main:
-        for old in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
-    ranks.barrier()
+        )
+
+
+def training_state(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], average: WeightAverage | None
+) -> dict[str, Any]:
+    """Everything with tensors, under names that do not depend on how the model is wrapped."""
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    if average is not None:
+        state["average"] = average.state
+    return state
 
 
 def publish(unfinished: Path, final: Path) -> None:
@@ -114,31 +193,27 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def quiet() -> warnings.catch_warnings:
-    """Hide DCP's remark that one process saves alone, which is meant."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
-
-
 def read_progress(checkpoint: Path) -> Progress:
     """Progress stored in one checkpoint folder."""
     return Progress(**json.loads((checkpoint / "progress.json").read_text()))
 
 
 def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> Progress:
-    """Load model and optimiser in place; the number of ranks may differ from when it was saved."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    with quiet():
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=ranks.world_size == 1)
+    checkpoint: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    average: WeightAverage | None,
+    ranks: Ranks,
+) -> None:
+    """Load everything in place; the number of ranks may differ from when it was saved."""
+    state = training_state(model, optimizers, average)
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=ranks.world_size == 1)
     set_state_dict(
         model,
-        optimizer,
+        optimizers,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
-    return read_progress(checkpoint)
 
 
 def newest_checkpoint(path: str | Path) -> Path:
@@ -164,6 +239,8 @@ def load_model(
 ) -> tuple[Llama, TrainConfig]:
     """The model of a run folder (its newest checkpoint) or of one checkpoint folder.
 
+    A run that averages its weights gives the average.
+
     Args:
         path: run folder or ``.../checkpoints/step-00000120``.
         device: where the parameters go.
@@ -178,8 +255,8 @@ def load_model(
         cuda = torch.device(device).type == "cuda"
         compute_dtype = torch.bfloat16 if cuda else torch.float32
     model = Llama(config.model, config.seed, compute_dtype)
-    state = {"model": get_model_state_dict(model)}
-    with quiet():
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    model.load_state_dict(state["model"])
+    part = "model" if config.optimizer.averaging is Averaging.none else "average"
+    state = {part: get_model_state_dict(model)}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    model.load_state_dict(state[part])
     return model.to(device).eval(), config

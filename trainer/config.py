@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from kernels.attention import LACKS as ATTENTION_BACKENDS
 from trainer.model import ModelConfig
 
 
@@ -60,6 +61,14 @@ class RecipeConfig:
     epochs: float = 16.0  # E: passes over the base stream
     learning_rate: float = 3e-3
     weight_decay: float = 1.6
+    max_generations: int | None = None  # a smaller scale's cap on generations
+
+    @property
+    def used_generations(self) -> int:
+        """G of the stream that is read; 0 for real only."""
+        if self.stream is None:
+            return 0
+        return min(self.generations, self.max_generations or self.generations)
 
     @property
     def synthetic(self) -> str | None:
@@ -67,7 +76,7 @@ class RecipeConfig:
         if self.stream is None:
             return None
         kind, _, variant = self.stream.partition("-")
-        return "-".join(part for part in (kind, f"g{self.generations}", variant) if part)
+        return "-".join(part for part in (kind, f"g{self.used_generations}", variant) if part)
 
 
 class ScheduleKind(enum.Enum):
@@ -75,18 +84,48 @@ class ScheduleKind(enum.Enum):
     wsd = "wsd"  # warm up, hold, decay linearly
 
 
+class OptimizerKind(enum.Enum):
+    adamw = "adamw"
+    muon = "muon"  # Muon for the matrices inside the blocks, AdamW for the rest
+
+
+class DecaySchedule(enum.Enum):
+    constant = "constant"
+    linear = "linear"  # falls to 0 at the end of the run
+
+
+class Averaging(enum.Enum):
+    none = "none"
+    ema = "ema"
+    swa = "swa"
+
+
+class BadStep(enum.Enum):
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass
 class OptimizerConfig:
-    """AdamW and the learning-rate schedule (the paper's values)."""
+    """Optimiser and schedules (defaults: the paper's), averages of the weights, bad steps."""
 
+    kind: OptimizerKind = OptimizerKind.adamw
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    muon_momentum: float = 0.95
     clip_norm: float = 1.0
     schedule: ScheduleKind = ScheduleKind.cosine
     warmup_fraction: float = 0.01
     decay_fraction: float = 0.2  # wsd only: share of the steps in the final decay
     min_ratio: float = 0.0  # learning rate at the end, as a share of the peak
+    weight_decay_schedule: DecaySchedule = DecaySchedule.constant
+    decay_embeddings: bool = False  # the paper exempts the input embedding
+    averaging: Averaging = Averaging.none  # what is evaluated and exported at the end
+    ema_decay: float = 0.999
+    swa_fraction: float = 0.25  # share of the steps, the last ones, whose weights are averaged
+    on_bad_step: BadStep = BadStep.stop  # gradient not finite, or a spike
+    spike_factor: float | None = None  # a norm above this multiple of the usual one is a spike
 
 
 class Parallel(enum.Enum):
@@ -100,6 +139,15 @@ class Dtype(enum.Enum):
     bfloat16 = "bfloat16"
 
 
+class Recompute(enum.Enum):
+    """See ``trainer/memory.py``."""
+
+    auto = "auto"  # the cheapest that fits the memory
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 @dataclass
 class RuntimeConfig:
     """The machine's side of a run; nothing here changes what is learnt."""
@@ -108,7 +156,12 @@ class RuntimeConfig:
     dtype: Dtype = Dtype.auto
     compile: bool | None = None  # torch.compile the blocks; null: on CUDA only
     parallel: Parallel = Parallel.ddp
-    recompute: bool = False  # recompute every block in the backward pass to save memory
+    shard_size: int | None = None  # fsdp only: ranks that share one copy of the model; null: all
+    context_parallel: int = 1  # ranks that share one window, see trainer/context_parallel.py
+    recompute: Recompute = Recompute.auto  # what the backward pass computes again
+    attention: str = "auto"  # backend of kernels.varlen_attention
+    loss: str = "torch"  # backend of kernels.linear_cross_entropy: torch or triton
+    loss_memory: str = "fast"  # or lean: the loss in 128 MiB, a third slower
     threads: int | None = None  # CPU threads of one process
 
 
@@ -118,6 +171,7 @@ class TrackingConfig:
 
     tensorboard: bool = True
     wandb_project: str | None = None
+    trackio_project: str | None = None
     log_every: int = 10  # steps
     evaluations: int = 20  # spread evenly over the run; the last one is the result
     checkpoints: int = 20  # spread evenly over the run
@@ -164,6 +218,16 @@ class TrainConfig:
                 f"recipe.generations={recipe.generations} must be at least 1 for the "
                 f"{recipe.stream} stream"
             )
+        if recipe.max_generations is not None and recipe.max_generations < 1:
+            raise ValueError(f"recipe.max_generations={recipe.max_generations} must be at least 1")
+        runtime = self.runtime
+        for name, chosen, choices in (
+            ("runtime.attention", runtime.attention, ("auto", *ATTENTION_BACKENDS)),
+            ("runtime.loss", runtime.loss, ("torch", "triton")),
+            ("runtime.loss_memory", runtime.loss_memory, ("fast", "lean")),
+        ):
+            if chosen not in choices:
+                raise ValueError(f"{name}={chosen} is not one of {', '.join(choices)}")
         for name, value in (
             ("recipe.epochs", recipe.epochs),
             ("recipe.learning_rate", recipe.learning_rate),
@@ -172,9 +236,20 @@ class TrainConfig:
             ("tracking.evaluations", self.tracking.evaluations),
             ("tracking.checkpoints", self.tracking.checkpoints),
             ("tracking.keep_checkpoints", self.tracking.keep_checkpoints),
+            ("runtime.context_parallel", self.runtime.context_parallel),
         ):
             if value <= 0:
                 raise ValueError(f"{name}={value} must be above 0")
+        for name, value in (
+            ("optimizer.ema_decay", self.optimizer.ema_decay),
+            ("optimizer.swa_fraction", self.optimizer.swa_fraction),
+        ):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name}={value} must be in (0, 1]")
+        if self.optimizer.spike_factor is not None and self.optimizer.spike_factor <= 1:
+            raise ValueError(
+                f"optimizer.spike_factor={self.optimizer.spike_factor} must be above 1"
+            )
         if recipe.weight_decay < 0:
             raise ValueError(f"recipe.weight_decay={recipe.weight_decay} must not be negative")
 
@@ -187,6 +262,8 @@ class TrainConfig:
         learnt = to_dict(self)
         for key in ("runtime", "tracking", "output", "name"):
             learnt.pop(key)
+        learnt["recipe"]["generations"] = self.recipe.used_generations
+        learnt["recipe"].pop("max_generations")
         learnt["data"].pop("micro_batch_size")
         learnt["data"].pop("cache")
         return hashlib.sha256(json.dumps(learnt, sort_keys=True).encode()).hexdigest()[:8]

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class PackedBatch:
     targets: Tensor  # int64 [T], -100 where there is nothing to predict
     positions: Tensor  # int64 [T], place in the segment
     cu_seqlens: Tensor  # int32 [S+1], padded to a fixed S by repeating the last border
-    max_seqlen: int  # upper bound of the segment lengths: the context length
+    max_seqlen: int  # upper bound of the segment lengths, the same in every batch of a run
     target_documents: Tensor  # int64 [T], index in its stream of the document of the target
     target_positions: Tensor  # int64 [T], place of the target in its document
     tokens: int  # places that hold a token
@@ -64,21 +65,40 @@ class PackedBatch:
         return dataclasses.replace(self, **moved)
 
 
-def most_segments(streams: Sequence[MegadocStream], mask: Mask, context_length: int) -> int:
-    """Segments that one window can have at most, so that ``cu_seqlens`` never changes its size.
+class SegmentBounds(NamedTuple):
+    """What holds for every window of a run, so that no shape and no bound ever changes."""
+
+    most: int  # segments in one window
+    longest: int  # tokens in one segment
+
+
+def segment_bounds(
+    streams: Sequence[MegadocStream], mask: Mask, context_length: int
+) -> SegmentBounds:
+    """Upper bounds of the segments of one window.
 
     A window holds the most segments when it holds the shortest ones; two more may be cut by its
-    borders.
+    borders. Packing ``whole`` cuts long documents at multiples of the context length, so what such
+    cuts leave over counts among the shortest.
     """
     if mask is Mask.none:
-        return 1
-    most = 1
+        return SegmentBounds(1, context_length)
+    most = longest = 1
     for stream in streams:
         by_member = mask is Mask.document and stream.manifest.members_are_documents
-        lengths = np.sort(stream.member_lengths if by_member else stream.lengths)
-        shortest = int(np.searchsorted(lengths.cumsum(), context_length, side="right"))
+        lengths = stream.member_lengths if by_member else stream.lengths
+        ends = lengths.cumsum(dtype=np.int64)
+        sample_starts = stream.lengths.cumsum(dtype=np.int64) - stream.lengths
+        sample = np.searchsorted(sample_starts, ends, side="left") - 1
+        start = ends - lengths - sample_starts[sample]  # of the segment, in its sample
+        end = ends - sample_starts[sample]
+        before_cut = np.minimum(lengths, context_length - start % context_length)
+        after_cut = np.minimum(lengths, (end - 1) % context_length + 1)
+        pieces = np.sort(np.concatenate((before_cut, after_cut[before_cut < lengths])))
+        shortest = int(np.searchsorted(pieces.cumsum(), context_length, side="right"))
         most = max(most, min(context_length, shortest + 2))
-    return most
+        longest = max(longest, min(context_length, int(lengths.max())))
+    return SegmentBounds(most, longest)
 
 
 def pack(
@@ -86,7 +106,7 @@ def pack(
     streams: Sequence[MegadocStream],
     mask: Mask,
     context_length: int,
-    segments_per_window: int,
+    bounds: SegmentBounds,
 ) -> PackedBatch:
     """Read the documents of ``windows`` and put them on one token axis."""
     places = len(windows) * context_length
@@ -126,8 +146,8 @@ def pack(
                 borders.append(place)
         if mask is Mask.none:
             borders.append(place)
-    segments = len(windows) * segments_per_window
-    assert len(borders) - 1 <= segments, "most_segments() is not an upper bound"
+    segments = len(windows) * bounds.most
+    assert len(borders) - 1 <= segments, "segment_bounds() is wrong"
     lengths = np.diff(borders)
     positions = np.zeros(places, dtype=np.int64)
     positions[:place] = np.arange(place) - np.repeat(borders[:-1], lengths)
@@ -137,7 +157,7 @@ def pack(
         torch.from_numpy(targets),
         torch.from_numpy(positions),
         torch.tensor(borders, dtype=torch.int32),
-        context_length,
+        bounds.longest,
         torch.from_numpy(target_documents),
         torch.from_numpy(target_positions),
         place,
@@ -171,7 +191,7 @@ class BatchLoader:
         self.rank = rank
         self.world_size = world_size
         self.steps = range(start_step, stop_step)
-        self.segments = most_segments(streams, mask, plan.context_length)
+        self.bounds = segment_bounds(streams, mask, plan.context_length)
         self.waited = 0.0
         share = plan.batch_size // world_size
         self.micro_batch_size = micro_batch_size or share
@@ -191,7 +211,7 @@ class BatchLoader:
                 self.streams,
                 self.mask,
                 self.plan.context_length,
-                self.segments,
+                self.bounds,
             )
             for first in range(0, len(windows), self.micro_batch_size)
         ]

@@ -20,16 +20,35 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import Parallel, RuntimeConfig
+from trainer.context_parallel import apply_context_parallel
 from trainer.model import Llama
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers."""
+    """This process among its peers.
+
+    ``context_parallel`` neighbouring ranks work on the same windows; ``data_rank`` and
+    ``data_size`` count such groups.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    context_parallel: int = 1
+    context_group: dist.ProcessGroup | None = None
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.context_parallel
+
+    @property
+    def data_size(self) -> int:
+        return self.world_size // self.context_parallel
+
+    @property
+    def context_rank(self) -> int:
+        return self.rank % self.context_parallel
 
     @property
     def is_main(self) -> bool:
@@ -55,15 +74,44 @@ def join_ranks(config: RuntimeConfig) -> Iterator[Ranks]:
     if config.threads:
         torch.set_num_threads(config.threads)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    for name, size in (
+        ("runtime.context_parallel", config.context_parallel),
+        ("runtime.shard_size", config.shard_size or world_size),
+    ):
+        if world_size % size:
+            raise ValueError(
+                f"{name}={size} does not divide the {world_size} ranks; start a multiple of it "
+                "with torchrun --nproc-per-node"
+            )
     if world_size == 1:
         yield Ranks(0, 1, device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    store, rank, _ = next(dist.rendezvous("env://"))
+    # After an elastic restart the store still holds the addresses of the processes that died.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10)
+    )
     try:
-        yield Ranks(dist.get_rank(), world_size, device)
+        yield Ranks(
+            dist.get_rank(),
+            world_size,
+            device,
+            config.context_parallel,
+            context_group(config.context_parallel),
+        )
     finally:
         dist.destroy_process_group()
+
+
+def context_group(size: int) -> dist.ProcessGroup | None:
+    """The ranks that share this rank's windows, or None where every rank has its own."""
+    if size == 1:
+        return None
+    group, _ = dist.new_subgroups(size)
+    return group
 
 
 def choose_device(name: str) -> torch.device:
@@ -81,8 +129,14 @@ def parallelize(model: Llama, ranks: Ranks, config: RuntimeConfig) -> nn.Module:
     """Shard or replicate ``model`` over the ranks; alone it is returned as it is."""
     if ranks.world_size == 1:
         return model
+    if ranks.context_group is not None:
+        apply_context_parallel(model, ranks.context_group)
     if config.parallel is Parallel.fsdp:
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+        if config.shard_size:
+            copies = ranks.world_size // config.shard_size
+            shape = (copies, config.shard_size)
+            mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("copy", "shard"))
         policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from trainer.config import DataConfig, Mask
-from trainer.data import NO_TARGET, PackedBatch, most_segments, pack
+from trainer.context_parallel import split_batch
+from trainer.data import NO_TARGET, PackedBatch, pack, segment_bounds
 from trainer.distributed import Ranks
 from trainer.mds import MegadocStream
 from trainer.model import Llama
@@ -126,7 +127,7 @@ def evaluation_batches(
     All ranks yield the same number of batches (sharded models run forward together); a rank that
     has fewer repeats one that does not count.
     """
-    rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    rank, world_size = (ranks.data_rank, ranks.data_size) if ranks else (0, 1)
     if data.mask is Mask.none:
         order = np.arange(len(stream))
         packed = concatenate_and_cut(stream.lengths, order, data.context_length)
@@ -134,7 +135,7 @@ def evaluation_batches(
         packed = pack_whole(stream.lengths, data.context_length, np.random.default_rng(0))
     count = len(packed.offsets) - 1
     size = max(1, BATCH_TOKENS // data.context_length)
-    segments = most_segments([stream], data.mask, data.context_length)
+    bounds = segment_bounds([stream], data.mask, data.context_length)
     for start in range(0, -(-count // size), world_size):
         first = (start + rank) * size
         counts = first < count
@@ -142,7 +143,7 @@ def evaluation_batches(
             packed.window(0, index)
             for index in range(first if counts else 0, min(count, (first if counts else 0) + size))
         ]
-        yield pack(windows, [stream], data.mask, data.context_length, segments), counts
+        yield pack(windows, [stream], data.mask, data.context_length, bounds), counts
 
 
 @torch.no_grad()
@@ -152,7 +153,7 @@ def evaluate_model(model: Llama, stream: MegadocStream, data: DataConfig, ranks:
     model.eval()
     scores = Scores(stream)
     for batch, counts in evaluation_batches(stream, data, ranks):
-        batch = batch.to(ranks.device)
+        batch = split_batch(batch, ranks.context_rank, ranks.context_parallel).to(ranks.device)
         losses = model(
             batch.input_ids,
             batch.positions,

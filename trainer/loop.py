@@ -12,31 +12,45 @@ import math
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import clip_grad_norm_
 
+from trainer.averaging import WeightAverage
 from trainer.checkpoint import (
+    Checkpointer,
     Progress,
     checkpoints,
     load_checkpoint,
     read_progress,
-    save_checkpoint,
 )
-from trainer.config import Dtype, RuntimeConfig, TrainConfig, to_dict
+from trainer.config import (
+    Averaging,
+    Dtype,
+    Parallel,
+    Recompute,
+    RuntimeConfig,
+    TrainConfig,
+    to_dict,
+)
+from trainer.context_parallel import split_batch
 from trainer.data import BatchLoader, PackedBatch
 from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
 from trainer.evaluation import evaluate_model
+from trainer.guard import StepGuard
 from trainer.mds import MegadocStream, check_same_tokenizer
+from trainer.memory import choose_recompute, recompute_blocks
 from trainer.meter import Meter
-from trainer.model import Llama
-from trainer.optimizer import build_optimizer, learning_rate
+from trainer.model import Kernels, Llama
+from trainer.optimizer import build_optimizers, set_schedules
 from trainer.plan import Plan, Source, total_steps
 from trainer.run_folder import claimed, write_json
 from trainer.tracking import Tracker
+
+FULL = 0.97  # density of the windows below which we say how to raise it
 
 
 def train(config: TrainConfig) -> float:
@@ -77,25 +91,33 @@ def train(config: TrainConfig) -> float:
         )
 
         # The model.
-        model = Llama(config.model, config.seed, compute_dtype(config.runtime, ranks.device))
+        runtime = config.runtime
+        kernels = Kernels(runtime.attention, runtime.loss, runtime.loss_memory)
+        model = Llama(config.model, config.seed, compute_dtype(runtime, ranks.device), kernels)
         model.to(ranks.device)
-        prepare_blocks(model, config.runtime, ranks.device)
+        prepare_blocks(model, config, ranks)
         wrapped = parallelize(model, ranks, config.runtime)
-        optimizer = build_optimizer(model, config.optimizer, config.recipe)
+        optimizers = build_optimizers(model, config.optimizer, config.recipe)
+        average = None
+        if config.optimizer.averaging is not Averaging.none:
+            average = WeightAverage(wrapped, config.optimizer, steps)
 
         # Where an earlier attempt stopped.
         if ranks.is_main:
             cleanup.enter_context(claimed(run_dir, config))
         ranks.barrier()
-        start, seconds_before = resume(run_dir, wrapped, optimizer, plan, streams[0], ranks)
+        before = resume(run_dir, wrapped, optimizers, average, plan, streams[0], ranks)
+        guard = StepGuard(config.optimizer, before.usual_grad_norm, before.accepted_steps)
+        keep = config.tracking.keep_checkpoints
+        saver = Checkpointer(run_dir, wrapped, optimizers, average, ranks, keep)
         loader = BatchLoader(
             plan,
             streams,
             config.data.mask,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=ranks.data_rank,
+            world_size=ranks.data_size,
             micro_batch_size=config.data.micro_batch_size,
-            start_step=start,
+            start_step=before.step,
             stop_step=steps,
         )
         stop = StopSignal(ranks)
@@ -103,18 +125,21 @@ def train(config: TrainConfig) -> float:
         evaluate_every = max(1, steps // config.tracking.evaluations)
         save_every = max(1, steps // config.tracking.checkpoints)
 
-        with Tracker(config, run_dir, steps, start, ranks.is_main) as tracker:
-            meter = Meter(config, ranks, plan, streams, start)
+        with Tracker(config, run_dir, steps, before.step, ranks.is_main) as tracker, saver:
+            meter = Meter(config, ranks, plan, streams, before.step)
             for step, micro_batches in loader:
-                rate = learning_rate(step, steps, config.recipe.learning_rate, config.optimizer)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                rate = set_schedules(optimizers, step, steps, config.optimizer, config.recipe)
                 seed_step(config.seed, step, ranks.rank)
                 loss = accumulate_gradients(wrapped, micro_batches, ranks)
                 grad_norm = clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                meter.add(step, loss, grad_norm, micro_batches, loader.waited)
+                taken = guard.accepts(grad_norm, partial(meter.blame, step))
+                for optimizer in optimizers:
+                    if taken:
+                        optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                if average is not None:
+                    average.update(step)
+                meter.add(step, loss, grad_norm, micro_batches, loader.waited, taken)
 
                 done = step + 1
                 log_now = done % config.tracking.log_every == 0 or done == steps
@@ -129,32 +154,37 @@ def train(config: TrainConfig) -> float:
                     scores = evaluate_model(model, validation, config.data, ranks)
                     tracker.log(done, scores.metrics())
                 if save_now or stop_now:
-                    seconds = seconds_before + time.monotonic() - began
                     progress = Progress(
-                        done, plan.hash(), streams[0].manifest.tokenizer_sha256, seconds
+                        done,
+                        plan.hash(),
+                        streams[0].manifest.tokenizer_sha256,
+                        before.seconds + time.monotonic() - began,
+                        guard.usual,
+                        guard.accepted,
                     )
-                    save_checkpoint(
-                        run_dir,
-                        wrapped,
-                        optimizer,
-                        progress,
-                        ranks,
-                        config.tracking.keep_checkpoints,
-                    )
+                    saver.save(progress)
+                elif log_now:
+                    saver.publish_if_written()
                 if stop_now:
                     if ranks.is_main:
                         print(f"stopped at step {done} of {steps}; start again to go on")
                     return math.nan
 
-            scores = evaluate_model(model, validation, config.data, ranks)
+            saver.finish()
+            with average.in_place() if average else contextlib.nullcontext():
+                scores = evaluate_model(model, validation, config.data, ranks)
             tracker.log(steps, scores.metrics())
         if ranks.is_main:
             result = {
                 "name": run_dir.name,
                 "recipe": to_dict(config)["recipe"],
+                "seed": config.seed,
                 "steps": steps,
                 "parameters": config.model.parameter_count(),
-                "seconds": seconds_before + time.monotonic() - began,
+                "seconds": before.seconds + time.monotonic() - began,
+                "processes": ranks.world_size,
+                "device": ranks.device.type,
+                "skipped_steps": guard.skipped,
                 "tokens_seen": dict(zip(meter.names, plan.tokens_seen(steps), strict=True)),
                 "epochs_seen": dict(zip(meter.names, plan.epochs_seen(steps), strict=True)),
                 **scores.to_dict(),
@@ -195,11 +225,19 @@ def plan_data(config: TrainConfig, streams: list[MegadocStream]) -> Plan:
 
 def describe_data(streams: list[MegadocStream], plan: Plan) -> str:
     """One line a stream: how much there is and how densely its windows are filled."""
-    return "\n".join(
-        f"{stream.manifest.name}: {len(stream):,} samples, {stream.manifest.tokens:,} tokens, "
-        f"windows {density:.1%} full"
-        for stream, density in zip(streams, plan.density(), strict=True)
-    )
+    lines = []
+    for stream, density in zip(streams, plan.density(), strict=True):
+        lines.append(
+            f"{stream.manifest.name}: {len(stream):,} samples, {stream.manifest.tokens:,} tokens, "
+            f"windows {density:.1%} full"
+        )
+        if density < FULL:
+            lines.append(
+                "  Few documents fit together. A longer data.context_length with a smaller "
+                "data.batch_size\n  fills the windows and costs no attention beyond a document; "
+                "data.packing=stream cuts documents instead."
+            )
+    return "\n".join(lines)
 
 
 def model_vocabulary(config: TrainConfig, stream: MegadocStream) -> int:
@@ -220,13 +258,18 @@ def compute_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if runtime.dtype is Dtype.bfloat16 else torch.float32
 
 
-def prepare_blocks(model: Llama, runtime: RuntimeConfig, device: torch.device) -> None:
+def prepare_blocks(model: Llama, config: TrainConfig, ranks: Ranks) -> None:
     """Recompute and compile block by block, so one compilation serves every layer."""
-    for index, layer in enumerate(model.model.layers):
-        if runtime.recompute:
-            layer = checkpoint_wrapper(layer)
-            model.model.layers[index] = layer
-        if runtime.compile or (runtime.compile is None and device.type == "cuda"):
+    windows = config.data.micro_batch_size or config.data.batch_size // ranks.data_size
+    tokens = windows * config.data.context_length // ranks.context_parallel
+    sharded = config.runtime.parallel is Parallel.fsdp
+    shards = (config.runtime.shard_size or ranks.world_size) if sharded else 1
+    mode = choose_recompute(config, tokens, shards, ranks.device)
+    recompute_blocks(model, mode)
+    if ranks.is_main and mode is not Recompute.none:
+        print(f"recomputing blocks in the backward pass: {mode.value}", flush=True)
+    if config.runtime.compile or (config.runtime.compile is None and ranks.device.type == "cuda"):
+        for layer in model.model.layers:
             layer.compile()
 
 
@@ -238,6 +281,9 @@ def accumulate_gradients(
     The loss is a sum over tokens divided by the valid targets of the *global* batch, so neither
     the number of ranks nor the micro-batch size changes the gradient.
     """
+    micro_batches = [
+        split_batch(batch, ranks.context_rank, ranks.context_parallel) for batch in micro_batches
+    ]
     valid = torch.tensor(
         sum(batch.valid_targets for batch in micro_batches), device=ranks.device, dtype=torch.int64
     )
@@ -285,15 +331,16 @@ class StopSignal:
 def resume(
     run_dir: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
+    average: WeightAverage | None,
     plan: Plan,
     stream: MegadocStream,
     ranks: Ranks,
-) -> tuple[int, float]:
-    """Load the newest checkpoint; returns the steps done and the seconds they took."""
+) -> Progress:
+    """Load the newest checkpoint, if there is one, and say what was done."""
     found = checkpoints(run_dir)
     if not found:
-        return 0, 0.0
+        return Progress(0, plan.hash(), stream.manifest.tokenizer_sha256, 0.0)
     progress = read_progress(found[-1])
     if progress.tokenizer_sha256 != stream.manifest.tokenizer_sha256:
         raise ValueError(
@@ -305,7 +352,7 @@ def resume(
             f"{found[-1]} was trained in another order of the data: the streams under "
             f"{stream.path.parent} have changed since; use another name=... or rebuild the old ones"
         )
-    load_checkpoint(found[-1], model, optimizer, ranks)
+    load_checkpoint(found[-1], model, optimizers, average, ranks)
     if ranks.is_main:
         print(f"resuming {run_dir} after step {progress.step}", flush=True)
-    return progress.step, progress.seconds
+    return progress

@@ -13,6 +13,7 @@ from trainer.data import PackedBatch
 from trainer.distributed import Ranks
 from trainer.errors import NonFiniteLossError
 from trainer.flops import attention_pairs, peak_flops, training_flops
+from trainer.guard import full_value
 from trainer.mds import MegadocStream
 from trainer.plan import Plan
 
@@ -38,6 +39,7 @@ class Meter:
         self.start_window()
 
     def start_window(self) -> None:
+        self.count = 0
         self.steps: list[int] = []
         self.losses: list[Tensor] = []
         self.grad_norm = torch.zeros(())
@@ -52,12 +54,16 @@ class Meter:
         grad_norm: Tensor,
         micro_batches: list[PackedBatch],
         waited: float,
+        taken: bool = True,
     ) -> None:
         """Note one step: this rank's share of the loss, its batches, its seconds without data."""
-        self.steps.append(step)
-        self.losses.append(loss)
-        self.grad_norm = grad_norm
-        self.flops += sum(batch_flops(self.config, batch) for batch in micro_batches)
+        self.count += 1
+        if taken:
+            self.steps.append(step)
+            self.losses.append(loss)
+            self.grad_norm = grad_norm
+        flops = sum(batch_flops(self.config, batch) for batch in micro_batches)
+        self.flops += flops // self.ranks.context_parallel
         self.waited += waited
 
     def read(self, done: int, rate: float) -> dict[str, int | float]:
@@ -66,22 +72,22 @@ class Meter:
         Raises:
             NonFiniteLossError: one of the losses is NaN or infinite.
         """
-        losses = self.ranks.all_reduce(torch.stack(self.losses)).tolist()
+        none = torch.zeros(0, device=self.ranks.device)
+        losses = self.ranks.all_reduce(torch.stack(self.losses) if self.losses else none).tolist()
         for step, loss in zip(self.steps, losses, strict=True):
             if not math.isfinite(loss):
-                raise NonFiniteLossError(self.blame(step, loss))
+                raise NonFiniteLossError(self.blame(step, f"loss is {loss}"))
         elapsed = time.monotonic() - self.began
         tokens = self.plan.tokens_seen(done)
         self.tokens_per_second = (sum(tokens) - self.seen) / elapsed
         self.seen = sum(tokens)
-        norm = self.grad_norm.full_tensor() if hasattr(self.grad_norm, "full_tensor") else None
         metrics: dict[str, int | float] = {
-            "train/loss": sum(losses) / len(losses),
+            "train/loss": sum(losses) / len(losses) if losses else math.nan,
             "train/learning_rate": rate,
-            "train/grad_norm": float(self.grad_norm if norm is None else norm),
+            "train/grad_norm": full_value(self.grad_norm),
             "speed/tokens_per_second": self.tokens_per_second,
-            "speed/step_seconds": elapsed / len(losses),
-            "speed/data_wait_seconds": self.waited / len(losses),
+            "speed/step_seconds": elapsed / self.count,
+            "speed/data_wait_seconds": self.waited / self.count,
         }
         peak = peak_flops(self.ranks.device)
         if peak:
@@ -99,8 +105,8 @@ class Meter:
     def speed(self) -> dict[str, str]:
         return {"tok/s": f"{self.tokens_per_second:,.0f}"}
 
-    def blame(self, step: int, loss: float) -> str:
-        """Name the documents of a step whose loss is not finite."""
+    def blame(self, step: int, problem: str) -> str:
+        """Say what is wrong with a step and name its documents."""
         documents = sorted(
             {
                 f"{self.names[window.source]}:{self.streams[window.source][int(index)].id}"
@@ -110,7 +116,7 @@ class Meter:
         )
         shown = ", ".join(documents[:20]) + (", ..." if len(documents) > 20 else "")
         return (
-            f"the loss of step {step} is {loss}. Its {len(documents)} documents: {shown}. "
+            f"step {step}: the {problem}. Its {len(documents)} documents: {shown}. "
             "Checkpoints are from before it; lower recipe.learning_rate, or look at these documents"
         )
 

@@ -1,4 +1,4 @@
-"""AdamW groups and the schedules, pure functions of the step."""
+"""Optimisers, their groups and the schedules, pure functions of the step."""
 
 from __future__ import annotations
 
@@ -7,23 +7,35 @@ import math
 import torch
 from torch import nn
 
-from trainer.config import OptimizerConfig, RecipeConfig, ScheduleKind
+from trainer.config import (
+    DecaySchedule,
+    OptimizerConfig,
+    OptimizerKind,
+    RecipeConfig,
+    ScheduleKind,
+)
 
 
-def build_optimizer(
+def build_optimizers(
     model: nn.Module, config: OptimizerConfig, recipe: RecipeConfig
-) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay on every matrix except the input embedding.
+) -> list[torch.optim.Optimizer]:
+    """AdamW alone, or Muon for the matrices of the blocks and AdamW for everything else.
 
-    The paper (2603.18534) exempts norms and input embeddings; the LM head is decayed. The decay is
-    multiplied by the scheduled learning rate.
+    Weight decay is decoupled and multiplied by the scheduled learning rate. The paper (2603.18534)
+    exempts norms and input embeddings and decays the LM head. Muon's updates (Jordan et al. 2024)
+    are scaled to the size of AdamW's (2502.16982), so both share one learning rate and decay.
     """
+    hidden: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        matrix = parameter.dim() >= 2 and "embed_tokens" not in name
-        (decayed if matrix else exempt).append(parameter)
-    return torch.optim.AdamW(
+        if parameter.dim() < 2 or ("embed_tokens" in name and not config.decay_embeddings):
+            exempt.append(parameter)
+        elif config.kind is OptimizerKind.muon and ".layers." in name:
+            hidden.append(parameter)
+        else:
+            decayed.append(parameter)
+    adamw = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": recipe.weight_decay},
             {"params": exempt, "weight_decay": 0.0},
@@ -33,6 +45,34 @@ def build_optimizer(
         eps=config.eps,
         fused=True,
     )
+    if not hidden:
+        return [adamw]
+    muon = torch.optim.Muon(
+        hidden,
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        momentum=config.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return [muon, adamw]
+
+
+def set_schedules(
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    total_steps: int,
+    config: OptimizerConfig,
+    recipe: RecipeConfig,
+) -> float:
+    """Give every group the learning rate and weight decay of ``step``; returns the rate."""
+    rate = learning_rate(step, total_steps, recipe.learning_rate, config)
+    decay = weight_decay(step, total_steps, recipe.weight_decay, config)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            if group["weight_decay"]:  # 0 marks what is exempt
+                group["weight_decay"] = decay
+    return rate
 
 
 def learning_rate(step: int, total_steps: int, peak: float, config: OptimizerConfig) -> float:
@@ -47,3 +87,10 @@ def learning_rate(step: int, total_steps: int, peak: float, config: OptimizerCon
         decay = max(1, int(config.decay_fraction * total_steps))
         shape = min(1.0, (total_steps - step) / decay)
     return peak * (config.min_ratio + (1 - config.min_ratio) * shape)
+
+
+def weight_decay(step: int, total_steps: int, peak: float, config: OptimizerConfig) -> float:
+    """Weight decay of ``step`` (counted from 0): constant, or falling linearly to 0."""
+    if config.weight_decay_schedule is DecaySchedule.constant:
+        return peak
+    return peak * (total_steps - step) / total_steps

@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.conftest import StreamMaker
 from trainer.config import Mask
-from trainer.data import NO_TARGET, BatchLoader, PackedBatch, most_segments, pack
+from trainer.data import NO_TARGET, BatchLoader, PackedBatch, SegmentBounds, pack, segment_bounds
 from trainer.mds import MegadocStream
 from trainer.plan import Plan, Source, Window
 
@@ -74,6 +74,8 @@ def unpack(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+@example(members=[[25]] * 12, packing="whole", one_text=False)  # a window full of remainders
+@example(members=[[20, 5], [25]] * 6, packing="whole", one_text=False)
 @given(
     members=st.lists(st.lists(st.integers(2, 20), min_size=1, max_size=4), min_size=2, max_size=12),
     packing=st.sampled_from(["whole", "stream", "windows"]),
@@ -85,14 +87,15 @@ def test_batches_equal_the_naive_construction(
     stream = make_stream(f"stream-{next(NAMES)}", members, members_are_documents=not one_text)
     plan = plan_of([stream], packing)
     for mask in Mask:
-        segments = most_segments([stream], mask, CONTEXT)
+        bounds = segment_bounds([stream], mask, CONTEXT)
         for step in range(4):
             windows = plan.windows(step)
-            batch = pack(windows, [stream], mask, CONTEXT, segments)
+            batch = pack(windows, [stream], mask, CONTEXT, bounds)
             assert unpack(batch) == naive(windows, [stream], mask)
-            assert len(batch.cu_seqlens) == 4 * segments + 1
+            assert len(batch.cu_seqlens) == 4 * bounds.most + 1
             assert batch.tokens == batch.cu_seqlens[-1] == sum(w.tokens for w in windows)
             assert (batch.targets[batch.tokens :] == NO_TARGET).all()
+            assert batch.cu_seqlens.diff().max() <= batch.max_seqlen <= CONTEXT
             assert batch.valid_targets == (batch.targets != NO_TARGET).sum()
             for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
                 assert torch.equal(batch.positions[start:end], torch.arange(end - start))
@@ -101,7 +104,7 @@ def test_batches_equal_the_naive_construction(
 def test_every_token_of_a_long_document_is_a_target_once(make_stream: StreamMaker) -> None:
     stream = make_stream("real", [[100]])
     plan = plan_of([stream], "whole", batch=5)
-    batch = pack(plan.windows(0), [stream], Mask.megadoc, CONTEXT, 5)
+    batch = pack(plan.windows(0), [stream], Mask.megadoc, CONTEXT, SegmentBounds(5, CONTEXT))
     valid = batch.targets != NO_TARGET
     places = sorted(batch.target_positions[valid].tolist())
     assert places == list(range(1, 100))

@@ -20,7 +20,13 @@ from trainer.config import (
     TrackingConfig,
     TrainConfig,
 )
-from trainer.ensemble import evaluate_runs, mean_logit_losses
+from trainer.ensemble import (
+    Mean,
+    evaluate_ensemble,
+    evaluate_runs,
+    mean_logit_losses,
+    mean_probability_losses,
+)
 from trainer.evaluation import evaluation_batches, position_bucket
 from trainer.export import export_run, import_model
 from trainer.loop import train
@@ -112,20 +118,47 @@ def test_position_buckets_are_powers_of_two() -> None:
     assert position_bucket(places).tolist() == [0, 1, 2, 2, 3, 3, 4, 10, 11]
 
 
-def test_an_ensemble_is_the_mean_of_logits(runs: Path, corpus_root: Path) -> None:
+@pytest.mark.parametrize("mean", list(Mean))
+def test_ensembles_equal_an_explicit_average_in_float64(mean: Mean) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = [torch.randn(50, 8, generator=generator).double() for _ in range(2)]
-    heads = [torch.randn(30, 8, generator=generator).double() for _ in range(2)]
+    hidden = [torch.randn(50, 8, generator=generator).double() * 9 for _ in range(3)]
+    heads = [torch.randn(30, 8, generator=generator).double() for _ in range(3)]
     targets = torch.randint(30, (50,), generator=generator)
-    logits = (hidden[0] @ heads[0].T + hidden[1] @ heads[1].T) / 2
-    torch.testing.assert_close(
-        mean_logit_losses(hidden, heads, targets).double(),
-        F.cross_entropy(logits, targets, reduction="none"),
-        atol=1e-6,
-        rtol=1e-6,
-    )
+    targets[::7] = -100
+    function = mean_logit_losses if mean is Mean.logits else mean_probability_losses
+    losses = function(hidden, heads, targets)
+    assert losses.shape == (3, 50)
+    assert losses.dtype is torch.float64
+    logits = torch.stack([h @ w.T for h, w in zip(hidden, heads, strict=True)])
+    for size in (1, 2, 3):
+        if mean is Mean.logits:
+            logarithms = logits[:size].mean(0).log_softmax(-1)
+        else:
+            logarithms = logits[:size].softmax(-1).mean(0).log()
+        expected = F.nll_loss(logarithms, targets, ignore_index=-100, reduction="none")
+        torch.testing.assert_close(losses[size - 1], expected, atol=1e-12, rtol=1e-12)
+
+
+def test_small_chunks_and_impossible_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target of probability exp(-800) underflows in float64, its loss does not."""
+    heads = [torch.tensor([[0.0], [800.0]]).double()] * 2
+    hidden, targets = [torch.ones(3, 1).double()] * 2, torch.tensor([0, 1, 0])
+    expected = torch.tensor([[800.0, 0.0, 800.0]] * 2).double()
+    torch.testing.assert_close(mean_probability_losses(hidden, heads, targets), expected)
+    monkeypatch.setattr("trainer.ensemble.CHUNK_ELEMENTS", 2)
+    torch.testing.assert_close(mean_probability_losses(hidden, heads, targets), expected)
+    torch.testing.assert_close(mean_logit_losses(hidden, heads, targets), expected)
+
+
+def test_every_size_of_an_ensemble_is_scored(runs: Path) -> None:
     single = [evaluate_runs([runs / name]).loss["iid"] for name in ("a", "b")]
-    assert evaluate_runs([runs / "a", runs / "b"]).loss["iid"] < max(single)
+    for mean in Mean:
+        one, two = evaluate_ensemble([runs / "a", runs / "b"], mean=mean)
+        assert one.loss["iid"] == pytest.approx(single[0], abs=1e-6)
+        # Both means are convex: an ensemble is never worse than its members on average.
+        assert two.loss["iid"] < sum(single) / 2
+    with pytest.raises(ValueError, match="names a member twice"):
+        evaluate_ensemble([runs / "a", runs / "a"])
     result = json.loads((runs / "a" / "result.json").read_text())
     assert single[0] == pytest.approx(result["loss"]["iid"], abs=1e-5)
 

@@ -16,16 +16,25 @@ import torch
 from tests.conftest import REPOSITORY, run_script
 from trainer.checkpoint import checkpoints, load_model, read_progress
 from trainer.config import (
+    Averaging,
+    BadStep,
     DataConfig,
+    DecaySchedule,
     Mask,
     ModelConfig,
+    OptimizerConfig,
+    OptimizerKind,
     RecipeConfig,
     RuntimeConfig,
+    ScheduleKind,
     TrackingConfig,
     TrainConfig,
 )
+from trainer.distributed import Ranks
 from trainer.errors import NonFiniteLossError
+from trainer.evaluation import evaluate_model
 from trainer.loop import train
+from trainer.mds import MegadocStream
 from trainer.run_folder import claimed
 
 STITCHED = RecipeConfig("stitched", "real", "stitched", 2, 0.75, 4, 3e-3, 0.4)
@@ -144,37 +153,87 @@ def test_sigterm_saves_and_the_next_start_goes_on(corpus_root: Path, tmp_path: P
     assert f"after step {stopped}" in done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(
-    corpus_root: Path, tmp_path: Path, parallel: str
-) -> None:
-    common = [*ARGUMENTS, "recipe.epochs=2", f"data.root={corpus_root}"]
-    run_script("train.py", *common, f"output={tmp_path / 'one'}")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, *common, f"output={tmp_path}", f"runtime.parallel={parallel}"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [path.name for path in tmp_path.iterdir() if path.name != "one"] == ["run"]
-    one = [row["train/loss"] for row in metrics(tmp_path / "one/run") if "train/loss" in row]
-    two = [row["train/loss"] for row in metrics(tmp_path / "run") if "train/loss" in row]
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), atol=2e-5, rtol=2e-5)
-    single, double = weights(tmp_path / "one/run"), weights(tmp_path / "run")
-    for name in single:
-        torch.testing.assert_close(double[name], single[name], atol=1e-4, rtol=1e-3)
-
-
 def test_a_loss_that_is_not_finite_names_its_documents(corpus_root: Path, tmp_path: Path) -> None:
     wild = RecipeConfig("real", "real", None, 0, 0.0, 4, 1e30, 0.0)
     settings = config(corpus_root, tmp_path, recipe=wild)
-    with pytest.raises(NonFiniteLossError, match=r"the loss of step \d+ is nan.*real:"):
+    with pytest.raises(NonFiniteLossError, match=r"step \d+: the loss is nan.*real:"):
         train(settings)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerConfig(
+            kind=OptimizerKind.muon,
+            weight_decay_schedule=DecaySchedule.linear,
+            on_bad_step=BadStep.skip,
+            spike_factor=20.0,
+        ),
+        OptimizerConfig(averaging=Averaging.ema, ema_decay=0.9),
+        OptimizerConfig(averaging=Averaging.swa, schedule=ScheduleKind.wsd),
+    ],
+)
+def test_every_way_to_optimise_learns_and_resumes_to_the_bit(
+    corpus_root: Path, tmp_path: Path, optimizer: OptimizerConfig
+) -> None:
+    tracking = TrackingConfig(
+        tensorboard=False, log_every=1, evaluations=1, checkpoints=4, keep_checkpoints=9
+    )
+    settings = config(corpus_root, tmp_path, optimizer=optimizer, tracking=tracking)
+    loss = train(settings)
+    run = settings.run_dir()
+    rows = [row for row in metrics(run) if "train/loss" in row]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 1
+    final = weights(run)
+    assert evaluate_run(run, settings) == pytest.approx(loss, abs=1e-6)
+    (run / "result.json").unlink()
+    for newer in checkpoints(run)[1:]:
+        shutil.rmtree(newer)
+    assert train(settings) == loss
+    assert all(torch.equal(value, final[name]) for name, value in weights(run).items())
+
+
+def evaluate_run(run: Path, settings: TrainConfig) -> float:
+    model, stored = load_model(run)
+    stream = MegadocStream(f"{stored.data.root}/streams/val")
+    scores = evaluate_model(model, stream, settings.data, Ranks(0, 1, torch.device("cpu")))
+    return scores.loss["iid"]
+
+
+def test_bad_steps_are_skipped_until_there_are_too_many(
+    corpus_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = RecipeConfig("real", "real", None, 0, 0.0, 60, 1e30, 0.0)
+    skipping = OptimizerConfig(on_bad_step=BadStep.skip)
+    settings = config(corpus_root, tmp_path, recipe=wild, optimizer=skipping)
+    with pytest.raises(NonFiniteLossError, match=r"step \d+: the gradient has norm nan.*real:"):
+        train(settings)
+    assert capsys.readouterr().out.count("skipped: step") == 10
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_trackers_get_every_number(
+    corpus_root: Path, tmp_path: Path, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip(library)
+    tracking = TrackingConfig(tensorboard=False, log_every=1, evaluations=1, checkpoints=1)
+    setattr(tracking, f"{library}_project", "p")
+    real = RecipeConfig("real", "real", None, 0, 0.0, 1, 3e-3, 0.1)
+    settings = config(corpus_root, tmp_path, recipe=real, tracking=tracking)
+    train(settings)
+    place = settings.run_dir() / "wandb" if library == "wandb" else tmp_path / "trackio"
+    assert any(path.stat().st_size > 1000 for path in place.rglob("*") if path.is_file())
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    tracking = TrackingConfig(tensorboard=False, trackio_project="p")
+    with pytest.raises(ValueError, match="needs the trackio package: pip install"):
+        train(config(corpus_root, tmp_path, tracking=tracking))
 
 
 def test_another_config_in_the_same_folder_is_refused(corpus_root: Path, tmp_path: Path) -> None:

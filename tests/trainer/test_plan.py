@@ -140,6 +140,14 @@ def test_realistic_lengths_pack_to_99_percent() -> None:
     assert pack_whole(lengths, 4096, generator).density(4096) >= 0.99
 
 
+def test_whole_megadocs_fill_long_windows_to_99_percent() -> None:
+    """G=32 megadocs of about 22,600 tokens: alone they leave a third of 32k, in 512k nothing."""
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal(np.log(22_600), 0.3, 5000).astype(np.int64)
+    assert pack_whole(lengths, 32_768, generator).density(32_768) < 0.85
+    assert pack_whole(lengths, 524_288, generator).density(524_288) >= 0.99
+
+
 @given(st.lists(st.integers(1, 10_000), min_size=8, max_size=8))
 def test_balanced_order_is_a_permutation_and_never_worse_than_halves_in_order(
     costs: list[int],

@@ -1,0 +1,109 @@
+"""A whole study at the smallest size: three sizes of corpus, two recipes, two seeds, one report."""
+
+from pathlib import Path
+
+import pytest
+
+from gen.pipeline import GenerateConfig, prepare_corpus
+from gen.quality import QualityConfig
+from gen.streams import StreamConfig, build_stream
+from tests.conftest import run_script
+from trainer.config import (
+    DataConfig,
+    Mask,
+    ModelConfig,
+    RecipeConfig,
+    RuntimeConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from trainer.loop import train
+from trainer.report import answer_data_efficiency, write_report
+from trainer.report_runs import read_study
+
+BUDGETS = (800, 1600, None)
+
+
+def smaller_corpus(corpus_root: Path, root: Path, budget: int | None) -> Path:
+    """A corpus folder with fewer real tokens and the same held-out documents."""
+    config = GenerateConfig(root=str(corpus_root))
+    config.corpus.token_budget = budget
+    config.corpus.max_documents, config.corpus.max_characters = 40, 900
+    config.corpus.held_out, config.tokenizer.vocab_size = 0.25, 512
+    corpus = prepare_corpus(config, corpus_root)
+    (root / "streams").mkdir(parents=True)
+    (root / "generations").symlink_to(corpus_root / "generations")
+    for kind, generations, documents in (
+        ("real", 0, corpus.train),
+        ("stitched", 2, corpus.train),
+        ("val", 0, corpus.val),
+    ):
+        build_stream(
+            kind,
+            "rephrase",
+            generations,
+            documents,
+            str(budget),
+            corpus.tokenizer,
+            corpus.vocabulary,
+            StreamConfig(),
+            QualityConfig(),
+            root,
+        )
+    return root
+
+
+@pytest.mark.slow
+def test_a_study_from_three_corpora_to_a_data_efficiency(corpus_root: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    real = RecipeConfig(epochs=4, weight_decay=0.8)
+    stitched = RecipeConfig("stitched", "real", "stitched", 2, 0.5, 4, 3e-3, 0.4)
+    for budget in BUDGETS:
+        root = smaller_corpus(corpus_root, tmp_path / f"corpus-{budget}", budget)
+        for recipe in (real, stitched):
+            for seed in (0, 1):
+                train(
+                    TrainConfig(
+                        data=DataConfig(
+                            str(root),
+                            context_length=64,
+                            batch_size=2,
+                            mask=Mask.megadoc,
+                            seed=seed,
+                        ),
+                        recipe=recipe,
+                        model=ModelConfig(32, 64, 2, 4, 2),
+                        tracking=TrackingConfig(tensorboard=False, evaluations=2, checkpoints=1),
+                        runtime=RuntimeConfig(threads=1),
+                        seed=seed,
+                        output=str(runs),
+                    )
+                )
+    study = read_study(runs)
+    assert len(study.runs) == 12
+    assert sorted({run.real_tokens for run in study.runs})[:2] == [800, 1600]
+    whole = [run for run in study.runs if run.setting == study.main_setting]
+    members = [str(run.path) for run in whole if run.kind == "stitched"]
+    ensemble = f"output={runs}/ensembles/stitched-g2.json"
+    scored = run_script(
+        "evaluate.py", f"runs=[{','.join(members)}]", ensemble, "mean=probabilities"
+    )
+    assert "2 members:" in scored.stdout
+
+    _, page = write_report(runs, tmp_path / "report")
+    drawn = {path.stem for path in (tmp_path / "report").glob("*.png")}
+    assert drawn == {
+        "loss-by-generations-iid",
+        "loss-by-generations-short",
+        "loss-by-generations-long",
+        "loss-by-position",
+        "training",
+        "ensembles",
+        "data-efficiency",
+    }
+    content = page.read_text()
+    for reason in ("two values of recipe.epochs", "two masks", "two sizes of model"):
+        assert reason in content
+    answer = answer_data_efficiency(runs)
+    assert answer.count("stitched G=2 is worth") == 3
+    assert "fitted to 3 sizes from 800 to" in answer

@@ -1,0 +1,160 @@
+"""Several processes on gloo: the loss curve of one process, elastic restarts, other rank counts."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from filelock import FileLock
+
+from tests.conftest import REPOSITORY, run_script
+from trainer.checkpoint import checkpoints, load_model, read_progress
+
+ARGUMENTS = [
+    "recipe=stitched",
+    "recipe.generations=2",
+    "recipe.epochs=1",
+    "model=tiny",
+    "data.context_length=64",
+    "data.batch_size=4",
+    "data.micro_batch_size=1",
+    "data.mask=megadoc",
+    "tracking.log_every=1",
+    "tracking.checkpoints=1",
+    "tracking.evaluations=1",
+    "tracking.tensorboard=false",
+    "runtime.threads=1",
+    "name=run",
+]
+
+
+def torchrun(processes: int, *options: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        *options,
+        "train.py",
+    ]
+
+
+def curve(output: Path) -> torch.Tensor:
+    rows = [json.loads(line) for line in (output / "run/metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([row["train/loss"] for row in rows if "train/loss" in row])
+
+
+@pytest.fixture
+def alone(corpus_root: Path) -> Path:
+    """The run of one process, shared by all tests."""
+    output = corpus_root.parent / "alone"
+    with FileLock(corpus_root.parent / "alone.lock"):
+        run_script("train.py", *ARGUMENTS, f"data.root={corpus_root}", f"output={output}")
+    return output
+
+
+def same_learning(output: Path, alone: Path) -> None:
+    torch.testing.assert_close(curve(output), curve(alone), atol=2e-5, rtol=2e-5)
+    ours, theirs = (load_model(path / "run")[0].state_dict() for path in (output, alone))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (2, ["runtime.parallel=ddp"]),
+        (2, ["runtime.parallel=fsdp"]),
+        (4, ["runtime.parallel=fsdp", "runtime.shard_size=2"]),
+        (2, ["runtime.context_parallel=2"]),
+        (4, ["runtime.context_parallel=4"]),
+        (4, ["runtime.context_parallel=2", "runtime.parallel=fsdp"]),
+    ],
+)
+def test_many_processes_learn_what_one_does(
+    corpus_root: Path, alone: Path, tmp_path: Path, processes: int, options: list[str]
+) -> None:
+    done = subprocess.run(
+        [
+            *torchrun(processes),
+            *ARGUMENTS,
+            *options,
+            f"data.root={corpus_root}",
+            f"output={tmp_path}",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    same_learning(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_restarts_all_and_another_number_of_ranks_goes_on(
+    corpus_root: Path, alone: Path, tmp_path: Path
+) -> None:
+    """SIGKILL for one of four ranks (torchrun restarts them), then for all; one process ends it."""
+    arguments = [*ARGUMENTS, f"data.root={corpus_root}", f"output={tmp_path}"]
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [
+            *torchrun(4, "--max-restarts=1"),
+            *arguments,
+            "runtime.parallel=fsdp",
+            "tracking.checkpoints=1000",
+        ],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as launcher:
+
+        def wait_for_checkpoint(after: int) -> int:
+            deadline = time.monotonic() + 120
+            while not checkpoints(run) or read_progress(checkpoints(run)[-1]).step <= after:
+                assert time.monotonic() < deadline
+                assert launcher.poll() is None, launcher.communicate()[0][-3000:]
+                time.sleep(0.02)
+            return read_progress(checkpoints(run)[-1]).step
+
+        first = wait_for_checkpoint(0)
+        ranks = psutil.Process(launcher.pid).children()
+        assert len(ranks) == 4
+        ranks[2].kill()
+        wait_for_checkpoint(first + 1)
+        everything = [
+            psutil.Process(launcher.pid),
+            *psutil.Process(launcher.pid).children(recursive=True),
+        ]
+        for process in everything:
+            process.kill()
+        psutil.wait_procs(everything, timeout=30)
+        output = launcher.communicate()[0]
+    assert re.search(r"resuming .* after step \d+", output)
+    last = run_script("train.py", *arguments)
+    assert "resuming" in last.stdout
+    same_learning(tmp_path, alone)
+
+
+def test_ranks_that_do_not_fit(corpus_root: Path, tmp_path: Path) -> None:
+    done = run_script(
+        "train.py",
+        *ARGUMENTS,
+        "runtime.context_parallel=2",
+        f"data.root={corpus_root}",
+        f"output={tmp_path}",
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "runtime.context_parallel=2 does not divide the 1 ranks" in done.stderr

@@ -1,0 +1,155 @@
+"""A Hydra launcher for sweeps on one machine: a job for every free GPU, or for every k GPUs.
+
+    python train.py --multirun hydra/launcher=gpu_pool recipe=real,stitched seed=0,1,2
+
+Every job is a process of its own, so a job that fails or runs out of memory ends alone. Finished
+runs are not started again, and ``results.csv`` in the output folder holds a row for every run of
+the sweep. Hydra finds plugins only in a package called ``hydra_plugins``, hence this folder.
+"""
+
+import copy
+import csv
+import json
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from trainer.config import TrainConfig
+
+
+@dataclass
+class GpuPoolConfig:
+    """Options of ``hydra.launcher``."""
+
+    _target_: str = "hydra_plugins.gpu_pool_launcher.GpuPoolLauncher"
+    gpus_per_job: int = 1  # more than one: the job runs under torchrun
+    devices: list[str] = field(
+        default_factory=list
+    )  # such as [0, 1]; empty: all; cpu is a slot too
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="gpu_pool", node=GpuPoolConfig)
+
+
+class GpuPoolLauncher(Launcher):
+    """Runs the jobs of a sweep as processes, each on devices of its own."""
+
+    def __init__(self, gpus_per_job: int, devices: list[str]) -> None:
+        found = [str(index) for index in range(torch.cuda.device_count())]
+        chosen = [str(device) for device in devices] or found
+        if gpus_per_job < 1 or len(chosen) < gpus_per_job:
+            raise ValueError(
+                f"hydra.launcher.gpus_per_job={gpus_per_job} does not fit the {len(chosen)} "
+                f"devices {chosen}; on a machine without a GPU use "
+                "'hydra.launcher.devices=[cpu,cpu]' for two jobs at a time"
+            )
+        self.gpus_per_job = gpus_per_job
+        self.slots: queue.Queue[list[str]] = queue.Queue()
+        for first in range(0, len(chosen) - gpus_per_job + 1, gpus_per_job):
+            self.slots.put(chosen[first : first + gpus_per_job])
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.context = hydra_context
+        self.config = config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run every job; raises RuntimeError naming the jobs that failed, after all have ended."""
+        with ThreadPoolExecutor(self.slots.qsize()) as pool:
+            returns = list(pool.map(self.run, job_overrides))
+        failed = [done for done in returns if done.status is not JobStatus.COMPLETED]
+        if failed:
+            names = "\n".join(f"  {' '.join(done.overrides or [])}" for done in failed)
+            raise RuntimeError(f"{len(failed)} of {len(returns)} jobs failed:\n{names}")
+        return returns
+
+    def run(self, overrides: Sequence[str]) -> JobReturn:
+        """One job from the moment a slot is free until its process has ended."""
+        composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        run = training_config(composed)
+        folder = run.run_dir()
+        label = " ".join(filter_overrides(overrides))
+        done = JobReturn(overrides=list(overrides), cfg=composed, task_name=composed.hydra.job.name)
+        if not (folder / "result.json").exists():
+            slot = self.slots.get()
+            try:
+                print(f"start  {label} on {','.join(slot)}", flush=True)
+                status = self.start(overrides, folder, slot)
+            finally:
+                self.slots.put(slot)
+            if status:
+                log = folder.with_suffix(".log")
+                print(f"FAILED {label} (status {status}), see {log}", flush=True)
+                done.status = JobStatus.FAILED
+                done.return_value = RuntimeError(f"{label} ended with status {status}; see {log}")
+                return done
+        done.status = JobStatus.COMPLETED
+        done.return_value = json.loads((folder / "result.json").read_text())["loss"]["iid"]
+        print(f"done   {label}: {done.return_value:.4f}", flush=True)
+        write_results(Path(run.output))
+        return done
+
+    def start(self, overrides: Sequence[str], folder: Path, slot: list[str]) -> int:
+        """Run the program of this process again for one job and return its exit status."""
+        program = [str(Path(sys.argv[0]).resolve()), *filter_overrides(overrides)]
+        command = [sys.executable, *program]
+        if len(slot) > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone"]
+            command = [sys.executable, *torchrun, f"--nproc-per-node={len(slot)}", *program]
+        visible = ",".join(device for device in slot if device != "cpu")
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".log").open("ab") as log:
+            return subprocess.run(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+            ).returncode
+
+
+def training_config(composed: DictConfig) -> TrainConfig:
+    """The job's config without Hydra's own part."""
+    alone = copy.deepcopy(composed)
+    with open_dict(alone):
+        del alone["hydra"]
+    config = OmegaConf.to_object(alone)
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def write_results(output: Path) -> None:
+    """``results.csv``: one row for every finished run below ``output``."""
+    rows = []
+    for path in sorted(output.glob("*/result.json")):
+        result = json.loads(path.read_text())
+        rows.append(
+            {
+                "run": path.parent.name,
+                **result["recipe"],
+                "seed": result["seed"],
+                "steps": result["steps"],
+                "seconds": round(result["seconds"], 1),
+                **{f"loss_{name}": loss for name, loss in result["loss"].items()},
+                "bits_per_byte": result["bits_per_byte"],
+            }
+        )
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    unfinished = output / f".results.{os.getpid()}.tmp"
+    with unfinished.open("w", newline="") as file:
+        table = csv.DictWriter(file, names)
+        table.writeheader()
+        table.writerows(rows)
+    os.replace(unfinished, output / "results.csv")

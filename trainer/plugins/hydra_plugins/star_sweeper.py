@@ -1,0 +1,199 @@
+"""``hydra/sweeper=star``: the paper's local search as a Hydra sweeper.
+
+``python train.py -m sweep=star recipe=stitched,simple recipe.generations=2,8`` runs one search for
+every combination of what is not an axis, all of them side by side through whatever launcher is
+configured. A search starts at the values of the composed config. Finished runs are read from their
+folders, so the same command goes on where it was interrupted.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from trainer.config import TrainConfig
+from trainer.run_folder import write_json
+from trainer.star_search import Certificate, Grid, Place, StarSearch
+
+
+@dataclass
+class StarSweeperConf:
+    """``params``: axis -> its grid, as in Hydra's own sweeper (``recipe.epochs: 1,2,4,8``)."""
+
+    _target_: str = "hydra_plugins.star_sweeper.StarSweeper"
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="star", node=StarSweeperConf, provider="megadocs"
+)
+
+
+@dataclass
+class Study:
+    """One search: the overrides that are the same in all its runs."""
+
+    overrides: list[str]
+    search: StarSearch
+
+    def job(self, place: Place) -> list[str]:
+        """Overrides of the run at ``place``."""
+        values = self.search.grid.values(place)
+        return [*self.overrides, *(f"{axis}={value!r}" for axis, value in values.items())]
+
+    def name(self) -> str:
+        """File name of the certificate: the same for the same search."""
+        content = json.dumps([self.overrides, dict(self.search.grid.axes)])
+        return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+class StarSweeper(Sweeper):
+    """Centre plus one step each way on every axis; move to the best; stop when none is better."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        self.params = params
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.master = config
+        self.loader = hydra_context.config_loader
+        self.pool = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[dict[str, Any]]:
+        """Run all searches to their ends; returns their certificates."""
+        try:
+            return self.search(arguments)
+        except (ValueError, RuntimeError) as error:  # what a user can mend: no traceback
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+
+    def search(self, arguments: list[str]) -> list[dict[str, Any]]:
+        """Round after round of what all searches want next."""
+        studies = self.studies(arguments)
+        jobs = 0
+        while True:
+            wanted = [(study, place) for study in studies for place in study.search.wanted]
+            if not wanted:
+                break
+            missing = [pair for pair in wanted if self.outcome(pair[0].job(pair[1])) is None]
+            print(
+                f"star search: {len(wanted)} runs wanted, {len(wanted) - len(missing)} of them "
+                "finished already",
+                flush=True,
+            )
+            batch = [study.job(place) for study, place in missing]
+            self.launch(batch, jobs)
+            jobs += len(batch)
+            for study in studies:
+                study.search.record(
+                    {place: self.outcome(study.job(place)) for place in study.search.wanted}
+                )
+        return [self.certify(study) for study in studies]
+
+    def studies(self, arguments: list[str]) -> list[Study]:
+        """One search for each combination of the swept values that are not axes."""
+        parser = OverridesParser.create(config_loader=self.loader)
+        grids = {
+            axis: axis_values(parser.parse_override(f"{axis}={values}"))
+            for axis, values in self.params.items()
+        }
+        combinations: list[list[str]] = [[]]
+        for override in parser.parse_overrides(arguments):
+            key = override.get_key_element()
+            if override.is_sweep_override():
+                if key in grids:
+                    grids[key] = axis_values(override)
+                    continue
+                choices = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            else:
+                choices = [f"{key}={override.get_value_element_as_str()}"]
+            combinations = [[*chosen, choice] for chosen in combinations for choice in choices]
+        grid = Grid(grids)
+        return [self.study(chosen, grid) for chosen in combinations]
+
+    def study(self, overrides: list[str], grid: Grid) -> Study:
+        """A search that starts at the values of the composed config."""
+        config = self.compose(overrides)
+        centre = {axis: OmegaConf.select(config, axis) for axis in grid.axes}
+        for axis, value in centre.items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"the axis {axis} is {value!r} in the config, not a number")
+        # A run is no search itself, and its axes are set by the search.
+        dropped = {"sweep", *grid.axes}
+        fixed = [one for one in overrides if one.partition("=")[0] not in dropped]
+        return Study(fixed, StarSearch(grid, grid.place(centre)))
+
+    def compose(self, overrides: list[str]) -> DictConfig:
+        """The config of one run without Hydra's own part."""
+        config = self.loader.load_sweep_config(self.master, overrides)
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    def launch(self, batch: list[list[str]], first: int) -> None:
+        """Run ``batch`` to its end; diverged runs are results, other failures are not.
+
+        Raises:
+            RuntimeError: a run ended with neither a result nor a diverged loss.
+        """
+        failure: object = "it ended without result.json"
+        try:
+            if batch:
+                for job in self.pool.launch(batch, initial_job_idx=first):
+                    if job.status is JobStatus.FAILED:
+                        failure = job._return_value
+        except RuntimeError as error:  # a launcher that raises once all jobs have ended
+            failure = error
+        for overrides in batch:
+            if self.outcome(overrides) is None:
+                raise RuntimeError(
+                    f"the run {' '.join(overrides)} failed: {failure}. Finished runs are kept; "
+                    "mend it and start the same command again"
+                )
+
+    def outcome(self, overrides: list[str]) -> float | None:
+        """The loss in the run's folder, infinite where it diverged; None where nothing is there."""
+        config = OmegaConf.to_object(self.compose(overrides))
+        assert isinstance(config, TrainConfig)
+        result = config.run_dir() / "result.json"
+        if result.exists():
+            return json.loads(result.read_text())["loss"]["iid"]
+        return math.inf if (config.run_dir() / "diverged.txt").exists() else None
+
+    def certify(self, study: Study) -> dict[str, Any]:
+        """Print the certificate and write it beside the runs."""
+        certificate: Certificate = study.search.certificate()
+        content = {"study": study.overrides, **certificate.to_dict()}
+        folder = Path(self.master.hydra.sweep.dir) / "star"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{study.name()}.json"
+        write_json(path, content)
+        print(f"\n{' '.join(study.overrides)}\n{certificate}\ncertificate: {path}", flush=True)
+        return content
+
+
+def axis_values(override: Override) -> list[float]:
+    """The values of an axis.
+
+    Raises:
+        ValueError: it is not a list of numbers.
+    """
+    values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+    if not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"the axis {override.input_line} must be a list of numbers")
+    return [float(value) for value in values]  # type: ignore[arg-type]
