@@ -76,6 +76,12 @@ class Run:
         return self.result["epochs_seen"][name] if name else 0.0
 
     @property
+    def real_tokens_seen(self) -> int:
+        """Real tokens trained on: of the base stream, and of the copies in the synthetic one."""
+        copies = 0 if "no-real" in self.kind else self.synthetic_passes * self.real_tokens
+        return round(self.result["tokens_seen"][self.config.recipe.base] + copies)
+
+    @property
     def flops(self) -> int:
         """Model FLOPs; attention as if no mask cut the windows, so an upper bound under a mask."""
         pairs = self.tokens * (self.config.data.context_length + 1) // 2

@@ -284,6 +284,11 @@ def fit_law(law: Law, points: Points, *, replicates: int = REPLICATES, seed: int
         generator = np.random.default_rng(seed)
         drawn = np.maximum(fitted + noise.draw(generator, len(fitted), replicates), 1e-3)
         samples = np.stack([refine(law, inputs, row, [values]) for row in drawn])
+        if points.distinct() == len(law.parameters):
+            warnings.append(
+                f"{points.distinct()} points determine the {len(law.parameters)} parameters "
+                "exactly: the interval holds the noise of the seeds, nothing tests the law itself"
+            )
     if noise is not None and noise.source == "seeds":
         spread = float(np.sqrt(np.mean(noise.residuals**2)))
         missed = float(np.sqrt(np.mean((losses - fitted) ** 2)))

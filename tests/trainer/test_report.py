@@ -204,6 +204,9 @@ def test_every_figure_of_the_paper_is_drawn(study: Path, tmp_path: Path) -> None
     row = next(row for row in compute if (row["recipe"], row["G"]) == ("stitched", "8"))
     assert row["generated tokens"] == f"{4 * REAL_TOKENS:,}"
     assert row["hours"] == "2 GPU"
+    # 8 passes over the real stream; w = 3/4 makes 48M synthetic tokens, 4.8 passes over 10M.
+    assert row["synthetic passes"] == "4.80"
+    assert row["real tokens seen"] == f"{8 * REAL_TOKENS + 48 * REAL_TOKENS // 10:,}"
 
 
 def test_data_efficiency_in_one_command(study: Path) -> None:

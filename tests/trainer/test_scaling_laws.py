@@ -173,6 +173,10 @@ def test_three_points_of_one_seed_have_no_interval() -> None:
     assert fit.parameters["C"] == pytest.approx(2.0, abs=1e-3)
     assert math.isnan(fit.interval("C").low)
     assert "no interval" in fit.warnings[0]
+    seeds = [[3.0, 3.01], [2.5, 2.51], [2.25, 2.26]]
+    fit = fit_law(POWER, Points(np.array([1.0, 2, 4]), seeds), replicates=20)
+    assert fit.interval("C").low < fit.interval("C").high
+    assert "nothing tests the law itself" in fit.warnings[0]
 
 
 def test_only_the_power_law_is_inverted() -> None:
