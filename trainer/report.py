@@ -106,15 +106,19 @@ def run_row(run: Run, runs: Sequence[Run]) -> dict[str, str]:
 
 def compute_row(group: Group) -> dict[str, str]:
     """What one configuration costs, a seed."""
-    run = group.first
+    run, recipe = group.first, group.first.config.recipe
     hours = sum(one.hours for one in group.runs) / len(group.runs)
     return {
         "recipe": run.kind,
         "G": str(run.generations or "-"),
         "parameters": f"{run.result['parameters']:,}",
         "real tokens": f"{run.real_tokens:,}",
-        "epochs": f"{run.config.recipe.epochs:g}",
-        "w": f"{run.config.recipe.mixing_fraction:g}",
+        "mask": run.config.data.mask.value,
+        "context": f"{run.config.data.context_length:,}",
+        "epochs": f"{recipe.epochs:g}",
+        "w": f"{recipe.mixing_fraction:g}",
+        "lr": f"{recipe.learning_rate:g}",
+        "wd": f"{recipe.weight_decay:g}",
         "tokens trained": f"{run.tokens:,}",
         "real tokens seen": f"{run.real_tokens_seen:,}",
         "synthetic passes": f"{run.synthetic_passes:.2f}",
