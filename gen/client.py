@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import aiohttp
 
-RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+from gen.routing import Routing
+
+RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 504}
+UNAVAILABLE = 503  # still loading, or its queue is full: not this request's fault
+CONNECT_TIMEOUT = 10.0  # seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 
@@ -37,8 +41,11 @@ class Completion:
 class ChatClient:
     """Keeps connections open, retries what may pass, sends a document always to one server.
 
+    A server that refuses connections or is unavailable costs a request no attempt: it goes to
+    another server, or waits until one is back.
+
     Args:
-        urls: servers that serve the same model; a document sticks to one by its hash.
+        routing: the servers and what is known of them.
         model: the model's name as the servers know it.
         concurrency: requests in flight.
         timeout: seconds until a request counts as lost.
@@ -48,97 +55,134 @@ class ChatClient:
 
     def __init__(
         self,
-        urls: list[str],
+        routing: Routing,
         model: str,
         concurrency: int,
         timeout: float,
         attempts: int,
         api_key: str | None = None,
     ) -> None:
-        self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
+        self.routing = routing
         self.model = model
         self.attempts = attempts
         self.retries = 0
-        self.http = httpx.AsyncClient(
-            timeout=httpx.Timeout(timeout, connect=10.0),
-            limits=httpx.Limits(max_connections=concurrency + 4),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-        )
+        self.concurrency = concurrency
+        self.timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     async def __aenter__(self) -> ChatClient:
+        # aiohttp, because thousands of connections are open: httpx's pool looks at all of them for
+        # every request.
+        self.http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self.concurrency + 4),
+            timeout=self.timeout,
+            headers=self.headers,
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.http.aclose()
-
-    def server_of(self, document_id: str) -> str:
-        """The server that has this document's prompt in its cache."""
-        return self.urls[zlib.crc32(document_id.encode()) % len(self.urls)]
+        await self.http.close()
 
     async def chat(
         self,
-        server: str,
+        document_id: str,
         messages: list[dict[str, str]],
         *,
+        template: bool = True,
         max_tokens: int,
         temperature: float,
         top_p: float,
         seed: int,
     ) -> Completion:
-        """One completion.
+        """One completion of a chat or, without a chat template, of its text.
 
         Raises:
             PromptTooLong: the prompt does not fit; trying again would not help.
             GenerationFailed: every attempt failed; says how.
+            ServersLost: no server is left.
         """
-        body = {
+        body: dict[str, Any] = {
             "model": self.model,
-            "messages": messages,
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
             "seed": seed,
             "stream": False,
         }
-        return completion_of(await self.post(f"{server}/v1/chat/completions", body, is_answer))
+        if template:
+            path, body["messages"] = "/v1/chat/completions", messages
+        else:
+            path, body["prompt"] = "/v1/completions", "".join(part["content"] for part in messages)
+        return completion_of(await self.post(document_id, path, body, is_answer))
 
-    async def count_tokens(self, server: str, text: str) -> int:
+    async def count_tokens(self, document_id: str, text: str) -> int:
         """Length of ``text`` in the server's tokens (llama.cpp and SGLang both have /tokenize)."""
         body = {"model": self.model, "content": text, "prompt": text}
-        answer = await self.post(f"{server}/tokenize", body, lambda found: "tokens" in found)
+        answer = await self.post(document_id, "/tokenize", body, lambda found: "tokens" in found)
         return len(answer["tokens"])
 
     async def post(
-        self, url: str, body: dict[str, Any], usable: Callable[[dict[str, Any]], bool]
+        self,
+        document_id: str,
+        path: str,
+        body: dict[str, Any],
+        usable: Callable[[dict[str, Any]], bool],
     ) -> dict[str, Any]:
         """POST until the answer is usable; pauses grow twofold, with jitter."""
-        problem = "no attempt"
-        for attempt in range(self.attempts):
-            if attempt:
+        problem, attempt, url = "no attempt", 0, path
+        while attempt < self.attempts:
+            server = await self.routing.server_for(document_id)
+            url = server + path
+            try:
+                async with self.http.post(url, json=body) as response:
+                    status, content = response.status, await response.read()
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                self.routing.down(server, f"{type(error).__name__}: {error}")
+                continue
+            except (aiohttp.ClientError, TimeoutError) as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if status == UNAVAILABLE:
+                    self.routing.down(server, f"HTTP 503: {start_of(content)}")
+                    continue
+                self.routing.up(server)
+                answer, problem = read_answer(url, status, content)
+                if answer is not None and usable(answer):
+                    return answer
+            attempt += 1
+            if attempt < self.attempts:
                 self.retries += 1
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-            try:
-                response = await self.http.post(url, json=body)
-            except httpx.HTTPError as error:
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            if response.status_code == 400 and "context" in response.text.lower():
-                raise PromptTooLong(response.text[:300])
-            if response.status_code in RETRIED_STATUS:
-                problem = f"HTTP {response.status_code}: {response.text[:300]}"
-                continue
-            if response.status_code != 200:
-                raise GenerationFailed(f"{url}: HTTP {response.status_code}: {response.text[:300]}")
-            try:
-                answer = response.json()
-            except ValueError:
-                problem = f"an answer that is not JSON: {response.text[:100]!r}"
-                continue
-            if isinstance(answer, dict) and usable(answer):
-                return answer
-            problem = f"an unusable answer: {response.text[:300]}"
         raise GenerationFailed(f"{url}: {self.attempts} attempts failed, the last with {problem}")
+
+
+def read_answer(url: str, status: int, content: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The JSON object of an answer, or None and what to say if trying again does not help.
+
+    Raises:
+        PromptTooLong: the server says so.
+        GenerationFailed: a status that will not change.
+    """
+    if status == 200:
+        try:
+            answer = json.loads(content)
+        except ValueError:
+            return None, f"an answer that is not JSON: {start_of(content)!r}"
+        return (
+            answer if isinstance(answer, dict) else None,
+            f"an unusable answer: {start_of(content)}",
+        )
+    if status == 400 and b"context" in content.lower():
+        raise PromptTooLong(start_of(content))
+    if status in RETRIED_STATUS:
+        return None, f"HTTP {status}: {start_of(content)}"
+    raise GenerationFailed(f"{url}: HTTP {status}: {start_of(content)}")
+
+
+def start_of(content: bytes) -> str:
+    """The beginning of an answer, for messages."""
+    return content[:300].decode(errors="replace")
 
 
 def is_answer(answer: dict[str, Any]) -> bool:
@@ -146,12 +190,17 @@ def is_answer(answer: dict[str, Any]) -> bool:
     try:
         choice = answer["choices"][0]
         return (
-            isinstance(choice["message"]["content"], str)
+            isinstance(text_of(choice), str)
             and choice["finish_reason"] in ("stop", "length")
             and isinstance(answer["usage"]["completion_tokens"], int)
         )
     except (KeyError, IndexError, TypeError):
         return False
+
+
+def text_of(choice: dict[str, Any]) -> Any:
+    """What a choice says, in the form of a chat or of a plain completion."""
+    return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
 def completion_of(answer: dict[str, Any]) -> Completion:
@@ -160,7 +209,7 @@ def completion_of(answer: dict[str, Any]) -> Completion:
     details = usage.get("prompt_tokens_details") or {}
     cached = details.get("cached_tokens") or answer.get("timings", {}).get("cache_n") or 0
     return Completion(
-        choice["message"]["content"].strip(),
+        text_of(choice).strip(),
         choice["finish_reason"],
         usage["prompt_tokens"],
         usage["completion_tokens"],

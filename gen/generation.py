@@ -9,35 +9,55 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import aiohttp
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from gen.client import ChatClient, Completion, GenerationFailed, PromptTooLong
+from gen.concurrency import AdaptiveLimit, Slots
 from gen.corpus import Document
+from gen.files import write_json
+from gen.fitting import SHORTEN, fit, latent_fields, rephrase_fields, shorten
 from gen.latent import split_text
 from gen.prompts import MethodConfig, sibling_seed
-from gen.servers import GeneratorConfig
+from gen.routing import Routing
+from gen.server_metrics import read_load
+from gen.servers import GeneratorConfig, Servers
+from gen.sessions import Session
 from gen.store import Generation, GenerationStore, drop_leftovers, owns
 
-TEMPLATE_ROOM = 64  # tokens a chat template may add around the messages
 FLUSH_ROWS = 512
-SHORTEN = 0.95  # a prompt that the server still refuses loses 5 % of its document
+LOOK_EVERY = 2.0  # seconds between looks at the servers' queues
 
 
 @dataclass(frozen=True)
 class Work:
-    """The missing generations of one document."""
+    """The missing generations of one document, in the order in which they are asked for."""
 
     document: Document
     indices: list[int]
     fields: Callable[[int], dict[str, str]]  # the template's fields of a generation
+
+
+@dataclass
+class Lane:
+    """One server with its documents and the requests it may have at once."""
+
+    url: str
+    slots: Slots
+    limit: AdaptiveLimit
+    works: list[Work] = field(default_factory=list)
+    shows_queue: bool = True
+
+    def finished(self, seconds: float, tokens: int) -> None:
+        """Learn from a request where the server shows no queue."""
+        if not self.shows_queue and self.slots.full:
+            self.slots.resize(self.limit.observe_request(seconds, tokens))
 
 
 @dataclass
@@ -48,150 +68,175 @@ class Job:
     config: GeneratorConfig
     store: GenerationStore
     tokenizer: Tokenizer
+    session: Session
+    servers: Servers
+    client: ChatClient
+    bar: tqdm
     failures: dict[str, str] = field(default_factory=dict)
     unsaved: list[Generation] = field(default_factory=list)
-    generated_tokens: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
 
-    def missing(self, documents: list[Document]) -> Iterator[Work]:
-        """Documents of this writer that lack generations, in corpus order."""
-        done = self.store.done()
-        for document in documents:
-            if not owns(document.id, self.config.writer, self.config.writers):
-                continue
-            if self.method.latent:
-                pieces = split_text(document.text, self.method.generations + 1, self.tokenizer)
-                wanted = range(len(pieces) - 1)
-                fields = latent_fields(pieces)
-            else:
-                wanted = range(self.method.generations)
-                fields = rephrase_fields(document.text)
-            indices = [index for index in wanted if index not in done.get(document.id, ())]
-            if indices:
-                yield Work(document, indices, fields)
+    async def run(self, works: list[Work]) -> None:
+        """Generate everything in ``works``; failures of requests are collected, not raised.
 
-    async def run(self, urls: list[str], works: list[Work]) -> None:
-        """Generate everything in ``works``; failures are collected, not raised."""
-        config = self.config
-        total = sum(len(work.indices) for work in works)
-        slots = asyncio.Semaphore(config.concurrency)
-        documents = asyncio.Semaphore(max(1, config.concurrency // config.siblings_in_flight))
-        bar = tqdm(total=total, desc=self.store.folder.name, unit="text", dynamic_ncols=True)
-        began = time.monotonic()
-        async with ChatClient(
-            urls,
-            config.model,
-            config.concurrency,
-            config.timeout,
-            config.attempts,
-            config.api_key,
-        ) as client:
-
-            async def one(work: Work, index: int) -> None:
-                async with slots:
-                    try:
-                        await self.generate(client, work, index)
-                    except GenerationFailed as error:
-                        self.failures[f"{work.document.id}#{index}"] = str(error)
-                bar.update()
-                bar.set_postfix(self.speed(time.monotonic() - began), refresh=False)
-
-            async def document(work: Work) -> None:
-                try:
-                    await one(work, work.indices[0])  # fills the server's cache for the others
-                    size = config.siblings_in_flight
-                    for first in range(1, len(work.indices), size):
-                        siblings = work.indices[first : first + size]
-                        await asyncio.gather(*(one(work, index) for index in siblings))
-                finally:
-                    documents.release()
-
-            saver = asyncio.create_task(self.save_regularly())
-            try:
+        Raises:
+            ServersLost: no server is left; what was generated is stored.
+            OSError: the disk is full; what was stored stays.
+        """
+        lanes = self.lanes(works)
+        try:
+            async with self.client, asyncio.TaskGroup() as background:
+                helpers = [background.create_task(self.save_regularly())]
+                if self.config.adaptive:
+                    helpers.append(background.create_task(self.adapt(lanes)))
                 async with asyncio.TaskGroup() as group:
-                    for work in works:
-                        await documents.acquire()
-                        group.create_task(document(work))
-            finally:
-                saver.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await saver
-                self.save()
-                bar.close()
+                    for lane in lanes:
+                        group.create_task(self.feed(lane, group))
+                for helper in helpers:
+                    helper.cancel()
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
+        finally:
+            self.bar.close()
+            self.save()
 
-    async def generate(self, client: ChatClient, work: Work, index: int) -> None:
+    def lanes(self, works: list[Work]) -> list[Lane]:
+        """The works by the server that each document sticks to."""
+        most, adaptive = self.config.concurrency, self.config.adaptive
+        lanes = {}
+        for url in self.servers.urls:
+            limit = AdaptiveLimit(
+                most, self.config.siblings_in_flight, limit=0 if adaptive else most
+            )
+            lanes[url] = Lane(url, Slots(limit.limit), limit)
+        for work in works:
+            lanes[self.client.routing.order(work.document.id)[0]].works.append(work)
+        return list(lanes.values())
+
+    async def feed(self, lane: Lane, group: asyncio.TaskGroup) -> None:
+        """Open documents one after the other, each when the open ones leave a slot free."""
+        for work in lane.works:
+            await lane.slots.acquire()
+            group.create_task(self.document(lane, work))
+
+    async def document(self, lane: Lane, work: Work) -> None:
+        """All generations of a document, after one request has put its prompt into the cache.
+
+        Begins with one slot; siblings that run at the same time wait for slots of their own.
+        """
+        queue = iter(work.indices)
+        size = min(self.config.siblings_in_flight, len(work.indices))
+        try:
+            if size > 1 and self.config.warm_up:
+                with contextlib.suppress(GenerationFailed):  # the siblings will say what is wrong
+                    await self.warm_up(work)
+            elif size > 1:
+                await self.one(lane, work, next(queue))
+        except BaseException:
+            lane.slots.release()
+            raise
+
+        async def worker(has_slot: bool) -> None:
+            if not has_slot:
+                await lane.slots.acquire()
+            try:
+                for index in queue:
+                    await self.one(lane, work, index)
+                    await lane.slots.yield_if_fewer()
+            finally:
+                lane.slots.release()
+
+        async with asyncio.TaskGroup() as siblings:
+            for number in range(size):
+                siblings.create_task(worker(number == 0))
+
+    async def one(self, lane: Lane, work: Work, index: int) -> None:
+        """One generation, and what is learned from it."""
+        began = time.monotonic()
+        try:
+            answer = await self.generate(work, index)
+        except GenerationFailed as error:
+            self.failures[f"{work.document.id}#{index}"] = str(error)
+            self.session.failed += 1
+        else:
+            lane.finished(time.monotonic() - began, answer.completion_tokens)
+        self.bar.update()
+        self.bar.set_postfix(self.speed(), refresh=False)
+
+    async def warm_up(self, work: Work) -> None:
+        """Put the document's prompt into the server's cache: one token of the first sibling."""
+        index, document_id = work.indices[0], work.document.id
+        fields, _ = await fit(
+            self.client,
+            self.method,
+            self.config.context_length,
+            document_id,
+            index,
+            work.fields(index),
+        )
+        self.count(await self.ask(document_id, index, fields, max_tokens=1))
+
+    async def generate(self, work: Work, index: int) -> Completion:
         """One generation, its document cut as far as the context demands."""
-        method, server = self.method, client.server_of(work.document.id)
-        seed = sibling_seed(self.config.seed, work.document.id, method.name, index)
-        fields, truncated = await self.fit(client, server, work.fields(index))
+        document_id = work.document.id
+        fields, truncated = await fit(
+            self.client,
+            self.method,
+            self.config.context_length,
+            document_id,
+            index,
+            work.fields(index),
+        )
         while True:
             try:
-                completion = await client.chat(
-                    server,
-                    method.messages(**fields),
-                    max_tokens=method.max_tokens,
-                    temperature=method.temperature,
-                    top_p=method.top_p,
-                    seed=seed,
-                )
+                answer = await self.ask(document_id, index, fields, self.method.max_tokens)
                 break
             except PromptTooLong:
                 shorter = shorten(fields, SHORTEN)
                 if shorter == fields:
                     raise
                 fields, truncated = shorter, True
-        self.keep(work.document, index, seed, completion, truncated)
+        self.count(answer)
+        self.keep(document_id, index, answer, truncated)
+        return answer
 
-    async def fit(
-        self, client: ChatClient, server: str, fields: dict[str, str]
-    ) -> tuple[dict[str, str], bool]:
-        """The fields cut so that prompt and answer fit the context, and whether they were cut."""
-        room = self.config.context_length - self.method.max_tokens - TEMPLATE_ROOM
+    async def ask(
+        self, document_id: str, index: int, fields: dict[str, str], max_tokens: int
+    ) -> Completion:
+        """Send one request."""
+        method = self.method
+        return await self.client.chat(
+            document_id,
+            method.messages(index, **fields),
+            template=method.chat,
+            max_tokens=max_tokens,
+            temperature=method.temperature,
+            top_p=method.top_p,
+            seed=sibling_seed(self.config.seed, document_id, method.name, index),
+        )
 
-        async def tokens(candidate: dict[str, str]) -> int:
-            text = "".join(part["content"] for part in self.method.messages(**candidate))
-            if len(text.encode()) <= room:  # a token holds at least a byte
-                return 0
-            return await client.count_tokens(server, text)
+    def count(self, answer: Completion) -> None:
+        """Add a request to the session."""
+        self.session.requests += 1
+        self.session.prompt_tokens += answer.prompt_tokens
+        self.session.cached_tokens += answer.cached_tokens
 
-        if await tokens(fields) <= room:
-            return fields, False
-        empty = dict.fromkeys(fields, "")
-        if await tokens(empty) > room:
-            raise GenerationFailed(
-                f"generator.context_length={self.config.context_length} leaves {room} tokens for "
-                f"the prompt beside method.max_tokens={self.method.max_tokens}: not even the "
-                "instructions fit"
-            )
-        low, high = 0.0, 1.0  # shares of the document that fit and do not fit
-        for _ in range(10):
-            middle = (low + high) / 2
-            if await tokens(shorten(fields, middle)) <= room:
-                low = middle
-            else:
-                high = middle
-        return shorten(fields, low), True
-
-    def keep(
-        self, document: Document, index: int, seed: int, answer: Completion, truncated: bool
-    ) -> None:
+    def keep(self, document_id: str, index: int, answer: Completion, truncated: bool) -> None:
         """Note a finished generation; it reaches the disk with the next flush."""
-        self.generated_tokens += answer.completion_tokens
-        self.prompt_tokens += answer.prompt_tokens
-        self.cached_tokens += answer.cached_tokens
+        method = self.method
+        self.session.generations += 1
+        self.session.completion_tokens += answer.completion_tokens
         self.unsaved.append(
             Generation(
-                document.id,
-                self.method.name,
+                document_id,
+                method.name,
                 index,
                 answer.text,
                 self.config.model,
-                self.method.version,
-                self.method.temperature,
-                self.method.top_p,
-                self.method.max_tokens,
-                seed,
+                method.version,
+                method.temperature,
+                method.top_p,
+                method.max_tokens,
+                sibling_seed(self.config.seed, document_id, method.name, index),
                 answer.finish_reason,
                 answer.prompt_tokens,
                 answer.completion_tokens,
@@ -203,20 +248,79 @@ class Job:
             self.save()
 
     def save(self) -> None:
-        """Write what is finished as one part."""
+        """Write what is finished as one part, and how far the session is."""
         if self.unsaved:
             self.store.append(self.unsaved, self.config.writer)
             self.unsaved = []
+        self.session.retries = self.client.retries
+        self.session.restarts = self.servers.restarts()
+        self.session.save(self.store.folder)
 
     async def save_regularly(self) -> None:
         while True:
             await asyncio.sleep(self.config.flush_seconds)
             self.save()
 
-    def speed(self, seconds: float) -> dict[str, str]:
+    async def adapt(self, lanes: list[Lane]) -> None:
+        """Keep the queue of each server that shows one short and never empty."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            for lane in lanes:
+                try:
+                    load = await read_load(self.client.http, lane.url)
+                except (aiohttp.ClientError, TimeoutError):
+                    continue  # a server that is down is the routing's matter
+                lane.shows_queue = load is not None
+                if load is not None:
+                    limit = lane.limit.observe_queue(load.waiting, lane.slots.taken)
+                    lane.slots.resize(limit)
+
+    def speed(self) -> dict[str, str]:
         """Tokens per second and the cached share of the prompts, for the progress bar."""
-        cached = self.cached_tokens / max(1, self.prompt_tokens)
-        return {"tok/s": f"{self.generated_tokens / seconds:.0f}", "cached": f"{cached:.0%}"}
+        seconds = time.time() - self.session.began
+        return {
+            "tok/s": f"{self.session.completion_tokens / seconds:.0f}",
+            "cached": f"{self.session.cached_share:.0%}",
+        }
+
+
+def first_error(errors: BaseExceptionGroup) -> BaseException:
+    """The first single exception in nested groups."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def missing_works(
+    method: MethodConfig,
+    config: GeneratorConfig,
+    store: GenerationStore,
+    documents: list[Document],
+    tokenizer: Tokenizer,
+) -> tuple[list[Work], int]:
+    """This writer's documents that lack generations, in corpus order, and how many it owes in all.
+
+    The cuts of a document are asked for from the last to the first: the last one's prompt begins
+    with all the text that stands before any other cut.
+    """
+    done = store.done()
+    works, expected = [], 0
+    for document in documents:
+        if not owns(document.id, config.writer, config.writers):
+            continue
+        if method.latent:
+            pieces = split_text(document.text, method.generations + 1, tokenizer)
+            wanted = range(len(pieces) - 2, -1, -1)
+            fields = latent_fields(pieces)
+        else:
+            wanted = range(method.generations)
+            fields = rephrase_fields(document.text)
+        expected += len(wanted)
+        indices = [index for index in wanted if index not in done.get(document.id, ())]
+        if indices:
+            works.append(Work(document, indices, fields))
+    return works, expected
 
 
 def run_job(
@@ -225,21 +329,26 @@ def run_job(
     documents: list[Document],
     tokenizer: Tokenizer,
     root: Path,
-    serve: Callable[[GeneratorConfig, Path], contextlib.AbstractContextManager[list[str]]],
-) -> dict[str, Any]:
-    """Generate what is missing of ``method`` and return statistics of this call.
+    serve: Callable[[GeneratorConfig, Path], contextlib.AbstractContextManager[Servers]],
+) -> Session:
+    """Generate what is missing of ``method`` and return what this call did.
 
     Raises:
         ValueError: settings differ from those of the store, or another job holds it.
         GenerationFailed: some generations failed after all attempts; the rest is stored.
+        ServersLost: no server is left; what was generated until then is stored.
+        OSError: the disk is full; what was stored stays.
     """
     method.check()
     config.check()
-    store = GenerationStore.of_method(root, method.name, method.generations)
+    store = GenerationStore.of_method(root, method.name, method.generations, method.latent)
     store.claim(
         {
             "method": method.name,
             "prompt_version": method.version,
+            "system": method.system,
+            "prompt": method.prompt,
+            "variants": method.variants,
             "model": config.model,
             "temperature": method.temperature,
             "top_p": method.top_p,
@@ -247,57 +356,45 @@ def run_job(
             "seed": config.seed,
         }
     )
+    failures = store.folder / f"failures-{config.writer:03d}.json"
     with store.lock(config.writer, config.writers):
         if config.writers == 1:
             drop_leftovers(store.folder)
-        job = Job(method, config, store, tokenizer)
-        works = list(job.missing(documents))
-        began = time.monotonic()
-        if works:
-            with serve(config, root / "generations" / "server.log") as urls:
-                asyncio.run(job.run(urls, works))
-        seconds = time.monotonic() - began
-    failures = store.folder / "failures.json"
-    failures.unlink(missing_ok=True)
-    if job.failures:
-        failures.write_text(json.dumps(job.failures, indent=1))
-        names = sorted({key.rsplit("#", 1)[0] for key in job.failures})
-        raise GenerationFailed(
-            f"{len(job.failures)} generations of {len(names)} documents failed "
-            f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); the first: "
-            f"{next(iter(job.failures.values()))}. All of them: {failures}. What succeeded is "
-            "stored; the same command tries the rest again"
+        works, expected = missing_works(method, config, store, documents, tokenizer)
+        missing = sum(len(work.indices) for work in works)
+        session = Session(
+            config.writer, config.writers, expected, expected - missing, config.gpus_used
         )
-    return {
-        "generations": sum(len(work.indices) for work in works),
-        "completion_tokens": job.generated_tokens,
-        "prompt_tokens": job.prompt_tokens,
-        "cached_tokens": job.cached_tokens,
-        "seconds": seconds,
-    }
+        if not works:
+            failures.unlink(missing_ok=True)
+            return session
+        with serve(config, root / "generations" / f"server-{config.writer}.log") as servers:
+            session.began = time.time()
+            routing = Routing(servers.urls, config.outage_seconds, servers.failure)
+            client = ChatClient(
+                routing,
+                config.model,
+                config.concurrency * len(servers.urls),
+                config.timeout,
+                config.attempts,
+                config.api_key,
+            )
+            bar = tqdm(total=missing, desc=store.folder.name, unit="text", dynamic_ncols=True)
+            job = Job(method, config, store, tokenizer, session, servers, client, bar)
+            asyncio.run(job.run(works))
+        failures.unlink(missing_ok=True)
+        if job.failures:
+            write_json(failures, job.failures)
+            raise GenerationFailed(describe_failures(job.failures, failures))
+    return session
 
 
-def rephrase_fields(text: str) -> Callable[[int], dict[str, str]]:
-    """Every generation of a document has the same prompt."""
-    return lambda index: {"text": text}
-
-
-def latent_fields(pieces: list[str]) -> Callable[[int], dict[str, str]]:
-    """Generation ``index`` stands between the pieces before and after its cut."""
-
-    def fields(index: int) -> dict[str, str]:
-        return {
-            "prefix": "".join(pieces[: index + 1]),
-            "suffix": "".join(pieces[index + 1 :]),
-        }
-
-    return fields
-
-
-def shorten(fields: dict[str, str], share: float) -> dict[str, str]:
-    """Keep a share of the document: its beginning, or for a cut the text around the cut."""
-    shorter = {name: text[: int(len(text) * share)] for name, text in fields.items()}
-    if "prefix" in fields:
-        prefix = fields["prefix"]
-        shorter["prefix"] = prefix[len(prefix) - int(len(prefix) * share) :]
-    return shorter
+def describe_failures(failures: dict[str, str], path: Path) -> str:
+    """How many generations of which documents failed, and what to do."""
+    names = sorted({key.rsplit("#", 1)[0] for key in failures})
+    return (
+        f"{len(failures)} generations of {len(names)} documents failed "
+        f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); the first: "
+        f"{next(iter(failures.values()))}. All of them: {path}. What succeeded is "
+        "stored; the same command tries the rest again"
+    )

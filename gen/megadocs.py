@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +61,22 @@ class Generations:
         self.found = found
         self.count = count
         self.where = where
+        self.kept = np.ones(len(order), dtype=bool)
+        self.edit: Callable[[str], str] | None = None
+
+    def select(self, kept: np.ndarray, edit: Callable[[str], str] | None) -> None:
+        """Leave out what the quality gates drop and edit the rest.
+
+        Args:
+            kept: bool for each of the generations, by document in corpus order, then by index.
+            edit: applied to every text that is used.
+        """
+        if len(kept) != len(self.rows):
+            raise ValueError(
+                f"{len(kept)} generations were judged but {self.where} has {len(self.rows)}; "
+                "something changed it meanwhile: run the same command again"
+            )
+        self.kept, self.edit = kept, edit
 
     def require_all(self, documents: list[Document]) -> None:
         """Raise ValueError unless every document has G generations."""
@@ -73,10 +89,17 @@ class Generations:
                 "build the streams with a smaller streams.generations"
             )
 
-    def of(self, place: int) -> list[tuple[int, str]]:
-        """Index and text of each generation of document ``place``, in order."""
+    def of(self, place: int) -> dict[int, str]:
+        """Text by index of the generations of document ``place`` that are kept, in order."""
+        here = slice(self.starts[place], self.starts[place + 1])
+        rows = self.rows[here][self.kept[here]]
+        texts = {int(self.indices[row]): self.texts[int(row)].as_py() for row in rows}
+        return {index: self.edit(text) for index, text in texts.items()} if self.edit else texts
+
+    def made(self, place: int) -> set[int]:
+        """Indices of all generations of document ``place``, the dropped ones included."""
         rows = self.rows[self.starts[place] : self.starts[place + 1]]
-        return [(int(self.indices[row]), self.texts[int(row)].as_py()) for row in rows]
+        return set(self.indices[rows].tolist())
 
 
 def real_documents(documents: list[Document]) -> Iterator[Megadoc]:
@@ -88,7 +111,10 @@ def real_documents(documents: list[Document]) -> Iterator[Megadoc]:
 def simple(
     documents: list[Document], generations: Generations, with_real: bool, seed: int
 ) -> Iterator[Megadoc]:
-    """Every rephrase, and one copy of every real document, as rows in one global shuffle."""
+    """Every rephrase, and one copy of every real document, as rows in one global shuffle.
+
+    A dropped rephrase leaves the order of the others as it is.
+    """
     generations.require_all(documents)
     rows = generations.count + with_real
     for row in np.random.default_rng(seed).permutation(len(documents) * rows).tolist():
@@ -97,9 +123,8 @@ def simple(
         if part == generations.count:
             member = Member(REAL, document.text, 0)
             yield Megadoc(document.id, document.id, [member])
-        else:
-            index, text = generations.of(place)[part]
-            yield Megadoc(f"{document.id}#{index}", document.id, [Member(REPHRASE, text, index)])
+        elif (text := generations.of(place).get(part)) is not None:
+            yield Megadoc(f"{document.id}#{part}", document.id, [Member(REPHRASE, text, part)])
 
 
 def stitched(
@@ -108,13 +133,14 @@ def stitched(
     """All rephrases of a document in a row, the real document last, first or absent."""
     generations.require_all(documents)
     for place, document in enumerate(documents):
-        members = [Member(REPHRASE, text, index) for index, text in generations.of(place)]
+        members = [Member(REPHRASE, text, index) for index, text in generations.of(place).items()]
         real = Member(REAL, document.text, 0)
         if real_document == "last":
             members.append(real)
         elif real_document == "first":
             members.insert(0, real)
-        yield Megadoc(document.id, document.id, members)
+        if members:  # without the real document, all may have been dropped
+            yield Megadoc(document.id, document.id, members)
 
 
 def latent(
@@ -124,11 +150,11 @@ def latent(
     open_thought: str,
     close_thought: str,
 ) -> Iterator[Megadoc]:
-    """Every document in its order, stretched by a thought at each of its cuts."""
+    """Every document in its order, stretched by a thought at each cut that has one kept."""
     for place, document in enumerate(documents):
         pieces = split_text(document.text, generations.count + 1, tokenizer)
-        thoughts = dict(generations.of(place))
-        missing = [cut for cut in range(len(pieces) - 1) if cut not in thoughts]
+        thoughts, made = generations.of(place), generations.made(place)
+        missing = [cut for cut in range(len(pieces) - 1) if cut not in made]
         if missing:
             raise ValueError(
                 f"document {document.id!r} has no thought for {len(missing)} of its "
@@ -138,7 +164,7 @@ def latent(
         members = []
         for cut, piece in enumerate(pieces):
             members.append(Member(REAL, piece, cut))
-            if cut < len(pieces) - 1:
+            if cut in thoughts and cut < len(pieces) - 1:
                 text = f"{open_thought}{thoughts[cut]}{close_thought}"
                 members.append(Member(THOUGHT, text, cut))
         yield Megadoc(document.id, document.id, members)

@@ -12,25 +12,30 @@ from tokenizers import Tokenizer
 from gen.corpus import CorpusConfig, Document, build_documents, load_split
 from gen.generation import run_job
 from gen.prompts import MethodConfig
+from gen.quality import QualityConfig, ReportConfig
 from gen.servers import GeneratorConfig, serving
+from gen.sessions import Session
+from gen.status import status
 from gen.store import GenerationStore
 from gen.streams import StreamConfig, build_stream
 from gen.tokenizer import TokenizerConfig, TokenizerManifest, build_tokenizer, cut_to_tokens, encode
 
-TASKS = ("all", "corpus", "generate", "streams", "status")
+TASKS = ("all", "corpus", "generate", "streams", "status", "report")
 
 
 @dataclass
 class GenerateConfig:
     """Everything ``generate.py`` can be told."""
 
-    task: str = "all"  # all, corpus, generate, streams or status
+    task: str = "all"  # all, corpus, generate, streams, status or report
     root: str = "data/pydoc"  # corpus folder
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     streams: StreamConfig = field(default_factory=StreamConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
 
 def generate(config: GenerateConfig) -> None:
@@ -41,13 +46,16 @@ def generate(config: GenerateConfig) -> None:
     if config.task == "status":
         return print(status(root))
     config.method.check()
+    config.quality.check()
+    if config.task == "report":
+        return print(quality_report(config, root))
     config.generator.check()
     corpus = prepare_corpus(config, root)
     if config.task in ("all", "generate"):
-        statistics = run_job(
+        session = run_job(
             config.method, config.generator, corpus.train, corpus.tokenizer, root, serving
         )
-        print(describe(config.method, statistics), flush=True)
+        print(describe(config.method, session), flush=True)
     if config.task in ("all", "streams"):
         build_streams(config, corpus, root)
     return None
@@ -111,17 +119,16 @@ def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
     """``real``, ``val`` and the synthetic streams that the method's generations allow."""
 
     def build(kind: str, generations: int, documents: list[Document]) -> dict[str, Any]:
-        content = hashlib.sha256()
-        for document in documents:
-            content.update(f"{document.id}\0{document.text}\0".encode())
         return build_stream(
             kind,
+            config.method.name,
             generations,
             documents,
-            content.hexdigest()[:16],
+            hash_of(documents),
             corpus.tokenizer,
             corpus.vocabulary,
             config.streams,
+            config.quality,
             root,
         )
 
@@ -135,36 +142,41 @@ def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
         build("stitched", generations, corpus.train)
 
 
-def describe(method: MethodConfig, statistics: dict[str, Any]) -> str:
-    """One line about what a generation job did."""
-    if not statistics["generations"]:
-        return f"{method.name}: all G={method.generations} generations are there"
-    cached = statistics["cached_tokens"] / max(1, statistics["prompt_tokens"])
-    rate = statistics["completion_tokens"] / statistics["seconds"]
-    return (
-        f"{method.name}: {statistics['generations']} generations, "
-        f"{statistics['completion_tokens']:,} tokens in {statistics['seconds']:.0f} s "
-        f"({rate:.0f} tokens/s), {cached:.0%} of the prompt tokens cached"
+def hash_of(documents: list[Document]) -> str:
+    """Identity of documents and their order."""
+    content = hashlib.sha256()
+    for document in documents:
+        content.update(f"{document.id}\0{document.text}\0".encode())
+    return content.hexdigest()[:16]
+
+
+def quality_report(config: GenerateConfig, root: Path) -> str:
+    """Write ``root/reports/<store>.html`` about the method's generations; returns its table.
+
+    Raises:
+        FileNotFoundError: there are no documents or no generations yet.
+    """
+    from gen.quality_report import write_quality_report  # takes a second to import
+
+    documents = list(load_split(root, "train"))
+    store = GenerationStore.of_method(
+        root, config.method.name, config.method.generations, config.method.latent
     )
+    path = root / "reports" / f"{store.folder.name}.html"
+    table = write_quality_report(
+        store, documents, hash_of(documents), config.quality, config.report, path
+    )
+    return f"{table}\n\nreport: {path}"
 
 
-def status(root: Path) -> str:
-    """What every store of a corpus folder holds, from the stores alone."""
-    folders = sorted((root / "generations").glob("*/manifest.json"))
-    if not folders:
-        return f"{root}: no generations yet"
-    lines = []
-    for folder in folders:
-        store = GenerationStore(folder.parent)
-        if not store.parts():
-            lines.append(f"{store.folder}: empty")
-            continue
-        table = store.read(["document_id", "index", "completion_tokens", "finish_reason"])
-        documents = len(table["document_id"].unique())
-        tokens = sum(table["completion_tokens"].to_pylist())
-        cut = table["finish_reason"].to_pylist().count("length")
-        lines.append(
-            f"{store.folder}: {table.num_rows:,} generations of {documents:,} documents, "
-            f"{tokens:,} tokens, {cut / table.num_rows:.0%} cut off by their length limit"
-        )
-    return "\n".join(lines)
+def describe(method: MethodConfig, session: Session) -> str:
+    """One line about what a generation job did."""
+    if not session.generations:
+        return f"{method.name}: all G={method.generations} generations are there"
+    return (
+        f"{method.name}: {session.generations:,} generations, "
+        f"{session.completion_tokens:,} tokens in {session.seconds:.0f} s "
+        f"({session.completion_tokens / session.seconds:,.0f} tokens/s), "
+        f"{session.cached_share:.1%} of {session.prompt_tokens:,} prompt tokens from the server's "
+        f"cache, {session.retries} retries, {session.restarts} server restarts"
+    )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-FIELD = re.compile(r"\{(text|prefix|suffix)\}")
+FIELD = re.compile(r"\{(text|prefix|suffix|variant)\}")
 
 
 @dataclass
@@ -16,8 +16,11 @@ class MethodConfig:
     name: str = "rephrase"  # folder of the generations; latent ones get their G added
     latent: bool = False  # a thought for each of G cuts instead of G rewrites
     generations: int = 8  # G: generations per document
+    chat: bool = True  # False: the prompt as it stands, for base models without a chat template
     system: str = ""
     prompt: str = "{text}"  # with {text}; latent: with {prefix} and {suffix}
+    # What {variant} of the prompt stands for: generation i takes variant i modulo their number.
+    variants: list[str] = field(default_factory=list)
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 1024  # of a generation
@@ -26,8 +29,14 @@ class MethodConfig:
     def check(self) -> None:
         """Raise ValueError where the template or a number cannot work."""
         wanted = {"prefix", "suffix"} if self.latent else {"text"}
+        wanted |= {"variant"} if self.variants else set()
         found = set(FIELD.findall(self.prompt))
-        if found != wanted:
+        if not self.chat and (self.system or self.latent):
+            raise ValueError(
+                f"method.chat=false of {self.name} takes neither method.system nor method.latent: "
+                "put everything into method.prompt"
+            )
+        if found != wanted and (self.chat or found - wanted):  # a base model may get no document
             raise ValueError(
                 f"method.prompt of {self.name} has the fields {sorted(found)}, it must have "
                 f"{sorted(wanted)}"
@@ -39,10 +48,15 @@ class MethodConfig:
     @property
     def version(self) -> str:
         """Hash of the wording."""
-        return hashlib.sha256(f"{self.system}\0{self.prompt}".encode()).hexdigest()[:12]
+        wording = "\0".join((self.system, self.prompt, *self.variants))
+        if not self.chat:
+            wording += "\0without chat template"
+        return hashlib.sha256(wording.encode()).hexdigest()[:12]
 
-    def messages(self, **fields: str) -> list[dict[str, str]]:
-        """The chat of one request; braces in a document mean nothing."""
+    def messages(self, index: int, **fields: str) -> list[dict[str, str]]:
+        """The chat that asks for one generation; braces in a document mean nothing."""
+        if self.variants:
+            fields["variant"] = self.variants[index % len(self.variants)]
         user = FIELD.sub(lambda match: fields[match.group(1)], self.prompt)
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": user}]

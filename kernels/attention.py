@@ -8,11 +8,25 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from kernels.attention_flash import flash_attention
+from kernels.attention_flash import flash_attention, flash_attn_attention
+from kernels.attention_flex import flex_document_attention
+from kernels.attention_layout import Tiles
+from kernels.attention_op import triton_attention
 from kernels.attention_reference import reference_attention
 from kernels.attention_torch import torch_attention
 
-Backend = Literal["auto", "flash", "torch", "reference"]
+Backend = Literal["auto", "flash", "flash_attn", "flex", "triton", "gluon", "torch", "reference"]
+
+# Options a backend does not have.
+LACKS = {
+    "flash": ("softcap", "return_lse"),
+    "flash_attn": ("return_lse",),
+    "flex": ("cu_seqlens_k", "return_lse"),
+    "triton": (),
+    "gluon": ("window", "softcap"),
+    "torch": ("cu_seqlens_k", "window", "softcap", "return_lse"),
+    "reference": (),
+}
 
 
 @overload
@@ -29,6 +43,7 @@ def varlen_attention(
     softcap: float = 0.0,
     return_lse: Literal[False] = False,
     backend: Backend = "auto",
+    tiles: Tiles | None = None,
 ) -> Tensor: ...
 
 
@@ -46,6 +61,7 @@ def varlen_attention(
     softcap: float = 0.0,
     return_lse: Literal[True],
     backend: Backend = "auto",
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -62,6 +78,7 @@ def varlen_attention(
     softcap: float = 0.0,
     return_lse: bool = False,
     backend: Backend = "auto",
+    tiles: Tiles | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Document-masked causal attention.
 
@@ -78,7 +95,14 @@ def varlen_attention(
         return_lse: also return the log-sum-exp of the scores, fp32 ``[Hq, Tq]``, natural log.
         backend: ``flash`` (PyTorch's varlen_attn: half precision on CUDA), ``torch`` (SDPA per
             segment), ``reference`` (quadratic, every option, any dtype), or ``auto``: the first of
-            these that can do what is asked.
+            these that can do what is asked. Only when asked for: ``triton`` (our kernels with every
+            option, half precision on CUDA; deterministic; tested in the interpreter and compiled
+            for three architectures, but not run on a GPU yet), ``gluon`` (``triton`` with a
+            warp-specialised forward pass for sm_90 and head dimensions 64 and 128, tested on a
+            model of the machine and compiled), ``flash_attn`` (the flash-attn package), ``flex``
+            (FlexAttention; no backward pass on a CPU).
+        tiles: of :func:`kernels.attention_tiles`, for ``triton`` and ``gluon``; made in each call
+            if None.
 
     Returns:
         ``[Tq, Hq, Dh]``; 0 with gradient 0 for tokens after the last border.
@@ -87,31 +111,67 @@ def varlen_attention(
         ValueError: shapes or options that do not fit, naming them.
     """
     check_shapes(q, k, v, cu_seqlens, cu_seqlens_k)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1: a token sees itself; None for all")
+    if softcap < 0:
+        raise ValueError(f"softcap={softcap} must be positive, or 0 for none")
+    if tiles is not None and backend not in ("triton", "gluon"):
+        raise ValueError(f"tiles are for backend='triton' and 'gluon', not {backend!r}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    flashable = softcap == 0 and not return_lse
-    plain = flashable and cu_seqlens_k is None and window is None
+    asked = {
+        "cu_seqlens_k": cu_seqlens_k is not None,
+        "window": window is not None,
+        "softcap": softcap != 0,
+        "return_lse": return_lse,
+    }
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if backend == "auto":
-        backend = "flash" if half and flashable else "torch" if plain else "reference"
+        fits = {name: not lacking(name, asked) for name in ("flash", "torch")}
+        backend = "flash" if half and fits["flash"] else "torch" if fits["torch"] else "reference"
+    if backend not in LACKS:
+        raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(LACKS)}")
+    if missing := lacking(backend, asked):
+        raise ValueError(
+            f"backend={backend!r} has no {', '.join(missing)}; use backend='reference'"
+        )
+    if backend in ("flash", "flash_attn") and not half:
+        raise ValueError(
+            f"backend={backend!r} needs float16 or bfloat16 on CUDA, q is {q.dtype} on {q.device}; "
+            "use backend='reference'"
+        )
     if backend == "flash":
-        if not (half and flashable):
-            raise ValueError(
-                f"backend='flash' needs float16 or bfloat16 on CUDA (got {q.dtype} on {q.device}) "
-                "and has no softcap or return_lse; use backend='reference'"
-            )
         return flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, cu_seqlens_k)
+    if backend == "flash_attn":
+        return flash_attn_attention(
+            q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, scale, window, softcap
+        )
+    if backend == "flex":
+        return flex_document_attention(q, k, v, cu_seqlens, scale, window, softcap)
     if backend == "torch":
-        if not plain:
-            raise ValueError(
-                "backend='torch' has no cu_seqlens_k, window, softcap or return_lse; "
-                "use backend='reference'"
-            )
         return torch_attention(q, k, v, cu_seqlens, scale)
-    if backend != "reference":
-        raise ValueError(f"backend={backend!r} is not one of auto, flash, torch, reference")
+    if backend in ("triton", "gluon"):
+        out, lse = triton_attention(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            max_seqlen,
+            cu_seqlens_k,
+            scale,
+            window,
+            softcap,
+            tiles,
+            backend == "gluon",
+        )
+        return (out, lse) if return_lse else out
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     out, lse = reference_attention(q, k, v, cu_seqlens, keys, scale, window, softcap)
     return (out, lse.float()) if return_lse else out
+
+
+def lacking(backend: str, asked: dict[str, bool]) -> list[str]:
+    """The options that are asked for and that a backend does not have."""
+    return [option for option in LACKS[backend] if asked[option]]
 
 
 def check_shapes(
@@ -134,3 +194,8 @@ def check_shapes(
     for name, borders in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
         if borders is not None and (borders.dim() != 1 or len(borders) < 2):
             raise ValueError(f"{name} must be [S+1] with S >= 1, not {[*borders.shape]}")
+    if cu_seqlens_k is not None and len(cu_seqlens_k) != len(cu_seqlens):
+        raise ValueError(
+            f"cu_seqlens has {len(cu_seqlens)} borders and cu_seqlens_k {len(cu_seqlens_k)}; "
+            "each segment needs both"
+        )

@@ -1,5 +1,6 @@
 """A real corpus folder, made once: real documents, a real model's generations, real shards."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ TINY = [
     "tokenizer.vocab_size=512",
     "method.generations=2",
     "method.max_tokens=10",
+    "generator.threads=1",  # pytest-xdist runs a test on each core
 ]
 
 
@@ -36,10 +38,21 @@ def run_script(
     return done
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add = parser.addoption
+    add("--kills", type=int, default=3, help="SIGKILLs of the generation client; in full: 50")
+    add("--server-url", help="a running server for the tests marked server; else the embedded one")
+    add("--server-model", default="SmolLM2-135M-Instruct", help="its name, as /v1/models lists it")
+    add("--server-context", type=int, default=512, help="its context length in tokens")
+    add("--server-siblings", type=int, default=1, help="generations of one document in flight")
+
+
 @pytest.fixture(scope="session")
 def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished corpus folder with the streams real, val, simple-g2, stitched-g2, latent-g2."""
-    shared = tmp_path_factory.getbasetemp().parent  # the same for every pytest-xdist worker
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # the same for every worker of this run
     root = shared / "corpus"
     with FileLock(shared / "corpus.lock"):
         if not (root / "streams" / "latent-g2").exists():

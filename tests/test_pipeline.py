@@ -23,6 +23,8 @@ def test_from_documents_to_a_report(corpus_root: Path, tmp_path: Path) -> None:
     status = run_script("generate.py", "status", f"root={corpus_root}")
     assert "generations/rephrase: " in status.stdout
     assert "generations/latent-g2: " in status.stdout
+    quality = run_script("generate.py", "report", f"root={corpus_root}")
+    assert f"report: {corpus_root}/reports/rephrase.html" in quality.stdout
 
     options = [*TRAINING, f"data.root={corpus_root}", f"output={tmp_path}"]
     run_script("train.py", "--multirun", *options, "recipe=real,simple,stitched,latent")
@@ -57,9 +59,16 @@ def test_from_documents_to_a_report(corpus_root: Path, tmp_path: Path) -> None:
         (["method.generation=3"], "generation"),
         (["method.generations=many"], "generations"),
         (["method.generations=0"], "method.generations=0 must be at least 1"),
-        (["generator=openai"], "needs generator.urls"),
-        (["generator=sglang"], "needs generator.python"),
-        (["generator=openai", "generator.urls=[http://127.0.0.1:9]"], "no server answers at"),
+        (["generator=openai", "generator.model=m"], "needs generator.urls"),
+        (["generator=sglang"], "needs generator.sglang.python"),
+        (
+            ["generator=openai", "generator.urls=[http://127.0.0.1:9]"],
+            "generator=openai needs generator.model",
+        ),
+        (
+            ["generator=openai", "generator.model=m", "generator.urls=[http://127.0.0.1:9]"],
+            "no server answers at",
+        ),
         (["task=everything"], "task=everything is not one of"),
     ],
 )
@@ -91,7 +100,7 @@ def test_sglang_that_dies_shows_its_log(tmp_path: Path) -> None:
         *TINY,
         f"root={tmp_path}",
         "generator=sglang",
-        "generator.python=/bin/false",
+        "generator.sglang.python=/bin/false",
         check=False,
     )
     assert done.returncode == 1

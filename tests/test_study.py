@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from gen.pipeline import GenerateConfig, prepare_corpus
+from gen.quality import QualityConfig
 from gen.streams import StreamConfig, build_stream
 from tests.conftest import run_script
 from trainer.config import (
@@ -39,12 +40,14 @@ def smaller_corpus(corpus_root: Path, root: Path, budget: int | None) -> Path:
     ):
         build_stream(
             kind,
+            "rephrase",
             generations,
             documents,
             str(budget),
             corpus.tokenizer,
             corpus.vocabulary,
             StreamConfig(),
+            QualityConfig(),
             root,
         )
     return root

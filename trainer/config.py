@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from kernels.attention import LACKS as ATTENTION_BACKENDS
 from trainer.model import ModelConfig
 
 
@@ -138,6 +139,15 @@ class Dtype(enum.Enum):
     bfloat16 = "bfloat16"
 
 
+class Recompute(enum.Enum):
+    """See ``trainer/memory.py``."""
+
+    auto = "auto"  # the cheapest that fits the memory
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 @dataclass
 class RuntimeConfig:
     """The machine's side of a run; nothing here changes what is learnt."""
@@ -148,7 +158,10 @@ class RuntimeConfig:
     parallel: Parallel = Parallel.ddp
     shard_size: int | None = None  # fsdp only: ranks that share one copy of the model; null: all
     context_parallel: int = 1  # ranks that share one window, see trainer/context_parallel.py
-    recompute: bool = False  # recompute every block in the backward pass to save memory
+    recompute: Recompute = Recompute.auto  # what the backward pass computes again
+    attention: str = "auto"  # backend of kernels.varlen_attention
+    loss: str = "torch"  # backend of kernels.linear_cross_entropy: torch or triton
+    loss_memory: str = "fast"  # or lean: the loss in 128 MiB, a third slower
     threads: int | None = None  # CPU threads of one process
 
 
@@ -206,6 +219,14 @@ class TrainConfig:
             )
         if recipe.max_generations is not None and recipe.max_generations < 1:
             raise ValueError(f"recipe.max_generations={recipe.max_generations} must be at least 1")
+        runtime = self.runtime
+        for name, chosen, choices in (
+            ("runtime.attention", runtime.attention, ("auto", *ATTENTION_BACKENDS)),
+            ("runtime.loss", runtime.loss, ("torch", "triton")),
+            ("runtime.loss_memory", runtime.loss_memory, ("fast", "lean")),
+        ):
+            if chosen not in choices:
+                raise ValueError(f"{name}={chosen} is not one of {', '.join(choices)}")
         for name, value in (
             ("recipe.epochs", recipe.epochs),
             ("recipe.learning_rate", recipe.learning_rate),

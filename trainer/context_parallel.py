@@ -11,29 +11,36 @@ causality aligned at the segments' ends is the causality of the whole axis.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from torch.distributed import _functional_collectives as collectives
 
 from kernels import varlen_attention
 from trainer.data import PackedBatch
-from trainer.model import Block, Llama
+from trainer.model import Attention, Llama
 
+# The differentiable all-gather got another name after PyTorch 2.11.
+all_gather: Callable[..., Tensor] = getattr(
+    collectives, "all_gather_single_autograd", None
+) or getattr(collectives, "all_gather_tensor_autograd")  # noqa: B009
 PER_TOKEN = ("input_ids", "targets", "positions", "target_documents", "target_positions")
 
 
 class ContextParallelAttention:
     """``varlen_attention`` for queries, keys and values of which a rank holds its two chunks."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, backend: str) -> None:
         self.group = group
+        self.backend: Any = backend
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Any
     ) -> Tensor:
         """Output ``[T / W, Hq, Dh]`` of this rank's queries.
 
@@ -43,10 +50,11 @@ class ContextParallelAttention:
             v: ``[T / W, Hkv, Dh]``.
             cu_seqlens: int32 ``[S+1]``, borders on the whole axis of T tokens.
             max_seqlen: upper bound of the segment lengths.
+            tiles: not used, they are those of the whole axis.
         """
         chunk = q.shape[0] // 2
         both = torch.cat((k, v), dim=1)  # [T / W, 2 Hkv, Dh]
-        gathered = all_gather_tensor_autograd(both, 0, self.group)
+        gathered = all_gather(both, 0, self.group)
         order = axis_order(self.size)
         parts = gathered.unflatten(0, (2 * self.size, chunk))  # [2 W, chunk, 2 Hkv, Dh]
         keys, values = torch.cat([parts[place] for place in order]).chunk(2, dim=1)  # [T, Hkv, Dh]
@@ -61,6 +69,7 @@ class ContextParallelAttention:
                     cu_seqlens.clamp(start, end) - start,
                     max_seqlen,
                     cu_seqlens_k=cu_seqlens.clamp(max=end),
+                    backend=self.backend,
                 )
             )
         return torch.cat(outputs)
@@ -105,6 +114,6 @@ def split_batch(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
 
 def apply_context_parallel(model: Llama, group: dist.ProcessGroup) -> None:
     """Let every attention layer of ``model`` work across the ranks of ``group``."""
-    for layer in model.model.layers:
-        assert isinstance(layer, Block)
-        layer.self_attn.attend = ContextParallelAttention(group)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = ContextParallelAttention(group, model.kernels.attention)

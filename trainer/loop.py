@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import clip_grad_norm_
 
 from trainer.averaging import WeightAverage
@@ -28,15 +27,24 @@ from trainer.checkpoint import (
     load_checkpoint,
     read_progress,
 )
-from trainer.config import Averaging, Dtype, RuntimeConfig, TrainConfig, to_dict
+from trainer.config import (
+    Averaging,
+    Dtype,
+    Parallel,
+    Recompute,
+    RuntimeConfig,
+    TrainConfig,
+    to_dict,
+)
 from trainer.context_parallel import split_batch
 from trainer.data import BatchLoader, PackedBatch
 from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
 from trainer.evaluation import evaluate_model
 from trainer.guard import StepGuard
 from trainer.mds import MegadocStream, check_same_tokenizer
+from trainer.memory import choose_recompute, recompute_blocks
 from trainer.meter import Meter
-from trainer.model import Llama
+from trainer.model import Kernels, Llama
 from trainer.optimizer import build_optimizers, set_schedules
 from trainer.plan import Plan, Source, total_steps
 from trainer.run_folder import claimed, write_json
@@ -83,9 +91,11 @@ def train(config: TrainConfig) -> float:
         )
 
         # The model.
-        model = Llama(config.model, config.seed, compute_dtype(config.runtime, ranks.device))
+        runtime = config.runtime
+        kernels = Kernels(runtime.attention, runtime.loss, runtime.loss_memory)
+        model = Llama(config.model, config.seed, compute_dtype(runtime, ranks.device), kernels)
         model.to(ranks.device)
-        prepare_blocks(model, config.runtime, ranks.device)
+        prepare_blocks(model, config, ranks)
         wrapped = parallelize(model, ranks, config.runtime)
         optimizers = build_optimizers(model, config.optimizer, config.recipe)
         average = None
@@ -248,13 +258,18 @@ def compute_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if runtime.dtype is Dtype.bfloat16 else torch.float32
 
 
-def prepare_blocks(model: Llama, runtime: RuntimeConfig, device: torch.device) -> None:
+def prepare_blocks(model: Llama, config: TrainConfig, ranks: Ranks) -> None:
     """Recompute and compile block by block, so one compilation serves every layer."""
-    for index, layer in enumerate(model.model.layers):
-        if runtime.recompute:
-            layer = checkpoint_wrapper(layer)
-            model.model.layers[index] = layer
-        if runtime.compile or (runtime.compile is None and device.type == "cuda"):
+    windows = config.data.micro_batch_size or config.data.batch_size // ranks.data_size
+    tokens = windows * config.data.context_length // ranks.context_parallel
+    sharded = config.runtime.parallel is Parallel.fsdp
+    shards = (config.runtime.shard_size or ranks.world_size) if sharded else 1
+    mode = choose_recompute(config, tokens, shards, ranks.device)
+    recompute_blocks(model, mode)
+    if ranks.is_main and mode is not Recompute.none:
+        print(f"recomputing blocks in the backward pass: {mode.value}", flush=True)
+    if config.runtime.compile or (config.runtime.compile is None and ranks.device.type == "cuda"):
+        for layer in model.model.layers:
             layer.compile()
 
 

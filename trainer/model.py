@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import linear_cross_entropy, token_losses, varlen_attention
+from kernels import attention_tiles, linear_cross_entropy, token_losses, varlen_attention
 
 
 @dataclass
@@ -60,6 +62,23 @@ class ModelConfig:
         return blocks + self.hidden_size + 2 * self.vocab_size * self.hidden_size
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementations of ``kernels/`` the model calls; they give the same numbers."""
+
+    attention: str = "auto"  # backend of varlen_attention
+    loss: str = "torch"  # backend of linear_cross_entropy
+    loss_memory: str = "fast"  # or lean
+
+    def tiles(self, config: ModelConfig, cu_seqlens: Tensor, tokens: int) -> Any:
+        """The tables that our attention kernels share among the layers; None for others."""
+        if self.attention not in ("triton", "gluon"):
+            return None
+        group = config.num_heads // config.num_kv_heads
+        rows = 128 if self.attention == "gluon" else None
+        return attention_tiles(cu_seqlens, tokens, config.head_dim, group, rows=rows)
+
+
 class Linear(nn.Linear):
     """A linear layer without bias whose fp32 weight is cast to the activations' dtype."""
 
@@ -100,24 +119,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention inside each segment."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         kv_size = config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.attend: Callable[..., Tensor] = varlen_attention  # trainer/context_parallel.py's too
+        # trainer/context_parallel.py puts its own in this place
+        self.attend: Callable[..., Tensor] = partial(varlen_attention, backend=kernels.attention)
         self.q_proj = Linear(config.hidden_size, config.hidden_size)
         self.k_proj = Linear(config.hidden_size, kv_size)
         self.v_proj = Linear(config.hidden_size, kv_size)
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        tiles: Any = None,
     ) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hq, Dh]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = self.attend(q, k, v, cu_seqlens, max_seqlen)
+        out = self.attend(q, k, v, cu_seqlens, max_seqlen, tiles=tiles)
         return self.o_proj(out.flatten(1))
 
 
@@ -137,18 +163,25 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, kernels)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        tiles: Any = None,
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen)
+        normed = self.input_layernorm(x)
+        attended = self.self_attn(normed, cos, sin, cu_seqlens, max_seqlen, tiles)
         x = x + F.dropout(attended, self.dropout, self.training)
         return x + F.dropout(
             self.mlp(self.post_attention_layernorm(x)), self.dropout, self.training
@@ -158,10 +191,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
@@ -169,13 +202,18 @@ class Llama(nn.Module):
     """The language model; parameters are fp32, activations ``compute_dtype``."""
 
     def __init__(
-        self, config: ModelConfig, seed: int = 0, compute_dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        seed: int = 0,
+        compute_dtype: torch.dtype = torch.float32,
+        kernels: Kernels = Kernels(),
     ) -> None:
         super().__init__()
         config.check()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.model = Decoder(config)
+        self.kernels = kernels
+        self.model = Decoder(config, kernels)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.reset_parameters(seed)
 
@@ -213,12 +251,17 @@ class Llama(nn.Module):
         """
         x = F.embedding(input_ids, self.model.embed_tokens.weight).to(self.compute_dtype)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        tiles = self.kernels.tiles(self.config, cu_seqlens, len(input_ids))
         for layer in self.model.layers:
-            x = layer(x, cos, sin, cu_seqlens, max_seqlen)
+            x = layer(x, cos, sin, cu_seqlens, max_seqlen, tiles)
         hidden = self.model.norm(x)  # [T, D]
         if targets is None:
             return hidden
         weight = self.lm_head.weight.to(hidden.dtype)  # [V, D]
+        backend: Any = self.kernels.loss
         if per_token:
-            return token_losses(hidden, weight, targets)[0]
-        return linear_cross_entropy(hidden, weight, targets, denominator=denominator)
+            return token_losses(hidden, weight, targets, backend=backend)[0]
+        memory: Any = self.kernels.loss_memory
+        return linear_cross_entropy(
+            hidden, weight, targets, denominator=denominator, memory=memory, backend=backend
+        )

@@ -1,132 +1,31 @@
-"""Generation with the real embedded model: faults on real sockets, SIGKILL at random moments."""
+"""Generation with the real embedded model: failures, raised G, cuts, full disks, adaptation."""
 
-import asyncio
 import contextlib
-import http.server
+import functools
 import json
-import random
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from gen.client import ChatClient, GenerationFailed
+from gen import generation
+from gen.client import GenerationFailed
+from gen.concurrency import AdaptiveLimit
 from gen.corpus import Document, load_split
-from gen.generation import run_job, shorten
+from gen.fitting import shorten
+from gen.generation import run_job
 from gen.prompts import MethodConfig
-from gen.servers import GeneratorConfig, embedded_server, serving
+from gen.servers import GeneratorConfig, Servers, serving
 from gen.store import GenerationStore
 from gen.tokenizer import load_tokenizer
-from tests.conftest import REPOSITORY, TINY, run_script
+from tests.gen.faults import faulty
 
 REPHRASE = MethodConfig(prompt="Rewrite in other words: {text}", generations=3, max_tokens=8)
 DOCUMENTS = [Document(f"d{i}", f"The {i}th cat sat on the mat and slept.") for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    config = GeneratorConfig(context_length=512, concurrency=4)
-    with embedded_server(config, tmp_path_factory.mktemp("server") / "server.log") as url:
-        yield url
-
-
-class Faults(http.server.BaseHTTPRequestHandler):
-    """Passes requests on to a real server, after spoiling the first answers."""
-
-    upstream: ClassVar[str] = ""
-    faults: ClassVar[list[str]] = []
-    lock = threading.Lock()
-
-    def do_GET(self) -> None:
-        self.answer(200, b"{}")
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        with self.lock:
-            fault = self.faults.pop(0) if self.faults else None
-        if fault == "reset":
-            self.connection.close()
-        elif fault in ("429", "500", "503", "401"):
-            self.answer(int(fault), b"no")
-        elif fault == "garbage":
-            self.answer(200, b"<html>not json")
-        elif fault == "abort":
-            self.answer(200, json.dumps(aborted()).encode())
-        elif fault == "truncated":
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b'{"choices": [')
-            self.connection.close()
-        else:
-            request = urllib.request.Request(
-                self.upstream + self.path, body, {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(request) as response:
-                self.answer(response.status, response.read())
-
-    def answer(self, status: int, content: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def aborted() -> dict[str, object]:
-    message = {"content": "half a sen"}
-    return {
-        "choices": [{"message": message, "finish_reason": "abort"}],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 3},
-    }
-
-
-@contextlib.contextmanager
-def faulty(upstream: str, faults: list[str]) -> Iterator[str]:
-    Faults.upstream, Faults.faults = upstream, faults
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faults) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{proxy.server_address[1]}"
-        proxy.shutdown()
-
-
-def ask(url: str, attempts: int) -> str:
-    async def chat() -> str:
-        async with ChatClient([url], "m", 2, 30.0, attempts) as client:
-            messages = [{"role": "user", "content": "Say something."}]
-            answer = await client.chat(
-                url, messages, max_tokens=5, temperature=1.0, top_p=1.0, seed=1
-            )
-            return answer.text
-
-    return asyncio.run(chat())
-
-
-@pytest.mark.parametrize("fault", ["reset", "429", "500", "503", "garbage", "truncated", "abort"])
-def test_passing_faults_are_retried(server: str, fault: str) -> None:
-    with faulty(server, [fault]) as url:
-        assert ask(url, attempts=3) == ask(server, attempts=1)
-
-
-def test_lasting_faults_are_reported(server: str) -> None:
-    with (
-        faulty(server, ["500"] * 9) as url,
-        pytest.raises(GenerationFailed, match="2 attempts failed, the last with HTTP 500"),
-    ):
-        ask(url, attempts=2)
-    with faulty(server, ["401"]) as url, pytest.raises(GenerationFailed, match="HTTP 401"):
-        ask(url, attempts=5)
-    with pytest.raises(GenerationFailed, match="ConnectError"):
-        ask("http://127.0.0.1:9", attempts=1)
 
 
 def test_failed_documents_are_reported_and_tried_again(
@@ -142,7 +41,7 @@ def test_failed_documents_are_reported_and_tried_again(
         run([url])
     store = GenerationStore(tmp_path / "generations" / "rephrase")
     assert store.done() == {"d0": {1, 2}} | {f"d{i}": {0, 1, 2} for i in (1, 2, 3)}
-    failures = json.loads((store.folder / "failures.json").read_text())
+    failures = json.loads((store.folder / "failures-000.json").read_text())
     assert list(failures) == ["d0#0"]
     run([server])
     assert store.done() == {f"d{i}": {0, 1, 2} for i in range(4)}
@@ -159,7 +58,7 @@ def test_raising_g_repeats_nothing(server: str, corpus_root: Path, tmp_path: Pat
     for count, new in ((1, 4), (3, 8), (3, 0)):
         method = MethodConfig(prompt=REPHRASE.prompt, generations=count, max_tokens=8)
         made = run_job(method, config, DOCUMENTS, tokenizer, tmp_path, serving)
-        assert made["generations"] == new
+        assert made.generations == new
 
 
 def test_long_documents_are_cut_to_fit_and_marked(
@@ -173,7 +72,7 @@ def test_long_documents_are_cut_to_fit_and_marked(
     )
     for method in (REPHRASE, latent):
         run_job(method, config, documents, tokenizer, tmp_path, serving)
-        store = GenerationStore.of_method(tmp_path, method.name, method.generations)
+        store = GenerationStore.of_method(tmp_path, method.name, method.generations, method.latent)
         for row in store.read().to_pylist():
             assert row["truncated"] == (row["document_id"] == "long")
             assert row["prompt_tokens"] <= 512 - 8
@@ -200,38 +99,101 @@ def test_the_embedded_job_shares_prompt_prefixes(corpus_root: Path) -> None:
     assert cached > 0.5 * sum(row["prompt_tokens"] for row in second)
 
 
-@pytest.mark.slow
-def test_sigkill_at_random_moments_loses_and_repeats_nothing(tmp_path: Path) -> None:
-    arguments = [
-        *TINY,
-        "generator.flush_seconds=0.2",
-        f"root={tmp_path}",
-        "generator.concurrency=2",
-    ]
-    command = [sys.executable, "generate.py", "generate", *arguments]
-    store = GenerationStore(tmp_path / "generations" / "rephrase")
-    kept: set[tuple[str, int]] = set()
-    kills = 0
-    for seed in range(3):
-        with subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
-            parts = len(store.parts())
-            deadline = time.monotonic() + 60
-            while len(store.parts()) == parts and process.poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            time.sleep(random.Random(seed).uniform(0.0, 0.5))
-            kills += process.poll() is None
-            process.kill()
-        now = {(name, index) for name, found in store.done().items() for index in found}
-        assert kept <= now
-        kept = now
-    assert kills
-    run_script("generate.py", "generate", *arguments)
-    documents = [document.id for document in load_split(tmp_path, "train")]
-    rows = store.read(["document_id", "index"]).to_pylist()
+def test_a_full_disk_ends_the_job_and_the_next_one_goes_on(
+    server: str, corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, _ = load_tokenizer(corpus_root)
+    config = GeneratorConfig("openai", urls=[server], concurrency=2, flush_seconds=0.2)
+    full = threading.Event()
+    write = pq.write_table
+
+    def write_until_full(table: pa.Table, path: Path, **options: str) -> None:
+        """The third part meets a full disk: a real one, half of the part is written."""
+        if len(GenerationStore(path.parent).parts()) >= 2 and not full.is_set():
+            full.set()
+            path.write_bytes(b"PAR1 half a part")
+            with open("/dev/full", "wb", buffering=0) as disk:
+                disk.write(b"the other half")
+        write(table, path, **options)
+
+    monkeypatch.setattr(pq, "write_table", write_until_full)
+    with pytest.raises(OSError, match=r"could not write a part .*No space left"):
+        run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
+    assert full.is_set()
+    run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
+    rows = GenerationStore(tmp_path / "generations" / "rephrase").read().to_pylist()
     assert Counter((row["document_id"], row["index"]) for row in rows) == Counter(
-        (name, index) for name in documents for index in range(2)
+        (document.id, index) for document in DOCUMENTS for index in range(3)
     )
-    assert not list(store.folder.glob(".*"))
+
+
+def test_another_prompt_is_refused_before_anything_is_asked(
+    server: str, corpus_root: Path, tmp_path: Path
+) -> None:
+    tokenizer, _ = load_tokenizer(corpus_root)
+    config = GeneratorConfig("openai", urls=[server])
+    run_job(REPHRASE, config, DOCUMENTS[:1], tokenizer, tmp_path, serving)
+    other = MethodConfig(prompt="Say it in other words: {text}", generations=3, max_tokens=8)
+    with pytest.raises(ValueError, match=r"prompt: 'Rewrite in other.*' -> 'Say it in other"):
+        run_job(other, config, DOCUMENTS, tokenizer, tmp_path, serving)
+
+
+def test_a_second_job_on_the_same_store_is_refused(
+    server: str, corpus_root: Path, tmp_path: Path
+) -> None:
+    tokenizer, _ = load_tokenizer(corpus_root)
+    config = GeneratorConfig("openai", urls=[server])
+
+    @contextlib.contextmanager
+    def while_another_runs(config: GeneratorConfig, log: Path) -> Iterator[Servers]:
+        with pytest.raises(ValueError, match="another job is writing"):
+            run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
+        with serving(config, log) as servers:
+            yield servers
+
+    session = run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, while_another_runs)
+    assert session.generations == 3 * len(DOCUMENTS)
+
+
+def test_adaptive_concurrency_fills_a_real_server(
+    server: str, corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four slots and a band of 1 to 3 waiting requests: between 5 and 7 in flight."""
+    monkeypatch.setattr(generation, "LOOK_EVERY", 0.05)
+    limits: list[tuple[int, float]] = []
+
+    class Recorded(AdaptiveLimit):
+        def observe_queue(self, waiting: float, in_flight: int) -> int:
+            limits.append((self.limit, waiting))
+            return super().observe_queue(waiting, in_flight)
+
+    monkeypatch.setattr(
+        generation, "AdaptiveLimit", functools.partial(Recorded, queue_low=1, queue_high=3)
+    )
+    tokenizer, _ = load_tokenizer(corpus_root)
+    config = GeneratorConfig("openai", urls=[server], concurrency=64, adaptive=True)
+    documents = [Document(f"e{i}", f"The {i}th cat sat on the mat.") for i in range(24)]
+    method = MethodConfig(prompt="Rewrite: {text}", generations=2, max_tokens=12)
+    run_job(method, config, documents, tokenizer, tmp_path, serving)
+    settled = [limit for limit, _ in limits[len(limits) // 2 :]]
+    assert limits[0][0] == 1
+    assert max(limit for limit, _ in limits) < 40  # far from the 64 that are allowed
+    assert 4 <= sum(settled) / len(settled) <= 20  # llama.cpp tells its queue between two steps
+
+
+def test_the_cuts_of_a_document_share_the_text_before_them(
+    corpus_root: Path, tmp_path: Path, server: str
+) -> None:
+    """From the last cut to the first: half of an evenly cut document is cached on average."""
+    tokenizer, _ = load_tokenizer(corpus_root)
+    text = " ".join(f"Sentence {i} tells of the {i * i}th ship." for i in range(20))
+    method = MethodConfig(
+        "latent", True, 5, prompt="Before: {prefix}\n\nAfter: {suffix}\n\nBetween:", max_tokens=2
+    )
+    config = GeneratorConfig("openai", urls=[server], context_length=512, concurrency=1)
+    run_job(method, config, [Document("s", text)], tokenizer, tmp_path, serving)
+    rows = GenerationStore.of_method(tmp_path, "latent", 5, True).read().to_pylist()
+    shares = {row["index"]: row["cached_tokens"] / row["prompt_tokens"] for row in rows}
+    assert set(shares) == set(range(5))
+    for index in range(4):  # all but the first request, which is the last cut's
+        assert shares[index] > 0.9 * (index + 1) / 6

@@ -1,6 +1,7 @@
 """The generation store: atomic parts, unique keys, refusals."""
 
 import multiprocessing
+import resource
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,41 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
         store.claim({"model": "a", "max_tokens": 6})
 
 
+def test_another_wording_is_refused_with_the_place_that_differs(tmp_path: Path) -> None:
+    store = GenerationStore(tmp_path)
+    long = "Rewrite the following document in the style of an encyclopedia, keeping every fact: "
+    store.claim({"prompt": long + "{text}"})
+    with pytest.raises(ValueError, match=r"prompt: at character \d+: .*every fact: .* -> .*figure"):
+        store.claim({"prompt": long.replace("fact", "figure") + "{text}"})
+
+
+def test_a_deleted_part_is_not_followed_by_one_that_replaces_another(tmp_path: Path) -> None:
+    store = GenerationStore(tmp_path)
+    for index in range(3):
+        store.append([row("a", index)], 0)
+    store.parts()[0].unlink()
+    store.append([row("a", 3)], 0)
+    assert store.done() == {"a": {1, 2, 3}}
+
+
+def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path) -> None:
+    """A limit on file sizes stands for the disk: the write fails in the middle of a part."""
+    store = GenerationStore(tmp_path)
+    store.append([row("a", 0)], 0)
+    before = store.parts()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not write a part of .* make room"):
+            store.append([row("a", index) for index in range(1, 40)], 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.parts() == before
+    assert not list(tmp_path.glob(".*"))
+    store.append([row("a", 1)], 0)
+    assert store.done() == {"a": {0, 1}}
+
+
 def hold_lock(folder: Path, ready: object, release: object) -> None:
     with GenerationStore(folder).lock(0, 1):
         ready.set()  # type: ignore[attr-defined]
@@ -57,6 +93,15 @@ def test_a_second_job_is_refused_and_split_jobs_share(tmp_path: Path) -> None:
         release.set()
         holder.join()
     with GenerationStore(tmp_path).lock(0, 2), GenerationStore(tmp_path).lock(1, 2):
+        for writer, writers in ((0, 2), (1, 2), (0, 1), (2, 4)):
+            with (  # a writer twice, all documents, another division
+                pytest.raises(ValueError, match="another job is writing"),
+                GenerationStore(tmp_path).lock(writer, writers),
+            ):
+                pass
+    with GenerationStore(tmp_path).lock(2, 4), GenerationStore(tmp_path).lock(0, 4):
+        pass
+    with GenerationStore(tmp_path).lock(0, 1):
         pass
 
 
@@ -87,7 +132,7 @@ def test_siblings_have_different_seeds_and_the_same_ones_next_time() -> None:
 
 def test_prompts_take_documents_with_braces_and_wrong_templates_are_refused() -> None:
     method = MethodConfig(system="s", prompt="Rewrite: {text}")
-    messages = method.messages(text="f'{prefix}' {text}")
+    messages = method.messages(0, text="f'{prefix}' {text}")
     assert messages[1]["content"] == "Rewrite: f'{prefix}' {text}"
     assert MethodConfig(prompt="Say: {text}").version != method.version
     with pytest.raises(ValueError, match=r"must have \['text'\]"):

@@ -14,6 +14,7 @@ import pytest
 from streaming import LocalDataset
 
 from gen.corpus import Document
+from gen.quality import QualityConfig
 from gen.store import Generation, GenerationStore
 from gen.streams import StreamConfig, build_stream, stream_name
 from gen.tokenizer import TokenizerConfig, build_tokenizer, encode
@@ -31,7 +32,7 @@ def generation(document: Document, method: str, index: int) -> Generation:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for method in ("rephrase", "latent"):
-        store = GenerationStore.of_method(tmp_path, method, 2)
+        store = GenerationStore.of_method(tmp_path, method, 2, method == "latent")
         store.claim({})
         store.append([generation(d, method, i) for d in DOCUMENTS for i in range(2)], 0)
     build_tokenizer(TokenizerConfig(vocab_size=320), tmp_path, [d.text for d in DOCUMENTS])
@@ -40,8 +41,13 @@ def root(tmp_path: Path) -> Path:
 
 def build(root: Path, kind: str, generations: int = 2, **options: object) -> dict:
     tokenizer, vocabulary = build_tokenizer(TokenizerConfig(vocab_size=320), root, [])
+    quality = options.pop("quality", QualityConfig())
     config = StreamConfig(**options)  # type: ignore[arg-type]
-    return build_stream(kind, generations, DOCUMENTS, "h", tokenizer, vocabulary, config, root)
+    assert isinstance(quality, QualityConfig)
+    method = "latent" if kind == "latent" else "rephrase"
+    return build_stream(
+        kind, method, generations, DOCUMENTS, "h", tokenizer, vocabulary, config, quality, root
+    )
 
 
 @pytest.mark.parametrize("kind", ["real", "simple", "stitched", "latent"])
@@ -101,11 +107,14 @@ def test_building_again_does_nothing_and_a_change_rebuilds(
 
 
 def test_variants_have_names_of_their_own() -> None:
-    assert stream_name("stitched", 8, StreamConfig()) == "stitched-g8"
-    assert stream_name("stitched", 8, StreamConfig(real_document="first")) == (
-        "stitched-g8-real-first"
+    assert stream_name("stitched", "rephrase", 8, StreamConfig()) == "stitched-g8"
+    assert stream_name("stitched", "faq", 8, StreamConfig(real_document="first")) == (
+        "stitched-g8-faq-real-first"
     )
-    assert stream_name("simple", 8, StreamConfig(real_document="absent")) == "simple-g8-no-real"
+    assert (
+        stream_name("simple", "rephrase", 8, StreamConfig(real_document="absent"))
+        == "simple-g8-no-real"
+    )
 
 
 def test_bad_options_and_missing_generations(root: Path) -> None:

@@ -1,0 +1,333 @@
+"""One training step of this trainer against plain PyTorch and Hugging Face.
+
+    python -m benchmarks.train_step
+    python -m benchmarks.train_step --models 300m --contexts 32768 --documents 1200
+
+A step is forward, backward, clipping and AdamW on one micro-batch. Ours: the model and the kernels
+of this project, blocks compiled. ``plain``: the same model with dense SDPA per window (or, with
+several documents a window, FlexAttention) and an unfused loss, compiled likewise. ``hf``: Hugging
+Face's Llama with variable-length FlashAttention and, where installed, Liger's kernels. All are
+timed in turn in one process. MFU counts causal FLOPs inside documents and the head, without
+recomputation, over the GPU's dense bf16 peak.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from benchmarks import timing
+from kernels import next_token_targets
+from trainer.config import DataConfig, OptimizerConfig, RecipeConfig, TrainConfig
+from trainer.data import PackedBatch
+from trainer.distributed import Ranks
+from trainer.flops import attention_pairs, peak_flops, training_flops
+from trainer.loop import accumulate_gradients, prepare_blocks
+from trainer.model import Attention, Kernels, Llama, ModelConfig
+from trainer.optimizer import build_optimizers
+
+MODELS = Path(__file__).parents[1] / "conf" / "model"
+VOCABULARY = 128_256
+Builder = Callable[[TrainConfig, PackedBatch, Ranks], timing.Candidate]
+GPU = {"models": ["300m", "1_5b"], "contexts": [4096, 32_768, 131_072], "documents": [0, 1200]}
+CPU = {"models": ["tiny"], "contexts": [256], "documents": [0, 60]}
+
+
+def model_config(name: str, vocabulary: int) -> ModelConfig:
+    """A size of ``conf/model``."""
+    config = OmegaConf.merge(ModelConfig, OmegaConf.load(MODELS / f"{name}.yaml"))
+    built = OmegaConf.to_object(config)
+    assert isinstance(built, ModelConfig)
+    built.vocab_size = vocabulary
+    return built
+
+
+def random_batch(tokens: int, context: int, document: int, vocabulary: int) -> PackedBatch:
+    """Windows of random tokens, one document each or documents of about ``document`` tokens."""
+    generator = torch.Generator().manual_seed(0)
+    borders = [0]
+    while borders[-1] < tokens:
+        if not document:
+            borders.append(borders[-1] + context)
+            continue
+        length = int(document * (0.5 + torch.rand((), generator=generator).item()))
+        window_end = (borders[-1] // context + 1) * context
+        borders.append(min(borders[-1] + length, window_end))
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    lengths = cu_seqlens.diff()
+    ids = torch.randint(vocabulary, (tokens,), generator=generator)
+    starts = cu_seqlens[:-1].long().repeat_interleave(lengths)
+    targets = next_token_targets(ids, cu_seqlens)
+    nothing = torch.zeros(tokens, dtype=torch.int64)
+    valid = int((targets >= 0).sum())
+    positions = torch.arange(tokens) - starts
+    longest = int(lengths.max())
+    return PackedBatch(
+        ids, targets, positions, cu_seqlens, longest, nothing, nothing, tokens, valid
+    )
+
+
+def ours(
+    config: TrainConfig, batch: PackedBatch, ranks: Ranks, kernels: Kernels
+) -> timing.Candidate:
+    """The trainer's own step."""
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    model = Llama(config.model, 0, dtype, kernels).to(ranks.device)
+    prepare_blocks(model, config, ranks)
+    optimizers = build_optimizers(model, config.optimizer, config.recipe)
+
+    def step() -> None:
+        accumulate_gradients(model, [batch], ranks)
+        clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def plain(config: TrainConfig, batch: PackedBatch, ranks: Ranks) -> timing.Candidate:
+    """The same model in plain PyTorch: library attention, logits in memory."""
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    model = Llama(config.model, 0, dtype).to(ranks.device)
+    attend = library_attention(batch, config.data.context_length, ranks.device)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = attend
+    for layer in model.model.layers:
+        layer.compile()
+    [optimizer] = build_optimizers(model, config.optimizer, config.recipe)
+    on_device = batch.to(ranks.device)
+
+    @torch.compile
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden @ weight.to(hidden.dtype).T
+        return F.cross_entropy(logits.float(), on_device.targets)
+
+    def step() -> None:
+        hidden = model(
+            on_device.input_ids, on_device.positions, on_device.cu_seqlens, on_device.max_seqlen
+        )
+        loss_of(hidden, model.lm_head.weight).backward()
+        clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def library_attention(batch: PackedBatch, context: int, device: torch.device) -> Any:
+    """Causal SDPA of whole windows, or a document mask where windows hold several."""
+    windows = len(batch.input_ids) // context
+    lengths = batch.cu_seqlens.diff()
+    document = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)  # [T]
+    single = len(lengths) == windows
+
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Any
+    ) -> Tensor:
+        q, k, v = (x.unflatten(0, (windows, context)).transpose(1, 2) for x in (q, k, v))
+        mask = None
+        if not single:
+            own = document.view(windows, 1, context)
+            same = own.transpose(1, 2) == own  # [windows, context, context]
+            mask = (same & torch.ones_like(same).tril())[:, None]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(0, 1)
+
+    if single or device.type != "cuda":
+        return dense
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (document[q] == document[k])
+
+    tokens = len(document)
+    blocks = create_block_mask(visible, None, None, tokens, tokens, device=device)
+
+    def flex(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Any
+    ) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
+        assert isinstance(out, Tensor)
+        return out[0].transpose(0, 1)
+
+    return flex
+
+
+def hugging_face(config: TrainConfig, batch: PackedBatch, ranks: Ranks) -> timing.Candidate:
+    """Hugging Face's Llama on the packed axis, with Liger's kernels where they are installed."""
+    import transformers
+
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    size = config.model
+    shape = transformers.LlamaConfig(
+        vocab_size=size.vocab_size,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_kv_heads,
+        max_position_embeddings=config.data.context_length,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="flash_attention_2",
+    )
+    model: nn.Module = transformers.LlamaForCausalLM(shape)
+    model.to(ranks.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    on_device = batch.to(ranks.device)
+    ids = on_device.input_ids[None]
+    labels = ids.masked_fill(on_device.positions[None] == 0, -100)  # shifted inside the model
+
+    def step() -> None:
+        with torch.autocast(ranks.device.type, torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels, position_ids=on_device.positions[None]).loss
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure(
+    name: str, context: int, document: int, tokens: int, names: list[str], rounds: int, ranks: Ranks
+) -> list[dict[str, Any]]:
+    """One row for every way to take the step."""
+    size = model_config(name, VOCABULARY if ranks.device.type == "cuda" else 4096)
+    tokens = max(tokens // context, 1) * context
+    config = TrainConfig(
+        data=DataConfig(context_length=context, batch_size=tokens // context),
+        recipe=RecipeConfig(),
+        model=size,
+        optimizer=OptimizerConfig(),
+    )
+    batch = random_batch(tokens, context, document, size.vocab_size)
+    builders: dict[str, Builder] = {"ours": partial(ours, kernels=Kernels()), "plain": plain}
+    if ranks.device.type == "cuda":
+        builders["ours triton"] = partial(ours, kernels=Kernels("triton", "triton"))
+        builders["ours lean"] = partial(ours, kernels=Kernels("triton", "triton", "lean"))
+    if ranks.device.type == "cuda" and importlib.util.find_spec("transformers"):
+        builders["hf"] = hugging_face
+    rows: list[dict[str, Any]] = []
+    shape = {"model": name, "context": context, "document": document or context, "tokens": tokens}
+    candidates: dict[str, timing.Candidate] = {}
+    for way, build in builders.items():
+        if names and way not in names:
+            continue
+        try:
+            candidates[way] = build(config, batch, ranks)
+        except Exception as error:  # a peer that is not installed whole must not end the others
+            rows.append({**shape, "way": way, "failed": f"{type(error).__name__}: {error}"[:200]})
+    times, failed = timing.interleaved(candidates, rounds, flush=False)
+    rows += [{**shape, "way": way, "failed": why} for way, why in failed.items()]
+    flops = training_flops(size, tokens, attention_pairs(batch.cu_seqlens))
+    peak = peak_flops(ranks.device)
+    for way, seconds in times.items():
+        rows.append(
+            {
+                **shape,
+                "way": way,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds["median"],
+                "mfu": flops / seconds["median"] / peak if peak else None,
+                "peak_bytes": timing.peak_bytes(candidates[way]),
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One line a way."""
+    first = rows[0]
+    print(f"\n{first['model']}, context {first['context']:,}, documents of {first['document']:,}")
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['way']:12}{row['failed']}")
+            continue
+        mfu = "" if row["mfu"] is None else f"{row['mfu']:7.1%} MFU"
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:8.1f} GiB"
+        milliseconds = row["seconds"]["median"] * 1e3
+        speed = row["tokens_per_second"]
+        print(f"{row['way']:12}{milliseconds:10.1f} ms{speed:12,.0f} tokens/s{mfu}{peak}")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens per second, a group of bars for each setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    done = [row for row in rows if "failed" not in row]
+    settings = list(dict.fromkeys((r["model"], r["context"], r["document"]) for r in done))
+    ways = list(dict.fromkeys(row["way"] for row in done))
+    figure, axis = plt.subplots(figsize=(10, 4))
+    for place, way in enumerate(ways):
+        mine = [row for row in done if row["way"] == way]
+        left = [settings.index((r["model"], r["context"], r["document"])) for r in mine]
+        axis.bar(
+            [x + 0.8 * place / len(ways) for x in left],
+            [row["tokens_per_second"] for row in mine],
+            0.8 / len(ways),
+            label=way,
+            align="edge",
+        )
+    axis.set_xticks([x + 0.4 for x in range(len(settings))])
+    axis.set_xticklabels([f"{m}\n{c:,}\n{d:,}" for m, c, d in settings], fontsize=8)
+    axis.set_xlabel("model, context, tokens a document")
+    axis.set_ylabel("tokens/s")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = timing.arguments(__doc__.partition("\n")[0], "train-step")
+    place = timing.device()
+    defaults = GPU if place.type == "cuda" else CPU
+    parser.add_argument("--models", nargs="*", default=defaults["models"])
+    parser.add_argument("--contexts", nargs="*", type=int, default=defaults["contexts"])
+    parser.add_argument("--documents", nargs="*", type=int, default=defaults["documents"],
+                        help="tokens a document; 0: as long as the window")  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=65_536 if place.type == "cuda" else 4096)
+    parser.add_argument(
+        "--ways", nargs="*", default=[], help="ours, ours triton, ours lean, plain, hf"
+    )
+    options = parser.parse_args()
+    ranks = Ranks(0, 1, place)
+    rows = []
+    for model in options.models:
+        for context in options.contexts:
+            for document in options.documents:
+                found = measure(
+                    model, context, document, options.tokens, options.ways, options.rounds, ranks
+                )
+                show(found)
+                rows += found
+                if place.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch._dynamo.reset()
+    timing.write_results(options.output, "python -m benchmarks.train_step", rows)
+    plot(rows, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Find the fastest tiles of the Triton attention on this GPU and write them to the kernels' file.
+
+    python -m benchmarks.tune_attention                      # head dimensions 64, 96, 128
+    python -m benchmarks.tune_attention --head-dims 128 --groups 1 4
+
+Each kernel is timed by itself on one long document and on short ones; what counts is the geometric
+mean. Combinations that do not compile or do not fit are left out. Takes long:
+hundreds of compilations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.attention import lognormal
+from kernels.attention_config import FILE, TileConfig, read_configs
+from kernels.attention_layout import make_tiles
+
+PACKS = {"long": [32_768], "short": lognormal(32_768)}
+HEADS = 16
+TILES = (64, 128)
+STEPS = (32, 64, 128)
+WARPS = (4, 8)
+STAGES = (1, 2, 3)
+BLANK = TileConfig(128, 128, *[64, 8, 2] * 3)
+
+
+class Kernels:
+    """The three kernels on the packs of one head shape."""
+
+    def __init__(self, head_dim: int, group: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        options: dict[str, Any] = {"device": "cuda", "generator": generator}
+        self.scale = head_dim**-0.5
+        tokens = sum(PACKS["long"])
+        q, k, v, dout = (
+            torch.randn(tokens, heads, head_dim, **options).bfloat16()
+            for heads in (HEADS, HEADS // group, HEADS // group, HEADS)
+        )
+        self.q, self.k, self.v, self.dout = q, k, v, dout
+        self.out = torch.randn_like(q)
+        self.lse, self.delta, self.dlse = torch.zeros(3, HEADS, tokens, device="cuda")
+        self.lse += 20.0
+
+    def candidate(self, kernel: str, config: TileConfig, lengths: list[int]) -> timing.Candidate:
+        """One launch of one kernel; its tables are made here."""
+        from kernels.attention_triton import attention_forward
+        from kernels.attention_triton_dkdv import key_gradients
+        from kernels.attention_triton_dq import query_gradient
+
+        borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
+        tokens = len(self.q)
+        tiles = make_tiles(borders, borders, tokens, tokens, config)
+        q, k, v, dout, lse = self.q, self.k, self.v, self.dout, self.lse
+        options = (config, self.scale, None, 0.0)
+        calls: dict[str, timing.Candidate] = {
+            "forward": lambda: attention_forward(q, k, v, tiles.rows, *options),
+            "dq": lambda: query_gradient(
+                q, k, v, self.out, lse, dout, self.dlse, tiles.rows, *options
+            ),
+            "dkdv": lambda: key_gradients(q, k, v, lse, self.delta, dout, tiles.columns, *options),
+        }
+        return calls[kernel]
+
+    def score(self, kernel: str, configs: list[TileConfig], rounds: int) -> dict[TileConfig, float]:
+        """Geometric mean of the medians over the packs, for the configurations that run."""
+        totals = dict.fromkeys(configs, 0.0)
+        for lengths in PACKS.values():
+            candidates = {
+                str(index): self.candidate(kernel, config, lengths)
+                for index, config in enumerate(configs)
+                if config in totals
+            }
+            times, failed = timing.interleaved(candidates, rounds)
+            for name in failed:
+                del totals[configs[int(name)]]
+            for name, seconds in times.items():
+                totals[configs[int(name)]] += math.log(seconds["median"])
+        return {config: math.exp(total / len(PACKS)) for config, total in totals.items()}
+
+
+def variants(kernel: str, tile: int) -> Iterator[TileConfig]:
+    """Every combination of step, warps and stages of one kernel with one tile size."""
+    table = "columns" if kernel == "dkdv" else "rows"
+    for step, warps, stages in itertools.product(STEPS, WARPS, STAGES):
+        yield BLANK._replace(
+            **{
+                table: tile,
+                f"{kernel}_step": step,
+                f"{kernel}_warps": warps,
+                f"{kernel}_stages": stages,
+            }
+        )
+
+
+def best(kernels: Kernels, rounds: int) -> TileConfig:
+    """Rows are shared by forward and dQ, so their sum decides; dK/dV stands alone."""
+    by_rows: list[tuple[float, TileConfig]] = []
+    for tile in TILES:
+        chosen, total = BLANK._replace(rows=tile), 0.0
+        for kernel in ("forward", "dq"):
+            scores = kernels.score(kernel, list(variants(kernel, tile)), rounds)
+            if not scores:
+                break
+            fastest = min(scores, key=scores.__getitem__)
+            total += scores[fastest]
+            chosen = copy_kernel(chosen, fastest, kernel)
+            print(f"  {kernel} rows {tile}: {scores[fastest] * 1e3:.3f} ms", flush=True)
+        else:
+            by_rows.append((total, chosen))
+    dkdv = [config for tile in TILES for config in variants("dkdv", tile)]
+    scores = kernels.score("dkdv", dkdv, rounds)
+    if not by_rows or not scores:
+        raise RuntimeError("no combination of tiles runs on this GPU; nothing is written")
+    fastest = min(scores, key=scores.__getitem__)
+    print(f"  dkdv columns {fastest.columns}: {scores[fastest] * 1e3:.3f} ms", flush=True)
+    return copy_kernel(min(by_rows)[1], fastest, "dkdv")._replace(columns=fastest.columns)
+
+
+def copy_kernel(target: TileConfig, source: TileConfig, kernel: str) -> TileConfig:
+    """``target`` with one kernel's step, warps and stages of ``source``."""
+    fields = (f"{kernel}_{name}" for name in ("step", "warps", "stages"))
+    return target._replace(**{field: getattr(source, field) for field in fields})
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 96, 128])
+    parser.add_argument("--groups", nargs="*", type=int, default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("error: no CUDA device; tiles can only be tuned on the GPU they are for")
+    architecture = f"sm_{torch.cuda.get_device_capability()[0]}0"
+    configs = read_configs()
+    for head_dim, group in itertools.product(options.head_dims, options.groups):
+        print(f"{architecture}, head dimension {head_dim}, {group} query heads a key head")
+        chosen = best(Kernels(head_dim, group), options.rounds)
+        entry = configs.setdefault(architecture, {}).setdefault(str(head_dim), {})
+        entry[str(group)] = chosen._asdict()
+        # After every shape, so that an interrupted run keeps what it has found.
+        unfinished = FILE.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(configs, indent=2) + "\n")
+        unfinished.replace(FILE)
+    print(f"written: {FILE}; run the tests of tests/kernels on this GPU before using it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""A server's own gauges, read from its Prometheus page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import aiohttp
+
+# Requests that a server has accepted and not begun.
+WAITING = (
+    "sglang:num_queue_reqs",
+    "vllm:num_requests_waiting",
+    "llamacpp:requests_deferred",
+)
+RUNNING = (
+    "sglang:num_running_reqs",
+    "vllm:num_requests_running",
+    "llamacpp:requests_processing",
+)
+SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})?\s+([-+0-9.eEinfaN]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class ServerLoad:
+    """What a server is doing."""
+
+    waiting: float
+    running: float
+
+
+def parse_load(page: str) -> ServerLoad | None:
+    """The load a Prometheus page tells of, summed over its ranks; None where it tells nothing."""
+    values: dict[str, float] = {}
+    for name, value in SAMPLE.findall(page):
+        if name in WAITING or name in RUNNING:
+            values[name] = values.get(name, 0.0) + float(value)
+    waiting = [values[name] for name in WAITING if name in values]
+    if not waiting:
+        return None
+    return ServerLoad(waiting[0], sum(values[name] for name in RUNNING if name in values))
+
+
+async def read_load(http: aiohttp.ClientSession, url: str) -> ServerLoad | None:
+    """The load of the server at ``url``.
+
+    Returns:
+        None where ``/metrics`` is not served or names no queue.
+
+    Raises:
+        aiohttp.ClientError: the server does not answer.
+    """
+    async with http.get(f"{url}/metrics") as response:
+        return parse_load(await response.text()) if response.status == 200 else None

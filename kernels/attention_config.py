@@ -1,0 +1,84 @@
+"""Tile sizes of the Triton attention kernels per architecture, head dimension and group size.
+
+They are read from ``attention_configs.json``, which ``python -m benchmarks.tune_attention`` writes
+on a GPU. Nothing is tuned while training.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+FILE = Path(__file__).with_name("attention_configs.json")
+
+
+class TileConfig(NamedTuple):
+    """Tile sizes in tokens, warps and pipeline stages of the three kernels.
+
+    ``rows`` is the query tile of the forward pass and of dQ, ``columns`` the key tile of dK/dV:
+    those the tile tables are made of. A ``step`` is what the loop inside a tile takes at a time.
+    """
+
+    rows: int
+    columns: int
+    forward_step: int
+    forward_warps: int
+    forward_stages: int
+    dq_step: int
+    dq_warps: int
+    dq_stages: int
+    dkdv_step: int
+    dkdv_warps: int
+    dkdv_stages: int
+
+
+@torch.compiler.assume_constant_result
+def tile_config(device: torch.device, head_dim: int, group: int) -> TileConfig:
+    """The entry of a device: nearest head dimension above, nearest group size below.
+
+    Args:
+        device: a CUDA device, or the CPU for Triton's interpreter.
+        head_dim: size of a head.
+        group: query heads a key head.
+
+    Raises:
+        ValueError: an architecture or a head dimension without an entry.
+    """
+    if device.type == "cuda":
+        architecture = f"sm_{torch.cuda.get_device_capability(device)[0]}0"
+    else:
+        architecture = "interpreter"
+    return find_config(read_configs(), architecture, head_dim, group)
+
+
+def find_config(
+    configs: dict[str, dict[str, dict[str, dict[str, int]]]],
+    architecture: str,
+    head_dim: int,
+    group: int,
+) -> TileConfig:
+    """Look an entry up in the file's content; raises as :func:`tile_config` does."""
+    if architecture not in configs:
+        raise ValueError(
+            f"no tiles for {architecture} in {FILE.name} (it has {', '.join(configs)}); "
+            "run `python -m benchmarks.tune_attention` on that GPU or use another backend"
+        )
+    dims = [int(dim) for dim in configs[architecture] if int(dim) >= head_dim]
+    if not dims:
+        raise ValueError(
+            f"no tiles for head dimension {head_dim} on {architecture} in {FILE.name} (up to "
+            f"{max(map(int, configs[architecture]))}); use another backend"
+        )
+    groups = configs[architecture][str(min(dims))]
+    return TileConfig(**groups[str(max(int(size) for size in groups if int(size) <= group))])
+
+
+@functools.cache
+def read_configs() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """architecture -> head dimension -> smallest group size -> fields of a ``TileConfig``."""
+    content: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(FILE.read_text())
+    return content

@@ -1,0 +1,17 @@
+"""A real generation server with real weights, shared by the tests of ``gen``."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from gen.servers import GeneratorConfig, embedded_server
+
+CONTEXT_LENGTH = 512
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of llama.cpp's HTTP server: four slots, one thread beside the other test process."""
+    config = GeneratorConfig(context_length=CONTEXT_LENGTH, concurrency=4, threads=1)
+    with embedded_server(config, tmp_path_factory.mktemp("server") / "server.log") as running:
+        yield running.url

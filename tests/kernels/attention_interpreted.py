@@ -1,0 +1,215 @@
+"""Checks of the Triton attention in Triton's interpreter, in fp32 against float64.
+
+``TRITON_INTERPRET=1 python -m tests.kernels.attention_interpreted CHECK``: the interpreter is
+chosen when Triton is imported, so these run in processes of their own. Every uninitialised tensor
+is NaN.
+"""
+
+import sys
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import attention_tiles, varlen_attention
+from kernels.attention_op import attention_backward_op, attention_op, most_pairs
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def draw(
+    lengths: list[int],
+    lengths_k: list[int] | None = None,
+    extra: int = 0,
+    heads: tuple[int, int] = (2, 1),
+    size: int = 16,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v as strided views of one projection where their lengths allow it, and borders."""
+    generator = torch.Generator().manual_seed(sum(lengths) + 1)
+    borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    tokens = sum(lengths) + extra
+    if lengths_k is None:
+        joined = torch.randn(tokens, heads[0] + 2 * heads[1], size, generator=generator)
+        q, k, v = joined.split([heads[0], heads[1], heads[1]], 1)
+        return q, k, v, borders, None
+    q = torch.randn(tokens, heads[0], size, generator=generator)
+    k, v = torch.randn(2, sum(lengths_k) + extra, heads[1], size, generator=generator)
+    return q, k, v, borders, torch.tensor([0, *lengths_k]).cumsum(0, dtype=torch.int32)
+
+
+def noise(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    borders: Tensor,
+    borders_k: Tensor | None,
+    backend: str,
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Output, log-sum-exp and the gradients for fixed upstream gradients."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = varlen_attention(
+        *leaves,
+        borders,
+        int(borders.diff().max()),
+        cu_seqlens_k=borders_k,
+        window=window,
+        softcap=softcap,
+        return_lse=True,
+        backend=backend,
+    )  # type: ignore[call-overload]
+    dout = noise(out.shape) if dout is None else dout
+    dlse = noise(lse.shape) if dlse is None else dlse
+    seen = torch.isfinite(lse)
+    loss = (out * dout).sum() + (torch.where(seen, lse, 0) * dlse).sum()
+    dq, dk, dv = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    return out.detach(), lse.detach(), (dq, dk, dv)
+
+
+def compare(
+    lengths: list[int],
+    lengths_k: list[int] | None = None,
+    extra: int = 0,
+    heads: tuple[int, int] = (2, 1),
+    size: int = 16,
+    window: int | None = None,
+    softcap: float = 0.0,
+    factor: float = 1.0,
+) -> None:
+    """Everything against the quadratic reference in float64; large ``factor``, large logits."""
+    q, k, v, borders, borders_k = draw(lengths, lengths_k, extra, heads, size)
+    q = q * factor
+    out, lse, gradients = attend(
+        q, k, v, borders, borders_k, "triton", window=window, softcap=softcap
+    )
+    exact = (q.double(), k.double(), v.double())
+    # The reference's log-sum-exp has a NaN gradient where a query sees no key; ours has none.
+    expected, expected_lse, expected_gradients = attend(
+        *exact, borders, borders_k, "reference", window=window, softcap=softcap
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-6 * factor)
+    torch.testing.assert_close(lse.double(), expected_lse.double(), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        theirs = theirs.nan_to_num()
+        error = (ours - theirs).norm() / theirs.norm().clamp(min=1e-3)
+        assert error < 1e-5 * factor, (lengths, lengths_k, error)
+    assert out[sum(lengths) :].eq(0).all()
+    assert gradients[0][sum(lengths) :].eq(0).all()
+    for gradient in gradients[1:]:
+        assert gradient[sum(lengths_k or lengths) :].eq(0).all()
+
+
+def gradients() -> None:
+    """The list of shapes that have broken other kernels, then drawn ones."""
+    compare([0, 0, 40, 0, 1, 3, 0], extra=5, heads=(4, 2))  # empty ones everywhere
+    compare([0, 0], extra=3)  # nothing but padding
+    compare([1, 1, 1], heads=(3, 3))  # max_seqlen of 1
+    compare([31, 32, 33], heads=(1, 1))  # around a tile
+    compare([65], heads=(3, 1), size=48)  # 48 = 32 + 16, as 96 = 64 + 32
+    compare([40], heads=(1, 1), window=1)
+    compare([90], heads=(1, 1), window=40, softcap=3.0, size=48)
+    compare([50, 2], heads=(1, 1), factor=300.0)  # one key takes all the weight
+    compare([70, 20, 0, 3], [40, 33, 9, 0], extra=2, heads=(1, 1))  # some queries see no key
+    compare([33, 1], [95, 64], heads=(1, 1), window=33)  # the last part of a context
+
+    @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        st.lists(st.tuples(st.integers(0, 50), st.integers(0, 70)), min_size=1, max_size=3),
+        st.booleans(),
+        st.integers(0, 4),
+        st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+        st.sampled_from([16, 48]),
+        st.one_of(st.none(), st.integers(1, 80)),
+        st.sampled_from([0.0, 5.0]),
+    )
+    def drawn(
+        pairs: list[tuple[int, int]],
+        separate: bool,
+        extra: int,
+        heads: tuple[int, int],
+        size: int,
+        window: int | None,
+        softcap: float,
+    ) -> None:
+        queries, keys = ([pair[i] for pair in pairs] for i in range(2))
+        compare(queries, keys if separate else None, extra, heads, size, window, softcap)
+
+    drawn()
+
+
+def isolation() -> None:
+    """What a segment holds, NaN included, changes no bit of another's results."""
+    lengths, inside = [37, 50, 20], slice(37, 87)
+    q, k, v, borders, _ = draw(lengths, extra=9)
+    before = attend(q, k, v, borders, None, "triton")
+    again = attend(q, k, v, borders, None, "triton")
+    dout = noise(q.shape)
+    for value in (torch.nan, 7.0):
+        for where in (inside, slice(107, None)):
+            q1, k1, v1, dout1 = spoiled = [x.clone() for x in (q, k, v, dout)]
+            for x in spoiled:
+                x[where] = value
+            after = attend(q1, k1, v1, borders, None, "triton", dout=dout1)
+            others = torch.ones(len(q), dtype=torch.bool)
+            others[where] = False
+            assert torch.equal(before[0][others], after[0][others]), (value, where)
+            assert torch.equal(before[1][:, others], after[1][:, others])
+            for ours, theirs in zip(before[2], after[2], strict=True):
+                assert torch.equal(ours[others], theirs[others]), (value, where)
+            if where is not inside:
+                assert after[0][where].eq(0).all()
+                assert all(x[where].eq(0).all() for x in after[2])
+    for ours, theirs in zip((*before[:2], *before[2]), (*again[:2], *again[2]), strict=True):
+        assert torch.equal(ours, theirs)
+    # Nor does it matter whether there are others at all.
+    single = torch.tensor([0, 50], dtype=torch.int32)
+    q1, k1, v1 = (x[inside] for x in (q, k, v))
+    alone = attend(q1, k1, v1, single, None, "triton", dout=dout[inside], dlse=torch.zeros(2, 50))
+    packed = attend(q, k, v, borders, None, "triton", dout=dout, dlse=torch.zeros(2, len(q)))
+    assert torch.equal(alone[0], packed[0][inside])
+    for ours, theirs in zip(alone[2], packed[2], strict=True):
+        assert torch.equal(ours, theirs[inside])
+
+
+def op() -> None:
+    """The torch.library op: opcheck, compiled without graph breaks, shared tables, FLOPs."""
+    q, k, v, borders, _ = draw([30, 0, 7], extra=3, heads=(4, 2))
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    tiles = attention_tiles(borders, 40, 16, 2)
+    options = (tiles.rows, tiles.columns, list(tiles.config), 30, 0.25, 0, 0.0)
+    torch.library.opcheck(attention_op, (q, k, v, *options, False))
+    out, lse = (x.detach() for x in attention_op(q, k, v, *options, False))
+    saved = [x.detach() for x in (q, k, v, out, lse, out.transpose(0, 1).clone().transpose(0, 1))]
+    torch.library.opcheck(attention_backward_op, (*saved, torch.zeros_like(lse), *options))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, tiles: object) -> Tensor:
+        return varlen_attention(q, k, v, borders, 30, window=7, backend="triton", tiles=tiles)  # type: ignore[call-overload]
+
+    eager = attention(q, k, v, None)
+    expected = torch.autograd.grad(eager.sum(), (q, k, v))
+    for shared in (None, attention_tiles(borders, 40, 16, 2, window=7)):
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")(q, k, v, shared)
+        assert torch.equal(eager, compiled)
+        for ours, theirs in zip(
+            torch.autograd.grad(compiled.sum(), (q, k, v)), expected, strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    with FlopCounterMode(display=False) as counter:
+        varlen_attention(q, k, v, borders, 30, backend="triton").sum().backward()
+    assert counter.get_total_flops() == 14 * 4 * 16 * most_pairs(40, 30, 0)
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    assert torch.empty(1).isnan()
+    {"gradients": gradients, "isolation": isolation, "op": op}[sys.argv[1]]()
+    print("passed")
