@@ -219,11 +219,11 @@ def real_data_law(study: Study) -> Fit:
     ]
     best = best_by(real, lambda run: run.real_tokens)
     if len(best) < len(POWER.parameters):
-        found = ", ".join(f"{tokens:,}" for tokens in best) or "none"
+        sizes = f" ({', '.join(f'{tokens:,}' for tokens in best)} tokens)" if best else ""
         raise ValueError(
             f"the real-only law needs at least {len(POWER.parameters)} sizes of corpus at "
-            f"{size:,} parameters, mask {mask} and context {context}, found {len(best)} "
-            f"({found} tokens); build corpora with other "
+            f"{size:,} parameters, mask {mask} and context {context}, found {len(best)}"
+            f"{sizes}; build corpora with other "
             "corpus.token_budget and the same documents, and train recipe=real on each"
         )
     points = Points(np.array(list(best)), [group.losses() for group in best.values()])
