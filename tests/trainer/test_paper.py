@@ -19,6 +19,11 @@ def test_every_experiment_is_a_valid_run(name: str) -> None:
     config.check()
     assert config.data.batch_size == 64
     assert config.data.packing.value == "windows"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS[::9])
+def test_a_scale_shrinks_what_costs_and_keeps_the_recipe(name: str) -> None:
+    config = composed(f"experiment=paper/{name}")
     small = composed(f"experiment=paper/{name}", "scale=cpu")
     small.check()
     assert small.model.hidden_size == 128
