@@ -128,6 +128,14 @@ class OptimizerConfig:
     spike_factor: float | None = None  # a norm above this multiple of the usual one is a spike
 
 
+@dataclass
+class DistillationConfig:
+    """Teachers whose mean prediction the model learns beside the text."""
+
+    teachers: list[str] = field(default_factory=list)  # run folders; none: plain training
+    share: float = 0.5  # of the loss, in (0, 1]
+
+
 class Parallel(enum.Enum):
     ddp = "ddp"  # a whole model on every rank
     fsdp = "fsdp"  # parameters, gradients and optimiser states sharded (FSDP2)
@@ -171,6 +179,7 @@ class TrackingConfig:
 
     tensorboard: bool = True
     wandb_project: str | None = None
+    trackio_project: str | None = None
     log_every: int = 10  # steps
     evaluations: int = 20  # spread evenly over the run; the last one is the result
     checkpoints: int = 20  # spread evenly over the run
@@ -185,6 +194,7 @@ class TrainConfig:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0  # initialisation (the data order has data.seed)
@@ -242,6 +252,7 @@ class TrainConfig:
         for name, value in (
             ("optimizer.ema_decay", self.optimizer.ema_decay),
             ("optimizer.swa_fraction", self.optimizer.swa_fraction),
+            ("distillation.share", self.distillation.share),
         ):
             if not 0 < value <= 1:
                 raise ValueError(f"{name}={value} must be in (0, 1]")

@@ -38,6 +38,7 @@ from trainer.config import (
 )
 from trainer.context_parallel import split_batch
 from trainer.data import BatchLoader, PackedBatch
+from trainer.distillation import Teachers
 from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
 from trainer.evaluation import evaluate_model
 from trainer.guard import StepGuard
@@ -102,6 +103,10 @@ def train(config: TrainConfig) -> float:
         if config.optimizer.averaging is not Averaging.none:
             average = WeightAverage(wrapped, config.optimizer, steps)
 
+        teachers = None
+        if config.distillation.teachers:
+            teachers = Teachers(config.distillation, streams[0], ranks.device)
+
         # Where an earlier attempt stopped.
         if ranks.is_main:
             cleanup.enter_context(claimed(run_dir, config))
@@ -130,7 +135,7 @@ def train(config: TrainConfig) -> float:
             for step, micro_batches in loader:
                 rate = set_schedules(optimizers, step, steps, config.optimizer, config.recipe)
                 seed_step(config.seed, step, ranks.rank)
-                loss = accumulate_gradients(wrapped, micro_batches, ranks)
+                loss = accumulate_gradients(wrapped, micro_batches, ranks, teachers)
                 grad_norm = clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
                 taken = guard.accepts(grad_norm, partial(meter.blame, step))
                 for optimizer in optimizers:
@@ -274,7 +279,10 @@ def prepare_blocks(model: Llama, config: TrainConfig, ranks: Ranks) -> None:
 
 
 def accumulate_gradients(
-    model: nn.Module, micro_batches: list[PackedBatch], ranks: Ranks
+    model: nn.Module,
+    micro_batches: list[PackedBatch],
+    ranks: Ranks,
+    teachers: Teachers | None = None,
 ) -> Tensor:
     """Backward through this rank's part of one batch; returns its share of the loss.
 
@@ -299,6 +307,7 @@ def accumulate_gradients(
                 batch.max_seqlen,
                 batch.targets,
                 denominator=valid,
+                soft=teachers.targets(batch) if teachers else None,
             )
             # DDP and FSDP average gradients over the ranks, a sum is wanted.
             (part * ranks.world_size).backward()

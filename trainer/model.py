@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,15 @@ class Kernels:
         group = config.num_heads // config.num_kv_heads
         rows = 128 if self.attention == "gluon" else None
         return attention_tiles(cu_seqlens, tokens, config.head_dim, group, rows=rows)
+
+
+class SoftTargets(NamedTuple):
+    """Predictions of teachers for the tokens of a batch, see ``trainer/distillation.py``."""
+
+    share: float  # of the loss
+    hidden: list[Tensor]  # [T, D] of each teacher
+    heads: list[Tensor]  # [V, D] of each teacher
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor, SoftTargets], Tensor]
 
 
 class Linear(nn.Linear):
@@ -233,6 +242,7 @@ class Llama(nn.Module):
         targets: Tensor | None = None,
         denominator: Tensor | None = None,
         per_token: bool = False,
+        soft: SoftTargets | None = None,
     ) -> Tensor:
         """Hidden states, or the loss when ``targets`` are given.
 
@@ -244,6 +254,7 @@ class Llama(nn.Module):
             targets: int64 ``[T]``, -100 where there is nothing to predict.
             denominator: scalar; the summed loss is divided by it (default: the valid targets).
             per_token: give the loss of every token, without gradients.
+            soft: teachers whose predictions share the loss; needs ``denominator``.
 
         Returns:
             ``[T, D]`` hidden states after the final norm in ``compute_dtype``, or the fp32 loss in
@@ -258,6 +269,9 @@ class Llama(nn.Module):
         if targets is None:
             return hidden
         weight = self.lm_head.weight.to(hidden.dtype)  # [V, D]
+        if soft is not None:
+            assert denominator is not None
+            return soft.loss(hidden, weight, targets, denominator, soft)
         backend: Any = self.kernels.loss
         if per_token:
             return token_losses(hidden, weight, targets, backend=backend)[0]

@@ -1,7 +1,8 @@
-"""Metrics: console progress bar, ``metrics.jsonl``, TensorBoard, Weights & Biases."""
+"""Metrics: console progress bar, ``metrics.jsonl``, TensorBoard, Weights & Biases, Trackio."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import subprocess
@@ -34,7 +35,7 @@ class Tracker:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 15,
         )
-        self.writers: list[TensorBoard | WeightsAndBiases] = []
+        self.writers: list[TensorBoard | RunTracker] = []
         if not active:
             return
         forget_after(run_dir / "metrics.jsonl", start_step)
@@ -42,8 +43,12 @@ class Tracker:
         (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
         if config.tracking.tensorboard:
             self.writers.append(TensorBoard(run_dir, start_step))
-        if config.tracking.wandb_project:
-            self.writers.append(WeightsAndBiases(config, run_dir))
+        for module, project in (
+            ("wandb", config.tracking.wandb_project),
+            ("trackio", config.tracking.trackio_project),
+        ):
+            if project:
+                self.writers.append(RunTracker(module, project, config, run_dir))
 
     def log(self, step: int, metrics: Mapping[str, Number]) -> None:
         """Record ``metrics`` after ``step`` steps."""
@@ -90,31 +95,30 @@ class TensorBoard:
         self.writer.close()
 
 
-class WeightsAndBiases:
-    """A W&B run that continues under the same id when the run is resumed."""
+class RunTracker:
+    """A run of Weights & Biases or of Trackio, which has the same functions.
 
-    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+    A resumed training continues the run of the same name.
+    """
+
+    def __init__(self, module: str, project: str, config: TrainConfig, run_dir: Path) -> None:
         try:
-            import wandb
+            self.library = importlib.import_module(module)
         except ImportError as error:
             raise ValueError(
-                f"tracking.wandb_project={config.tracking.wandb_project} needs the wandb package: "
+                f"tracking.{module}_project={project} needs the {module} package: "
                 "pip install 'megadocs[tracking]'"
             ) from error
-        self.run = wandb.init(
-            project=config.tracking.wandb_project,
-            name=run_dir.name,
-            id=run_dir.name,
-            resume="allow",
-            dir=run_dir,
-            config=to_dict(config),
+        own = {"id": run_dir.name, "dir": run_dir} if module == "wandb" else {}
+        self.library.init(
+            project=project, name=run_dir.name, resume="allow", config=to_dict(config), **own
         )
 
     def log(self, step: int, metrics: Mapping[str, Number]) -> None:
-        self.run.log(dict(metrics), step=step)
+        self.library.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        self.run.finish()
+        self.library.finish()
 
 
 def forget_after(path: Path, step: int) -> None:

@@ -211,6 +211,31 @@ def test_bad_steps_are_skipped_until_there_are_too_many(
     assert capsys.readouterr().out.count("skipped: step") == 10
 
 
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_trackers_get_every_number(
+    corpus_root: Path, tmp_path: Path, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip(library)
+    tracking = TrackingConfig(tensorboard=False, log_every=1, evaluations=1, checkpoints=1)
+    setattr(tracking, f"{library}_project", "p")
+    real = RecipeConfig("real", "real", None, 0, 0.0, 1, 3e-3, 0.1)
+    settings = config(corpus_root, tmp_path, recipe=real, tracking=tracking)
+    train(settings)
+    place = settings.run_dir() / "wandb" if library == "wandb" else tmp_path / "trackio"
+    assert any(path.stat().st_size > 1000 for path in place.rglob("*") if path.is_file())
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    tracking = TrackingConfig(tensorboard=False, trackio_project="p")
+    with pytest.raises(ValueError, match="needs the trackio package: pip install"):
+        train(config(corpus_root, tmp_path, tracking=tracking))
+
+
 def test_another_config_in_the_same_folder_is_refused(corpus_root: Path, tmp_path: Path) -> None:
     train(config(corpus_root, tmp_path, name="run"))
     (tmp_path / "run" / "result.json").unlink()
