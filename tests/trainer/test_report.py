@@ -259,6 +259,17 @@ def test_the_best_configuration_is_the_best_mean_not_the_luckiest_seed(tmp_path:
     assert best.spread() == pytest.approx(np.std(best.losses(), ddof=1))
 
 
+def test_a_student_of_teachers_is_no_real_only_run(tmp_path: Path) -> None:
+    fabricate(tmp_path, "real", 0, 3.2)
+    student = fabricate(tmp_path, "real", 0, 2.9, seed=1) / "config.yaml"
+    text = student.read_text()
+    assert "teachers: []" in text
+    student.write_text(text.replace("teachers: []", "teachers: [runs/a, runs/b]"))
+    best = best_by(read_study(tmp_path).groups, lambda run: run.kind)
+    assert sorted(best) == ["real", "real distilled"]
+    assert best["real"].mean() == pytest.approx(3.2, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
