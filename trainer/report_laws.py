@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from trainer import paper
+from trainer.laws import POWER, REPEATED_DATA
 from trainer.report_figures import label_of, row
 from trainer.report_page import Drawing, Missing, colour, legend, log_ticks, marker, new_figure
 from trainer.report_runs import Group, Study, best_by
 from trainer.scaling_laws import (
-    POWER,
-    REPEATED_DATA,
     DataEfficiency,
     Fit,
     Points,

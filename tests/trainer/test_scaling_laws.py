@@ -7,12 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.laws import EFFECTIVE_DATA, OVERFITTING, OVERFITTING_FREE, POWER, REPEATED_DATA
 from trainer.scaling_laws import (
-    EFFECTIVE_DATA,
-    OVERFITTING,
-    OVERFITTING_FREE,
-    POWER,
-    REPEATED_DATA,
     Points,
     choose_law,
     data_efficiency,
