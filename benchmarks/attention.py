@@ -111,6 +111,7 @@ def providers(q: Tensor, k: Tensor, lengths: list[int], borders: Tensor) -> dict
         }
     tokens, group, size = q.shape[0], q.shape[1] // k.shape[1], q.shape[2]
     tiles = attention_tiles(borders, tokens, size, group)
+    gluon_tiles = attention_tiles(borders, tokens, size, group, gluon=True)
     found: dict[str, Attend] = {
         "triton": lambda q, k, v: varlen_attention(
             q, k, v, borders, longest, backend="triton", tiles=tiles
@@ -118,8 +119,8 @@ def providers(q: Tensor, k: Tensor, lengths: list[int], borders: Tensor) -> dict
         "triton+tables": lambda q, k, v: varlen_attention(  # tables made in every call
             q, k, v, borders, longest, backend="triton"
         ),
-        "gluon": lambda q, k, v: varlen_attention(  # forward only; the backward pass is triton's
-            q, k, v, borders, longest, backend="gluon", tiles=tiles
+        "gluon": lambda q, k, v: varlen_attention(
+            q, k, v, borders, longest, backend="gluon", tiles=gluon_tiles
         ),
         "pytorch": pytorch(borders, longest, group),
         "flex": flex(borders, tokens),

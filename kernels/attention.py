@@ -97,10 +97,10 @@ def varlen_attention(
             segment), ``reference`` (quadratic, every option, any dtype), or ``auto``: the first of
             these that can do what is asked. Only when asked for: ``triton`` (our kernels with every
             option, half precision on CUDA; deterministic; tested in the interpreter and compiled
-            for three architectures, but not run on a GPU yet), ``gluon`` (``triton`` with a
-            warp-specialised forward pass for sm_90 and head dimensions 64 and 128, tested on a
-            model of the machine and compiled), ``flash_attn`` (the flash-attn package), ``flex``
-            (FlexAttention; no backward pass on a CPU).
+            for three architectures, but not run on a GPU yet), ``gluon`` (``triton`` with
+            warp-specialised kernels for sm_90 and head dimensions 64 and 128, tested on a model of
+            the machine and compiled; without window and softcap), ``flash_attn`` (the flash-attn
+            package), ``flex`` (FlexAttention; no backward pass on a CPU).
         tiles: of :func:`kernels.attention_tiles`, for ``triton`` and ``gluon``; made in each call
             if None.
 

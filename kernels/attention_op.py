@@ -26,7 +26,7 @@ def attention_tiles(
     cu_seqlens_k: Tensor | None = None,
     tokens_k: int | None = None,
     window: int | None = None,
-    rows: int | None = None,
+    gluon: bool = False,
 ) -> Tiles:
     """Tile tables for ``varlen_attention(backend="triton")``: made once, used by every layer.
 
@@ -38,14 +38,14 @@ def attention_tiles(
         cu_seqlens_k: borders of the keys where they differ.
         tokens_k: length of the key axis where it differs.
         window: keys a query sees, itself included; None for all.
-        rows: queries a tile where it must be another number: 128 for ``backend="gluon"``.
+        gluon: for ``backend="gluon"``, whose tiles have one size.
 
     Raises:
         ValueError: no tile sizes for this GPU or head dimension.
     """
     config = tile_config(cu_seqlens.device, head_dim, group)
-    if rows is not None:
-        config = config._replace(rows=rows)
+    if gluon:
+        config = with_gluon_tiles(config, head_dim)
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     length = tokens if tokens_k is None else tokens_k
     return make_tiles(cu_seqlens, keys, tokens, length, config, window)
@@ -66,8 +66,8 @@ def triton_attention(
 ) -> tuple[Tensor, Tensor]:
     """Document-masked causal attention by our Triton kernels.
 
-    Arguments are those of :func:`kernels.varlen_attention`; with ``gluon`` the forward pass is the
-    warp-specialised kernel for sm_90.
+    Arguments are those of :func:`kernels.varlen_attention`; with ``gluon`` those
+    warp-specialised kernels for sm_90 are used that exist.
 
     Returns:
         ``[Tq, Hq, Dh]`` and the fp32 log-sum-exp ``[Hq, Tq]``, both differentiable.
@@ -99,7 +99,7 @@ def triton_attention(
             cu_seqlens_k=cu_seqlens_k,
             tokens_k=k.shape[0],
             window=window,
-            rows=128 if gluon else None,
+            gluon=gluon,
         )
     out, lse = attention_op(
         q,
@@ -126,11 +126,13 @@ def check_gluon(q: Tensor, window: int | None, softcap: float, tiles: Tiles | No
             f"backend='gluon' has head dimensions 64 and 128, not {q.shape[2]}, and no window or "
             "softcap; use backend='triton'"
         )
-    if tiles is not None and tiles.config.rows != 128:
-        raise ValueError(
-            f"backend='gluon' needs tiles of 128 rows, not {tiles.config.rows}; leave tiles out or "
-            "use backend='triton'"
-        )
+    if tiles is not None and tiles.config != with_gluon_tiles(tiles.config, q.shape[2]):
+        raise ValueError("these tiles are not for backend='gluon'; make them with gluon=True")
+
+
+def with_gluon_tiles(config: TileConfig, head_dim: int) -> TileConfig:
+    """The Gluon kernels have tiles of 128; dK and dV of larger heads are the Triton kernel's."""
+    return config._replace(rows=128, columns=128 if head_dim == 64 else config.columns)
 
 
 @torch.compiler.assume_constant_result
@@ -162,8 +164,7 @@ def attention_op(
     if gluon:
         from kernels.attention_sm90 import attention_forward_sm90
 
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        return attention_forward_sm90(q, k, v, row_tiles, scale, processors)
+        return attention_forward_sm90(q, k, v, row_tiles, scale, multiprocessors(q.device))
     return attention_forward(
         q, k, v, row_tiles, TileConfig(*config), scale, window or None, softcap
     )
@@ -203,6 +204,7 @@ def attention_backward_op(
     scale: float,
     window: int,
     softcap: float,
+    gluon: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     from kernels.attention_triton_backward import attention_backward
@@ -222,6 +224,7 @@ def attention_backward_op(
         scale,
         window or None,
         softcap,
+        multiprocessors(q.device) if gluon else None,
     )
 
 
@@ -233,7 +236,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the inputs, the output and the log-sum-exp; scores are computed again."""
-    q, k, v, row_tiles, column_tiles, *ctx.options, _ = inputs
+    q, k, v, row_tiles, column_tiles, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, row_tiles, column_tiles)
 
 
@@ -247,6 +250,11 @@ def attention_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | 
 
 
 attention_op.register_autograd(attention_gradients, setup_context=save_for_backward)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Programs of a persistent kernel."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def with_contiguous_heads(x: Tensor) -> Tensor:
@@ -292,6 +300,6 @@ def attention_backward_flops(
     out_shape: Any = None,
 ) -> int:
     """10 FLOPs a pair, head and dimension: five products, recomputation counted once."""
-    max_seqlen, _, window, _ = rest[-4:]
+    max_seqlen, _, window, _, _ = rest[-5:]
     tokens, heads, size = q_shape
     return 10 * heads * size * most_pairs(tokens, max_seqlen, window)

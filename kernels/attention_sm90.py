@@ -30,7 +30,6 @@ from kernels.gluon_compat import (
     warpgroup_mma_wait,
 )
 
-HEAD_DIMS = (64, 128)
 BLOCK_M = 128  # queries a tile: two warpgroups of 64
 BLOCK_N = 128  # keys a tile
 STAGES = {64: 3, 128: 2}  # tiles of K and of V in shared memory
@@ -42,7 +41,7 @@ WRAP = 1 << 34  # elements after which addresses of two bytes each wrap around i
 
 @gluon.jit
 def tile_of(tiles, tile_count, heads, turn, FIELDS: gl.constexpr):
-    """The work item of this program in its ``turn``: (head, first, count, k_start, diagonal).
+    """The head and the tile of this program in its ``turn``: (head, *the fields of the tile).
 
     Items are dealt to and fro, so that a program that got a long tile in one turn gets a short one
     in the next. Where there is no item the count is 0.
@@ -55,7 +54,8 @@ def tile_of(tiles, tile_count, heads, turn, FIELDS: gl.constexpr):
     item = gl.minimum(item, tile_count * heads - 1)
     row = tiles + (item // heads) * FIELDS
     count = gl.where(exists, gl.load(row + 1), 0)
-    return item % heads, gl.load(row), count, gl.load(row + 2), gl.load(row + 3)
+    start, diagonal, length = gl.load(row + 2), gl.load(row + 3), gl.load(row + 4)
+    return item % heads, gl.load(row), count, start, diagonal, length
 
 
 @gluon.jit
@@ -80,7 +80,9 @@ def produce(
     filled = 0  # K tiles, and V tiles, copied so far
     done = 0  # query tiles so far
     for turn in range(turns_of(tile_count, heads)):
-        head, first, count, k_start, diagonal = tile_of(tiles, tile_count, heads, turn, FIELDS)
+        head, first, count, k_start, diagonal, _length = tile_of(
+            tiles, tile_count, heads, turn, FIELDS
+        )
         if count > 0:
             column = head // GROUP * D
             end = gl.maximum(diagonal + count, 0)
@@ -179,7 +181,9 @@ def consume(
     step = 0  # ring entries consumed so far
     done = 0  # query tiles so far
     for turn in range(turns_of(tile_count, heads)):
-        head, first, count, _, diagonal = tile_of(tiles, tile_count, heads, turn, FIELDS)
+        head, first, count, _k_start, diagonal, _length = tile_of(
+            tiles, tile_count, heads, turn, FIELDS
+        )
         if count > 0:
             key_tiles = key_tiles_of(diagonal + count, BLOCK_N)
             rows = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))

@@ -75,8 +75,8 @@ class Kernels:
         if self.attention not in ("triton", "gluon"):
             return None
         group = config.num_heads // config.num_kv_heads
-        rows = 128 if self.attention == "gluon" else None
-        return attention_tiles(cu_seqlens, tokens, config.head_dim, group, rows=rows)
+        gluon = self.attention == "gluon"
+        return attention_tiles(cu_seqlens, tokens, config.head_dim, group, gluon=gluon)
 
 
 class SoftTargets(NamedTuple):

@@ -19,6 +19,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels import attention_sm90 as sm90
+from kernels import attention_sm90_dkdv as dkdv
+from kernels import attention_sm90_dq as dq
 from kernels.attention_config import TileConfig, find_config, read_configs
 from kernels.attention_layout import FIELDS
 from kernels.attention_triton import forward_kernel, split
@@ -76,30 +78,52 @@ def compile_kernel(
     return describe(kernel, compiled)
 
 
-def compile_gluon(head_dim: int) -> dict[str, Any]:
-    """The forward kernel for sm_90."""
-    constants = {
+def descriptor(*block: int) -> str:
+    """The type of a host descriptor of bf16 tiles."""
+    layout = gl.NVMMASharedLayout.get_default_for([*block], gl.bfloat16)
+    return f"tensordesc<bf16{[*block]},{layout!r}>"
+
+
+def gluon_kernels(head_dim: int) -> list[tuple[Any, dict[str, Any], dict[str, str]]]:
+    """The kernels for sm_90 that exist for a head dimension: their constants and types."""
+    tile, step = descriptor(64, head_dim), descriptor(1, 1, dkdv.BLOCK_M, head_dim)
+    keys = descriptor(1, 1, dq.BLOCK_N[head_dim], head_dim)
+    found: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
+        (
+            sm90.forward_sm90_kernel,
+            {"BLOCK_N": sm90.BLOCK_N, "STAGES": sm90.STAGES[head_dim]},
+            {
+                "q_desc": tile,
+                "k_desc": descriptor(sm90.BLOCK_N, head_dim),
+                "v_desc": descriptor(1, 1, sm90.BLOCK_N, head_dim),
+            },
+        ),
+        (
+            dq.dq_sm90_kernel,
+            {"BLOCK_N": dq.BLOCK_N[head_dim], "STAGES": dq.STAGES},
+            {"q_desc": tile, "dout_desc": tile, "k_desc": keys, "v_desc": keys},
+        ),
+    ]
+    if head_dim in dkdv.HEAD_DIMS:
+        constants = {"BLOCK_M": dkdv.BLOCK_M, "STAGES": dkdv.STAGES}
+        types = {"q_desc": step, "dout_desc": step, "k_desc": tile, "v_desc": tile}
+        found.append((dkdv.dkdv_sm90_kernel, constants, types))
+    return found
+
+
+def compile_gluon(
+    kernel: Any, head_dim: int, constants: dict[str, Any], types: dict[str, str]
+) -> dict[str, Any]:
+    """As :func:`compile_kernel`, with the registers that warps ask for and the waits."""
+    constants = constants | {
         "GROUP": 2,
         "D": head_dim,
-        "BLOCK_N": sm90.BLOCK_N,
-        "STAGES": sm90.STAGES[head_dim],
         "FIELDS": FIELDS,
         "RAGGED": sm90.RAGGED,
         "CONSUMER_REGISTERS": sm90.CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": sm90.PRODUCER_REGISTERS,
     }
-
-    def descriptor(*block: int) -> str:
-        layout = gl.NVMMASharedLayout.get_default_for([*block], gl.bfloat16)
-        return f"tensordesc<bf16{[*block]},{layout!r}>"
-
-    kernel: Any = sm90.forward_sm90_kernel
-    types = TYPES | {
-        "q_desc": descriptor(64, head_dim),
-        "k_desc": descriptor(sm90.BLOCK_N, head_dim),
-        "v_desc": descriptor(1, 1, sm90.BLOCK_N, head_dim),
-        "scale_log2": "fp32",
-    }
+    types = TYPES | types | {"scale_log2": "fp32"}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kernel.arg_names
@@ -142,6 +166,7 @@ def main(architecture: str, head_dim: int, group: int, options: bool) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "gluon":
-        print(json.dumps(compile_gluon(int(sys.argv[2]))))
+        for kernel, constants, types in gluon_kernels(int(sys.argv[2])):
+            print(json.dumps(compile_gluon(kernel, int(sys.argv[2]), constants, types)))
         sys.exit()
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["options"])

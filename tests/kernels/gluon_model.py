@@ -202,8 +202,11 @@ def start_barrier(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.arrivals = count
 
 
-def load(pointer: Pointer) -> Tensor:
-    return pointer.data[pointer.offset]
+def load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
+    if mask is None:
+        return pointer.data[pointer.offset]
+    at, mask = torch.broadcast_tensors(pointer.offset, mask)
+    return torch.where(mask, pointer.data[torch.where(mask, at, 0)], other)
 
 
 def store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:

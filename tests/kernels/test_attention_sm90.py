@@ -10,29 +10,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import varlen_attention
+from kernels import attention_sm90, varlen_attention
 from kernels.attention_config import TileConfig
-from kernels.attention_layout import make_tiles
+from kernels.attention_layout import Tiles, make_tiles
 from kernels.attention_reference import reference_attention
 from tests.kernels import gluon_model
 from tests.kernels.test_attention_triton import random_pack, results, run
 
-SOURCE = Path(__file__).parents[2] / "kernels" / "attention_sm90.py"
+KERNELS = Path(__file__).parents[2] / "kernels"
 CONFIG = TileConfig(128, 128, *[64, 8, 2] * 3)
 
 
 @pytest.fixture(scope="module")
-def modelled() -> ModuleType:
-    """``kernels.attention_sm90`` from its own source, with the model in Gluon's place."""
-    name = "kernels.gluon_compat"
+def modelled() -> dict[str, ModuleType]:
+    """The Gluon kernels from their own source, with the model in Gluon's place."""
+    modules = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, name, gluon_model)
-        spec = importlib.util.spec_from_file_location("attention_sm90_on_the_model", SOURCE)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+        patch.setitem(sys.modules, "kernels.gluon_compat", gluon_model)
+        for name in ("attention_sm90", "attention_sm90_dq", "attention_sm90_dkdv"):
+            path = KERNELS / f"{name}.py"
+            spec = importlib.util.spec_from_file_location(f"{name}_on_the_model", path)
+            assert spec is not None
+            assert spec.loader is not None
+            modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(modules[name])
+            patch.setitem(sys.modules, f"kernels.{name}", modules[name])
+    return modules
 
 
 def borders_of(lengths: list[int]) -> Tensor:
@@ -46,11 +49,12 @@ def borders_of(lengths: list[int]) -> Tensor:
         ([130, 0, 1, 300], None, 20, (4, 2), 64, 3),
         ([127, 128, 129], None, 0, (2, 1), 128, 2),
         ([100, 20, 200], [300, 0, 150], 5, (1, 1), 128, 2),  # some queries see no key
+        ([10, 10, 80, 80], [136, 137, 142, 143], 0, (1, 1), 64, 1),  # around whole steps
         ([1] * 5, None, 3, (2, 2), 64, 4),
     ],
 )
 def test_on_the_model_of_the_machine(
-    modelled: ModuleType,
+    modelled: dict[str, ModuleType],
     lengths: list[int],
     lengths_k: list[int] | None,
     extra: int,
@@ -60,43 +64,90 @@ def test_on_the_model_of_the_machine(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = lengths_k or lengths
-    q = torch.randn(sum(lengths) + extra, heads[0], size, generator=generator)
+    q, dout = torch.randn(2, sum(lengths) + extra, heads[0], size, generator=generator)
     k, v = torch.randn(2, sum(keys) + extra, heads[1], size, generator=generator)
     borders, borders_k = borders_of(lengths), borders_of(keys)
     tiles = make_tiles(borders, borders_k, len(q), len(k), CONFIG)
-    for x in (q[sum(lengths) :], k[sum(keys) :], v[sum(keys) :]):
-        x.fill_(torch.nan)  # what lies behind the last border
-    out, lse = modelled.attention_forward_sm90(q, k, v, tiles.rows, 0.1, programs)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
     expected, expected_lse = reference_attention(
-        q.double(), k.double(), v.double(), borders, borders_k, 0.1
+        leaves[0], leaves[1], leaves[2], borders, borders_k, 0.1
     )
-    expected[sum(lengths) :] = 0
+    dlse = torch.randn(expected_lse.shape, generator=generator)
+    seen = expected_lse.isfinite()
+    loss = (expected * dout).sum() + (torch.where(seen, expected_lse, 0) * dlse).sum()
+    gradients = torch.autograd.grad(loss, leaves)
+    for x in (q[sum(lengths) :], dout[sum(lengths) :], k[sum(keys) :], v[sum(keys) :]):
+        x.fill_(torch.nan)  # what lies behind the last border
+    forward = modelled["attention_sm90"].attention_forward_sm90
+    out, lse = forward(q, k, v, tiles.rows, 0.1, programs)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    computed = backward(modelled, q, k, v, out, lse, dout, dlse, tiles, programs)
+    for ours, theirs in zip(computed, gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.nan_to_num(), rtol=1e-4, atol=1e-4)
 
 
-def test_segments_do_not_leak_bit_for_bit(modelled: ModuleType) -> None:
+def backward(
+    modelled: dict[str, ModuleType],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor,
+    tiles: Tiles,
+    programs: int,
+) -> list[Tensor]:
+    query_gradient = modelled["attention_sm90_dq"].query_gradient_sm90
+    key_gradients = modelled["attention_sm90_dkdv"].key_gradients_sm90
+    dq, delta = query_gradient(q, k, v, out, lse, dout, dlse, tiles.rows, 0.1, programs)
+    return [dq, *key_gradients(q, k, v, lse, delta, dout, tiles.columns, 0.1, programs)]
+
+
+def test_segments_do_not_leak_bit_for_bit(modelled: dict[str, ModuleType]) -> None:
     lengths, inside = [100, 150, 90], slice(100, 250)
-    q, k, v = torch.randn(3, 340, 2, 64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = torch.randn(4, 340, 2, 64, generator=generator)
+    dlse = torch.randn(2, 340, generator=generator)
     borders = borders_of(lengths)
     tiles = make_tiles(borders, borders, 340, 340, CONFIG)
-    before, _ = modelled.attention_forward_sm90(q, k, v, tiles.rows, 0.1, 2)
-    for x in (q, k, v):
+
+    def everything() -> list[Tensor]:
+        out, lse = modelled["attention_sm90"].attention_forward_sm90(q, k, v, tiles.rows, 0.1, 2)
+        return [out, *backward(modelled, q, k, v, out, lse, dout, dlse, tiles, 2)]
+
+    before = everything()
+    for x in (q, k, v, dout, dlse.T):
         x[inside] = torch.nan
-    after, _ = modelled.attention_forward_sm90(q, k, v, tiles.rows, 0.1, 2)
-    assert torch.equal(before[:100], after[:100])
-    assert torch.equal(before[250:], after[250:])
+    for old, new in zip(before, everything(), strict=True):
+        assert torch.equal(old[:100], new[:100])
+        assert torch.equal(old[250:], new[250:])
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_compiles_with_overlapping_products(head_dim: int, tmp_path: Path) -> None:
     printed = run("attention_compiled", "gluon", str(head_dim), TRITON_CACHE_DIR=str(tmp_path))
-    need = json.loads(printed)
-    assert need["spilled"] <= 8, need  # two registers, outside the loops
-    assert need["shared"] <= 232_448, need
-    assert {24, 240} <= set(need["setmaxnreg"]), need
+    needs = {need["kernel"]: need for need in map(json.loads, printed.splitlines())}
+    for need in needs.values():
+        assert need["spilled"] <= 8, need  # two registers, outside the inner loops
+        assert need["shared"] <= 232_448, need
+        assert {24, 240} <= set(need["setmaxnreg"]), need
     # In each of two consumers' two loops one product is left running while scores are worked on.
-    assert need["waits"].count("1") == 4, need
+    assert needs["forward_sm90_kernel"]["waits"].count("1") == 4, needs
+    assert needs["dq_sm90_kernel"]["waits"].count("1") == 4, needs
+    if head_dim == 64:  # and three times a step for dK and dV
+        assert needs["dkdv_sm90_kernel"]["waits"].count("1") == 12, needs
+
+
+def test_descriptors_are_accepted_and_other_strides_are_copied() -> None:
+    joined = torch.zeros(5, 6, 64, dtype=torch.bfloat16)
+    q, k = joined[:, :4], joined.transpose(1, 2).contiguous().transpose(1, 2)[:, :2]
+    assert attention_sm90.with_adjacent_heads(q) is q
+    assert attention_sm90.with_adjacent_heads(k).stride() == (128, 64, 1)
+    assert attention_sm90.descriptor(q, 64).shape == [5, 256]
+    ragged = attention_sm90.ragged_descriptor(q, 128)
+    assert sum(ragged.strides[:2]) == 1 << 34  # times 2^30 rows, an address's whole range
 
 
 def test_elsewhere_it_is_refused() -> None:
