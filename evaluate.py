@@ -2,6 +2,7 @@
 
 An ensemble of all sizes up to K, for the report's figure over K:
 ``python evaluate.py runs=[...] output=runs/ensembles/stitched.json``.
+More text sets: ``sets=[stitched-g8,data/other/streams/val]``. Tasks: ``tasks=[arc_easy,piqa]``.
 ``export=FOLDER`` writes a single run in Hugging Face's Llama format instead.
 """
 
@@ -12,6 +13,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from trainer.downstream import evaluate_tasks
 from trainer.ensemble import Mean, evaluate_ensemble
 from trainer.errors import user_errors
 from trainer.export import export_run
@@ -24,7 +26,11 @@ class EvaluateConfig:
 
     runs: list[str] = field(default_factory=lambda: MISSING)  # several: an ensemble
     mean: Mean = Mean.logits  # of what: logits or probabilities
-    validation: str | None = None  # held-out stream; null: the one of the first run
+    validation: str | None = None  # held-out stream, by name or folder; null: the first run's
+    sets: list[str] = field(default_factory=list)  # more text sets: streams by name or folder
+    tasks: list[str] = field(default_factory=list)  # lm-eval's, for a single run
+    task_folder: str | None = None  # lm-eval task files of your own
+    task_limit: int | None = None  # questions of each task; null: all
     export: str | None = None  # write this run as a Hugging Face folder
     output: str | None = None  # also write the scores to this JSON file
 
@@ -57,6 +63,21 @@ def main(config: DictConfig) -> float | None:
     print(f"{'':>6} {scores['bits_per_byte']:.4f} bits per byte")
     for position, loss in scores["loss_by_position"].items():
         print(f"from position {position:>7} {loss:.4f}")
+    for kind, loss in scores.get("loss_by_kind", {}).items():
+        print(f"{kind:>8} members {loss:.4f} nats per token")
+    scores["sets"] = {}
+    for name in options.sets:
+        found = evaluate_ensemble(options.runs, name, options.mean)[-1]
+        scores["sets"][name] = found.to_dict()
+        print(f"{name}: {found.loss['iid']:.4f} nats per token, {found.bits_per_byte:.4f} per byte")
+    if options.tasks:
+        if len(options.runs) != 1:
+            raise ValueError(f"tasks need exactly one run, not {len(options.runs)}")
+        scores["tasks"] = evaluate_tasks(
+            options.runs[0], options.tasks, options.task_folder, options.task_limit
+        )
+        for task, metrics in scores["tasks"].items():
+            print(f"{task}: " + ", ".join(f"{name} {x:.4f}" for name, x in metrics.items()))
     if options.output:
         ensemble = {"members": options.runs, "mean": options.mean.value, "sizes": sizes}
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)

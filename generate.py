@@ -1,7 +1,8 @@
 """Turn a corpus into megadoc streams: ``python generate.py root=data/mine corpus=jsonl ...``.
 
-A first bare word chooses one task: ``python generate.py status root=data/mine``; without it the
-corpus, its generations and its streams are made in order. Several methods at once:
+A first bare word chooses one task: ``python generate.py status root=data/mine`` tells how far the
+generations are, ``python generate.py report root=data/mine`` writes a page to judge them by;
+without one the corpus, its generations and its streams are made in order. Several methods at once:
 ``python generate.py --multirun method=rephrase,latent``.
 """
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import trainer
@@ -35,7 +34,7 @@ def main(config: DictConfig) -> float:
         loss = train(run)
     except NonFiniteLossError as error:
         (run.run_dir() / "diverged.txt").write_text(f"{error}\n")  # a search reads it
-        if HydraConfig.get().mode is not RunMode.MULTIRUN:
+        if OmegaConf.is_missing(HydraConfig.get().job, "num"):  # not a job of a sweep
             raise
         print(f"diverged: {error}", file=sys.stderr, flush=True)  # one bad point, not the end
         return math.inf

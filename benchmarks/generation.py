@@ -3,11 +3,12 @@
     python -m benchmarks.generation --url http://127.0.0.1:30000 --model NAME
 
 The documents are those of a JSONL file with a ``text`` column, or texts of random words. To compare
-with the server's own offline benchmark, write the same prompts for it and give what it reached::
+with the server's own offline benchmark, write the same prompts in the form it reads, run it with as
+many tokens an answer as were generated here on average, and give what it reached::
 
-    python -m benchmarks.generation --url ... --model NAME --prompts prompts.jsonl
-    python -m sglang.bench_offline_throughput --model-path NAME --dataset-name custom \\
-        --dataset-path prompts.jsonl ...
+    python -m benchmarks.generation --url ... --model NAME --prompts prompts.json
+    python -m sglang.bench_offline_throughput --model-path NAME --dataset-name sharegpt \\
+        --dataset-path prompts.json --num-prompts 8192 --sharegpt-output-len 700
     python -m benchmarks.generation --url ... --model NAME --offline-tokens-per-second 15000
 
 The result is printed, and written as JSON with ``--output``. The goals: a cached share of at least
@@ -62,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--siblings", type=int, default=32, help="of one document in flight")
     parser.add_argument("--fixed", action="store_true", help="keep the concurrency as it is")
     parser.add_argument("--no-warm-up", action="store_true")
-    parser.add_argument("--prompts", type=Path, help="only write the prompts, as JSONL")
+    parser.add_argument("--prompts", type=Path, help="only write the prompts, as ShareGPT does")
     parser.add_argument("--note", default="", help="about the machine, for the result")
     parser.add_argument("--offline-tokens-per-second", type=float)
     parser.add_argument("--output", type=Path)
@@ -136,13 +137,14 @@ def read_documents(options: argparse.Namespace) -> list[Document]:
 
 
 def write_prompts(path: Path, method: MethodConfig, documents: list[Document]) -> None:
-    """One conversation a line, G times each, siblings in a row: what the client sends."""
-    with path.open("w") as file:
-        for document in documents:
-            chat = method.messages(0, text=document.text)
-            turns = [{"from": part["role"], "value": part["content"]} for part in chat]
-            for _ in range(method.generations):
-                file.write(json.dumps({"conversations": turns}) + "\n")
+    """ShareGPT's form: a list of conversations, each prompt G times, siblings in a row."""
+    conversations = []
+    for document in documents:
+        chat = method.messages(0, text=document.text)
+        prompt = "\n\n".join(part["content"] for part in chat)
+        turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": "not read"}]
+        conversations += [{"conversations": turns}] * method.generations
+    path.write_text(json.dumps(conversations))
 
 
 def measured(

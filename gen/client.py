@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -16,11 +17,16 @@ from gen.routing import Routing
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 504}
 UNAVAILABLE = 503  # still loading, or its queue is full: not this request's fault
 CONNECT_TIMEOUT = 10.0  # seconds
+SUSPECT = 3  # lost connections after which a request may be given up, at the earliest
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 
 
 class GenerationFailed(ConnectionError):
     """A request that stayed without a usable answer."""
+
+
+class ConnectionsLost(GenerationFailed):
+    """A request during which the server went away again and again: it may be what kills it."""
 
 
 class PromptTooLong(GenerationFailed):
@@ -66,6 +72,7 @@ class ChatClient:
         self.model = model
         self.attempts = attempts
         self.retries = 0
+        self.suspects = asyncio.Lock()  # requests that may kill a server go one at a time
         self.concurrency = concurrency
         self.timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -128,19 +135,25 @@ class ChatClient:
         body: dict[str, Any],
         usable: Callable[[dict[str, Any]], bool],
     ) -> dict[str, Any]:
-        """POST until the answer is usable; pauses grow twofold, with jitter."""
-        problem, attempt, url = "no attempt", 0, path
-        while attempt < self.attempts:
+        """POST until the answer is usable; pauses grow twofold, with jitter.
+
+        A request that lost its connection twice is sent while no other such request is, so that the
+        one that kills servers is found out and the others get their answer.
+        """
+        problem, attempt, lost, url = "no attempt", 0, 0, path
+        while attempt < self.attempts and lost < max(SUSPECT, self.attempts // 2):
             server = await self.routing.server_for(document_id)
             url = server + path
             try:
-                async with self.http.post(url, json=body) as response:
+                turn = self.suspects if lost >= SUSPECT - 1 else contextlib.nullcontext()
+                async with turn, self.http.post(url, json=body) as response:
                     status, content = response.status, await response.read()
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 self.routing.down(server, f"{type(error).__name__}: {error}")
                 continue
             except (aiohttp.ClientError, TimeoutError) as error:
                 problem = f"{type(error).__name__}: {error}"
+                lost += not isinstance(error, TimeoutError)
             else:
                 if status == UNAVAILABLE:
                     self.routing.down(server, f"HTTP 503: {start_of(content)}")
@@ -154,7 +167,8 @@ class ChatClient:
                 self.retries += 1
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-        raise GenerationFailed(f"{url}: {self.attempts} attempts failed, the last with {problem}")
+        failed = GenerationFailed if attempt == self.attempts else ConnectionsLost
+        raise failed(f"{url}: {attempt} attempts failed, the last with {problem}")
 
 
 def read_answer(url: str, status: int, content: bytes) -> tuple[dict[str, Any] | None, str]:

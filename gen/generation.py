@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,13 @@ import aiohttp
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from gen.client import ChatClient, Completion, GenerationFailed, PromptTooLong
+from gen.client import (
+    ChatClient,
+    Completion,
+    ConnectionsLost,
+    GenerationFailed,
+    PromptTooLong,
+)
 from gen.concurrency import AdaptiveLimit, Slots
 from gen.corpus import Document
 from gen.files import write_json
@@ -74,6 +80,7 @@ class Job:
     bar: tqdm
     failures: dict[str, str] = field(default_factory=dict)
     unsaved: list[Generation] = field(default_factory=list)
+    fits: dict[tuple[str, int], tuple[dict[str, str], bool]] = field(default_factory=dict)
 
     async def run(self, works: list[Work]) -> None:
         """Generate everything in ``works``; failures of requests are collected, not raised.
@@ -127,10 +134,9 @@ class Job:
         size = min(self.config.siblings_in_flight, len(work.indices))
         try:
             if size > 1 and self.config.warm_up:
-                with contextlib.suppress(GenerationFailed):  # the siblings will say what is wrong
-                    await self.warm_up(work)
+                await self.warm_up(work, queue)
             elif size > 1:
-                await self.one(lane, work, next(queue))
+                await self.one(lane, work, next(queue), queue)
         except BaseException:
             lane.slots.release()
             raise
@@ -140,7 +146,7 @@ class Job:
                 await lane.slots.acquire()
             try:
                 for index in queue:
-                    await self.one(lane, work, index)
+                    await self.one(lane, work, index, queue)
                     await lane.slots.yield_if_fewer()
             finally:
                 lane.slots.release()
@@ -148,44 +154,66 @@ class Job:
         async with asyncio.TaskGroup() as siblings:
             for number in range(size):
                 siblings.create_task(worker(number == 0))
+        for index in (0, *work.indices):
+            self.fits.pop((work.document.id, index), None)
 
-    async def one(self, lane: Lane, work: Work, index: int) -> None:
-        """One generation, and what is learned from it."""
+    async def one(self, lane: Lane, work: Work, index: int, queue: Iterator[int]) -> None:
+        """One generation, and what is learned from it; ``queue`` holds the siblings to come."""
         began = time.monotonic()
         try:
             answer = await self.generate(work, index)
         except GenerationFailed as error:
-            self.failures[f"{work.document.id}#{index}"] = str(error)
-            self.session.failed += 1
+            self.fail(work, index, str(error))
+            if isinstance(error, ConnectionsLost):
+                self.fail_all(work, queue, str(error))
         else:
             lane.finished(time.monotonic() - began, answer.completion_tokens)
-        self.bar.update()
+            self.bar.update()
         self.bar.set_postfix(self.speed(), refresh=False)
 
-    async def warm_up(self, work: Work) -> None:
+    async def warm_up(self, work: Work, queue: Iterator[int]) -> None:
         """Put the document's prompt into the server's cache: one token of the first sibling."""
-        index, document_id = work.indices[0], work.document.id
-        fields, _ = await fit(
-            self.client,
-            self.method,
-            self.config.context_length,
-            document_id,
-            index,
-            work.fields(index),
-        )
-        self.count(await self.ask(document_id, index, fields, max_tokens=1))
+        index = work.indices[0]
+        try:
+            fields, _ = await self.fitted(work, index)
+            self.count(await self.ask(work.document.id, index, fields, max_tokens=1))
+        except ConnectionsLost as error:
+            self.fail_all(work, queue, str(error))
+        except GenerationFailed:
+            pass  # the siblings will say what is wrong, or a shorter document helps them
+
+    def fail(self, work: Work, index: int, problem: str) -> None:
+        """Note a generation that this call does not make."""
+        self.failures[f"{work.document.id}#{index}"] = problem
+        self.session.failed += 1
+        self.bar.update()
+
+    def fail_all(self, work: Work, queue: Iterator[int], problem: str) -> None:
+        """Give up the siblings to come of a document whose prompt seems to kill servers."""
+        for index in queue:
+            self.fail(work, index, f"not tried after: {problem}")
+
+    async def fitted(self, work: Work, index: int) -> tuple[dict[str, str], bool]:
+        """The fields of a prompt that fits, and whether the document was cut for it.
+
+        Rephrases of a document have the same one, so it is looked for once.
+        """
+        key = (work.document.id, index if self.method.latent else 0)
+        if key not in self.fits:
+            self.fits[key] = await fit(
+                self.client,
+                self.method,
+                self.config.context_length,
+                work.document.id,
+                index,
+                work.fields(index),
+            )
+        return self.fits[key]
 
     async def generate(self, work: Work, index: int) -> Completion:
         """One generation, its document cut as far as the context demands."""
         document_id = work.document.id
-        fields, truncated = await fit(
-            self.client,
-            self.method,
-            self.config.context_length,
-            document_id,
-            index,
-            work.fields(index),
-        )
+        fields, truncated = await self.fitted(work, index)
         while True:
             try:
                 answer = await self.ask(document_id, index, fields, self.method.max_tokens)
@@ -252,6 +280,7 @@ class Job:
         if self.unsaved:
             self.store.append(self.unsaved, self.config.writer)
             self.unsaved = []
+            self.store.merge(self.config.writer, self.config.merge_parts)
         self.session.retries = self.client.retries
         self.session.restarts = self.servers.restarts()
         self.session.save(self.store.folder)

@@ -13,6 +13,7 @@ from gen.corpus import Document
 from gen.latent import split_text
 
 REAL, REPHRASE, THOUGHT = 0, 1, 2
+TEXT_COLUMNS = ["document_id", "index", "text"]  # of a store, what megadocs are made of
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,14 @@ class Generations:
         texts = {int(self.indices[row]): self.texts[int(row)].as_py() for row in rows}
         return {index: self.edit(text) for index, text in texts.items()} if self.edit else texts
 
+    def one(self, place: int, index: int) -> str | None:
+        """One generation of a document that has all G, or None where it is dropped."""
+        position = self.starts[place] + index
+        if not self.kept[position]:
+            return None
+        text = self.texts[int(self.rows[position])].as_py()
+        return self.edit(text) if self.edit else text
+
     def made(self, place: int) -> set[int]:
         """Indices of all generations of document ``place``, the dropped ones included."""
         rows = self.rows[self.starts[place] : self.starts[place + 1]]
@@ -123,7 +132,7 @@ def simple(
         if part == generations.count:
             member = Member(REAL, document.text, 0)
             yield Megadoc(document.id, document.id, [member])
-        elif (text := generations.of(place).get(part)) is not None:
+        elif (text := generations.one(place, part)) is not None:
             yield Megadoc(f"{document.id}#{part}", document.id, [Member(REPHRASE, text, part)])
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from gen.corpus import Document
 from gen.files import read_json, replace_file
-from gen.megadocs import Generations
+from gen.megadocs import TEXT_COLUMNS, Generations
 from gen.quality import GATES, WORD, QualityConfig, ReportConfig, Selection, gates, select
 from gen.quality_table import columns_of, quality_table
 from gen.store import GenerationStore
@@ -87,7 +87,7 @@ def judge(
     rank = {document.id: place for place, document in enumerate(documents)}
     source = np.array([rank[name] for name in table["document_id"].to_pylist()])
     highest = int(columns["index"].max()) + 1
-    texts = Generations(store.read(), documents, highest, str(store.folder))
+    texts = Generations(store.read(TEXT_COLUMNS), documents, highest, str(store.folder))
     return Judged(store, table, columns, failed, select(failed, quality), source, documents, texts)
 
 

@@ -41,6 +41,7 @@ class GeneratorConfig:
     timeout: float = 600.0  # seconds
     attempts: int = 6
     flush_seconds: float = 5.0  # generations are on the disk at most this late
+    merge_parts: int = 128  # so many small parts of the store become one
     writer: int = 0  # this job among several that share the store
     writers: int = 1
     threads: int | None = None  # embedded: CPU threads; null: all cores
@@ -62,7 +63,7 @@ class GeneratorConfig:
             )
         if self.kind == "sglang":
             self.sglang.check()
-        for name in ("concurrency", "siblings_in_flight", "attempts"):
+        for name in ("concurrency", "siblings_in_flight", "attempts", "merge_parts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"generator.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.writer < self.writers:

@@ -1,9 +1,9 @@
 """Generations on disk: append-only Parquet parts, each complete or not there.
 
-A part is written under a temporary name, synced and renamed. The keys that are present are the
-state of a job, so it resumes by asking what is missing. Rows of one key can be written only once:
-a lock keeps a second writer out, and several writers (one per node) share a store by owning
-disjoint documents.
+A part is written under a temporary name, synced and renamed; many small ones are merged. The keys
+that are present are the state of a job, so it resumes by asking what is missing. Rows of one key
+can be written only once: a lock keeps a second writer out, and several writers (one per node) share
+a store by owning disjoint documents.
 """
 
 from __future__ import annotations
@@ -128,8 +128,19 @@ class GenerationStore:
             yield
 
     def parts(self) -> list[Path]:
-        """Complete parts in a fixed order."""
-        return sorted(self.folder.glob("part-*.parquet"))
+        """Complete parts in a fixed order, without those that a merged part has replaced."""
+        found = sorted(
+            (writer, first, -last, path)
+            for path in self.folder.glob("part-*.parquet")
+            for writer, first, last in [numbers_of(path)]
+        )
+        kept: list[Path] = []
+        covered = (-1, -1)  # writer and last number of the part before
+        for writer, first, negative_last, path in found:
+            if (writer, first) > covered:
+                kept.append(path)
+                covered = (writer, -negative_last)
+        return kept
 
     def append(self, rows: list[Generation], writer: int) -> None:
         """Write ``rows`` as a new part and sync it to the disk.
@@ -139,10 +150,14 @@ class GenerationStore:
         """
         # One above the highest, not the count: a part that was deleted must not be followed by
         # one that replaces another.
-        names = (path.stem for path in self.folder.glob(f"part-{writer:03d}-*.parquet"))
-        number = 1 + max((int(name.rsplit("-", 1)[1]) for name in names), default=-1)
+        last = (numbers_of(path)[2] for path in self.folder.glob(f"part-{writer:03d}-*.parquet"))
+        number = 1 + max(last, default=-1)
         table = pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
-        with replace_file(self.folder / f"part-{writer:03d}-{number:06d}.parquet") as unfinished:
+        self.write_part(self.folder / f"part-{writer:03d}-{number:06d}.parquet", table)
+
+    def write_part(self, path: Path, table: pa.Table) -> None:
+        """Write one part atomically."""
+        with replace_file(path) as unfinished:
             try:
                 pq.write_table(table, unfinished, compression="zstd")
             except OSError as error:
@@ -151,19 +166,38 @@ class GenerationStore:
                     "is complete: make room and run the same command again"
                 ) from error
 
+    def merge(self, writer: int, count: int) -> None:
+        """Replace a writer's small parts by one where there are ``count`` of them.
+
+        The merged part's name tells which numbers it replaces, and from the moment it is there
+        those are ignored: wherever this is killed, every row is read once.
+        """
+        prefix = f"part-{writer:03d}-"
+        current = [path for path in self.parts() if path.name.startswith(prefix)]
+        replaced = set(self.folder.glob(f"{prefix}*.parquet")) - set(current)
+        for path in replaced:  # left by a merge that was killed
+            path.unlink()
+        small = [path for path in current if "-" not in path.stem.removeprefix(prefix)]
+        if len(small) < count:
+            return
+        table = pa.concat_tables([pq.read_table(path) for path in small])
+        first, last = numbers_of(small[0])[1], numbers_of(small[-1])[2]
+        self.write_part(self.folder / f"{prefix}{first:06d}-{last:06d}.parquet", table)
+        for path in small:
+            path.unlink()
+
     def done(self) -> dict[str, set[int]]:
         """Indices that are present, by document."""
         present: dict[str, set[int]] = defaultdict(set)
-        for part in self.parts():
-            keys = pq.read_table(part, columns=["document_id", "index"])
-            for document, index in zip(
-                keys["document_id"].to_pylist(), keys["index"].to_pylist(), strict=True
-            ):
+        if self.parts():
+            keys = self.read(["document_id", "index"])
+            names, indices = keys["document_id"].to_pylist(), keys["index"].to_pylist()
+            for document, index in zip(names, indices, strict=True):
                 present[document].add(index)
         return present
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
-        """All generations.
+        """All generations; a job may be writing meanwhile.
 
         Raises:
             FileNotFoundError: nothing was generated yet.
@@ -173,21 +207,46 @@ class GenerationStore:
             raise FileNotFoundError(
                 f"{self.folder} holds no generations; make them with generate.py first"
             )
-        tables = []
-        for part in self.parts():
-            try:
-                tables.append(pq.read_table(part, columns=columns))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(
-                    f"{part} is corrupted ({error}); delete it and run generate.py again, which "
-                    "makes only what is missing"
-                ) from error
-        return pa.concat_tables(tables)
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # merged since it was listed
+                return pa.concat_tables([read_part(part, columns) for part in self.parts()])
 
     def fingerprint(self) -> str:
-        """Changes when generations are added."""
-        sizes = [(part.name, part.stat().st_size) for part in self.parts()]
-        return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
+        """Changes when generations are added, not when parts are merged."""
+        rows: dict[int, int] = defaultdict(int)
+        times: dict[int, set[float]] = defaultdict(set)
+        for part in self.parts():
+            writer, footer = numbers_of(part)[0], pq.read_metadata(part)
+            rows[writer] += footer.num_rows
+            for group in range(footer.num_row_groups):
+                created = footer.row_group(group).column(SCHEMA.get_field_index("created_at"))
+                times[writer] |= {created.statistics.min, created.statistics.max}
+        state = [(writer, rows[writer], min(times[writer]), max(times[writer])) for writer in rows]
+        return hashlib.sha256(repr(sorted(state)).encode()).hexdigest()[:16]
+
+
+def numbers_of(part: Path) -> tuple[int, int, int]:
+    """Writer, first and last number of a part from its name."""
+    writer, *numbers = (int(piece) for piece in part.stem.split("-")[1:])
+    return writer, numbers[0], numbers[-1]
+
+
+def read_part(part: Path, columns: list[str] | None) -> pa.Table:
+    """Read one part.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is corrupted.
+    """
+    try:
+        return pq.read_table(part, columns=columns)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{part} is corrupted ({error}); delete it and run generate.py again, which "
+            "makes only what is missing"
+        ) from error
 
 
 def difference(before: object, after: object, context: int = 30) -> str:

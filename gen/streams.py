@@ -23,6 +23,7 @@ from gen.corpus import Document
 from gen.files import read_json, replace_folder
 from gen.megadocs import (
     REAL,
+    TEXT_COLUMNS,
     THOUGHT,
     Generations,
     Megadoc,
@@ -137,7 +138,7 @@ def build_stream(
     judged: dict[str, Any] = {}
     chosen = None
     if store is not None:
-        chosen = Generations(store.read(), documents, generations, str(store.folder))
+        chosen = Generations(store.read(TEXT_COLUMNS), documents, generations, str(store.folder))
         judged = select_generations(chosen, store, documents, documents_hash, quality)
     megadocs = assemble(kind, documents, chosen, tokenizer, config)
     try:

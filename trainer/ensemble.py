@@ -46,7 +46,7 @@ def evaluate_ensemble(
 
     Args:
         runs: run folders (their newest checkpoints) or checkpoint folders.
-        validation: name of the held-out stream; default the one of the first run.
+        validation: held-out stream by its name or its folder; default the one of the first run.
         mean: what is averaged.
 
     Raises:
@@ -64,7 +64,8 @@ def evaluate_ensemble(
         if first is None:
             first = config
             name = validation or config.data.validation
-            stream = MegadocStream(f"{config.data.root}/streams/{name}", config.data.cache)
+            path = name if "/" in name else f"{config.data.root}/streams/{name}"
+            stream = MegadocStream(path, config.data.cache)
         assert stream is not None
         check_comparable(runs[0], first, run, config)
         check_tokenizer(run, stream)

@@ -26,6 +26,7 @@ from trainer.plan import concatenate_and_cut, pack_whole
 
 BATCH_TOKENS = 16_384  # tokens in one forward pass
 BUCKETS = 24  # positions up to 2 ** 23
+KINDS = ("real", "rephrase", "thought")  # of members, by the number in a sample's member_kinds
 
 
 @dataclass
@@ -37,8 +38,11 @@ class Scores:
     document_tokens: np.ndarray = field(init=False)  # float64 [N]
     bucket_loss: np.ndarray = field(init=False)  # float64 [BUCKETS], nats
     bucket_tokens: np.ndarray = field(init=False)  # float64 [BUCKETS]
+    kind_loss: np.ndarray = field(init=False)  # float64 [KINDS], nats
+    kind_tokens: np.ndarray = field(init=False)  # float64 [KINDS]
 
     def __post_init__(self) -> None:
+        self.kind_loss, self.kind_tokens = np.zeros((2, len(KINDS)))
         self.document_loss, self.document_tokens = np.zeros((2, len(self.stream)))
         self.bucket_loss, self.bucket_tokens = np.zeros((2, BUCKETS))
 
@@ -47,16 +51,39 @@ class Scores:
         valid = (batch.targets != NO_TARGET).cpu().numpy()
         loss = losses.double().cpu().numpy()[valid]
         documents = batch.target_documents.cpu().numpy()[valid]
-        buckets = position_bucket(batch.target_positions.cpu().numpy()[valid])
+        positions = batch.target_positions.cpu().numpy()[valid]
+        buckets = position_bucket(positions)
+        if self.has_members:
+            kinds = self.member_kinds(documents, positions)
+            self.kind_loss += np.bincount(kinds, loss, len(KINDS))
+            self.kind_tokens += np.bincount(kinds, minlength=len(KINDS))
         size = len(self.stream)
         self.document_loss += np.bincount(documents, loss, size)
         self.document_tokens += np.bincount(documents, minlength=size)
         self.bucket_loss += np.bincount(buckets, loss, BUCKETS)
         self.bucket_tokens += np.bincount(buckets, minlength=BUCKETS)
 
+    @property
+    def has_members(self) -> bool:
+        """Whether the documents are megadocs of several members."""
+        return len(self.stream.member_lengths) > len(self.stream)
+
+    def member_kinds(self, documents: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Kind of the member that each position ``[T]`` of its document ``[T]`` lies in."""
+        kinds = np.empty(len(documents), dtype=np.int64)
+        for document in np.unique(documents):
+            sample = self.stream[int(document)]
+            mine = documents == document
+            member = np.searchsorted(sample.member_ends, positions[mine], side="right")
+            kinds[mine] = sample.member_kinds[member]
+        return kinds
+
     def sum_over(self, ranks: Ranks) -> None:
         """Add the other ranks' parts."""
-        for name in ("document_loss", "document_tokens", "bucket_loss", "bucket_tokens"):
+        for name in (
+            *("document_loss", "document_tokens", "bucket_loss", "bucket_tokens"),
+            *("kind_loss", "kind_tokens"),
+        ):
             total = torch.from_numpy(getattr(self, name)).to(ranks.device)
             setattr(self, name, ranks.all_reduce(total).cpu().numpy())
 
@@ -92,6 +119,15 @@ class Scores:
             if tokens
         }
 
+    @property
+    def loss_by_kind(self) -> dict[str, float]:
+        """Nats per token of the real, rephrased and thought members, given what precedes them."""
+        return {
+            name: float(loss / tokens)
+            for name, loss, tokens in zip(KINDS, self.kind_loss, self.kind_tokens, strict=True)
+            if tokens
+        }
+
     def metrics(self) -> dict[str, float]:
         """For the log."""
         named = {f"eval/{name}": value for name, value in self.loss.items()}
@@ -104,6 +140,7 @@ class Scores:
             "loss": self.loss,
             "bits_per_byte": self.bits_per_byte,
             "loss_by_position": self.loss_by_position,
+            **({"loss_by_kind": self.loss_by_kind} if self.has_members else {}),
             "evaluation": {
                 "stream": manifest.name,
                 "documents": len(self.stream),

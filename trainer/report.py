@@ -56,8 +56,7 @@ def write_report(folder: Path, output: Path) -> tuple[str, Path]:
     path.write_text(page(f"Megadocs: runs in {folder}", sections, footer), encoding="utf-8")
     text = format_table(rows)
     if study.unfinished:
-        names = ", ".join(path.name for path in study.unfinished)
-        text += f"\nnot finished, left out: {names}"
+        text += f"\nnot finished, left out: {unfinished_names(study)}"
     return text, path
 
 
@@ -107,16 +106,21 @@ def run_row(run: Run, runs: Sequence[Run]) -> dict[str, str]:
 
 def compute_row(group: Group) -> dict[str, str]:
     """What one configuration costs, a seed."""
-    run = group.first
+    run, recipe = group.first, group.first.config.recipe
     hours = sum(one.hours for one in group.runs) / len(group.runs)
     return {
         "recipe": run.kind,
         "G": str(run.generations or "-"),
         "parameters": f"{run.result['parameters']:,}",
         "real tokens": f"{run.real_tokens:,}",
-        "epochs": f"{run.config.recipe.epochs:g}",
-        "w": f"{run.config.recipe.mixing_fraction:g}",
+        "mask": run.config.data.mask.value,
+        "context": f"{run.config.data.context_length:,}",
+        "epochs": f"{recipe.epochs:g}",
+        "w": f"{recipe.mixing_fraction:g}",
+        "lr": f"{recipe.learning_rate:g}",
+        "wd": f"{recipe.weight_decay:g}",
         "tokens trained": f"{run.tokens:,}",
+        "real tokens seen": f"{run.real_tokens_seen:,}",
         "synthetic passes": f"{run.synthetic_passes:.2f}",
         "FLOPs": f"{run.flops:.3g}",
         "hours": f"{hours:.4g} {run.device}",
@@ -154,9 +158,15 @@ def introduction(study: Study) -> str:
         "corpus and tokenizer.</p>"
     )
     if study.unfinished:
-        names = ", ".join(path.name for path in study.unfinished)
-        text += f"<p>Not finished and left out: {html.escape(names)}.</p>"
+        text += f"<p>Not finished and left out: {html.escape(unfinished_names(study))}.</p>"
     return text
+
+
+def unfinished_names(study: Study) -> str:
+    return ", ".join(
+        f"{path.name} (diverged)" if (path / "diverged.txt").exists() else path.name
+        for path in study.unfinished
+    )
 
 
 def certificates(study: Study) -> str:

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from trainer import paper
+from trainer.laws import POWER, REPEATED_DATA
 from trainer.report_figures import label_of, row
 from trainer.report_page import Drawing, Missing, colour, legend, log_ticks, marker, new_figure
 from trainer.report_runs import Group, Study, best_by
 from trainer.scaling_laws import (
-    POWER,
-    REPEATED_DATA,
     DataEfficiency,
     Fit,
     Points,
@@ -219,11 +218,11 @@ def real_data_law(study: Study) -> Fit:
     ]
     best = best_by(real, lambda run: run.real_tokens)
     if len(best) < len(POWER.parameters):
-        found = ", ".join(f"{tokens:,}" for tokens in best) or "none"
+        sizes = f" ({', '.join(f'{tokens:,}' for tokens in best)} tokens)" if best else ""
         raise ValueError(
             f"the real-only law needs at least {len(POWER.parameters)} sizes of corpus at "
-            f"{size:,} parameters, mask {mask} and context {context}, found {len(best)} "
-            f"({found} tokens); build corpora with other "
+            f"{size:,} parameters, mask {mask} and context {context}, found {len(best)}"
+            f"{sizes}; build corpora with other "
             "corpus.token_budget and the same documents, and train recipe=real on each"
         )
     points = Points(np.array(list(best)), [group.losses() for group in best.values()])
@@ -292,20 +291,21 @@ def efficiency(study: Study) -> Drawing | Missing:
     measured = law.points.inputs[:, 0]
     reach = [answer.efficiency.equivalent_tokens for answer in found]
     finite = [tokens for tokens in reach if math.isfinite(tokens)]
-    x = np.geomspace(measured.min(), max(measured.max(), *finite, 0.0), 80)
+    farthest = min(max([measured.max(), *finite]), 10 * measured.max())
+    x = np.geomspace(measured.min(), farthest, 80)
     draw_fit(axes[0], law, x, colour("real"))
     means = [float(np.mean(losses)) for losses in law.points.losses]
     axes[0].plot(measured, means, "o", color=colour("real"), label="real only")
     axes[0].set_xscale("log")
-    lines: dict[str, list[Answer]] = defaultdict(list)
+    lines: dict[tuple[str, int], list[Answer]] = defaultdict(list)
     for answer in found:
         run = answer.group.first
-        lines[run.kind].append(answer)
+        lines[run.kind, run.real_tokens].append(answer)
         axes[0].axhline(answer.group.mean(), color=colour(run.kind), linewidth=0.8, alpha=0.6)
     axes[1].set_title("times the data", fontsize="medium")
     axes[1].set_xlabel("generations per document (G)")
     axes[1].set_ylabel("data efficiency")
-    for kind, line in lines.items():
+    for (kind, tokens), line in lines.items():
         points = [answer for answer in line if math.isfinite(answer.efficiency.factor)]
         factors = np.array([answer.efficiency.factor for answer in points])
         ends = np.array(
@@ -313,8 +313,15 @@ def efficiency(study: Study) -> Drawing | Missing:
         ).reshape(-1, 2)
         bars = np.nan_to_num(np.abs(ends - factors[:, None]).T, nan=0.0, posinf=0.0)
         generations = [answer.group.first.generations for answer in points]
-        style = {"marker": marker(kind), "capsize": 3, "color": colour(kind), "label": kind}
-        axes[1].errorbar(generations, factors, bars, **style)
+        axes[1].errorbar(
+            generations,
+            factors,
+            bars,
+            marker=marker(kind),
+            capsize=3,
+            color=colour(kind),
+            label=kind if tokens == study.main_setting[3] else f"{kind}, {tokens:,} real tokens",
+        )
     for name, factor in paper.HEADLINE.items():
         axes[1].axhline(factor, color="#bbbbbb", linestyle=":", label=f"published {name}, G=32")
     axes[1].axhline(1.0, color=colour("real"), linestyle="--")

@@ -32,11 +32,15 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """``real``, the kind of the synthetic stream with its variant, or a stream ``alone``."""
+        """``real``, the kind of the synthetic stream with its variant, or a stream ``alone``.
+
+        A student of teachers is a kind of its own: it must not stand for its recipe, least of all
+        for real-only training, which is the reference of data efficiency.
+        """
         recipe = self.config.recipe
-        if recipe.stream is None and recipe.base != "real":
-            return f"{recipe.base} alone"
-        return recipe.stream or recipe.base
+        alone = recipe.stream is None and recipe.base != "real"
+        kind = f"{recipe.base} alone" if alone else recipe.stream or recipe.base
+        return f"{kind} distilled" if self.config.distillation.teachers else kind
 
     @property
     def generations(self) -> int:
@@ -74,6 +78,12 @@ class Run:
     def synthetic_passes(self) -> float:
         name = self.config.recipe.synthetic
         return self.result["epochs_seen"][name] if name else 0.0
+
+    @property
+    def real_tokens_seen(self) -> int:
+        """Real tokens trained on: of the base stream, and of the copies in the synthetic one."""
+        copies = 0 if "no-real" in self.kind else self.synthetic_passes * self.real_tokens
+        return round(self.result["tokens_seen"][self.config.recipe.base] + copies)
 
     @property
     def flops(self) -> int:

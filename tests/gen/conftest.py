@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+from tokenizers import Tokenizer
 
 from gen.servers import GeneratorConfig, embedded_server
+from gen.tokenizer import TokenizerConfig, train_bpe
 
 CONTEXT_LENGTH = 512
 
@@ -15,3 +17,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     config = GeneratorConfig(context_length=CONTEXT_LENGTH, concurrency=4, threads=1)
     with embedded_server(config, tmp_path_factory.mktemp("server") / "server.log") as running:
         yield running.url
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Cuts documents for latent thoughts; rephrases need none."""
+    return train_bpe(["the cat sat on the mat " * 20], TokenizerConfig(vocab_size=300))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 PASSING = ("reset", "429", "500", "502", "503", "504", "garbage", "truncated", "abort", "timeout")
+POISON = b"a text that kills servers"  # requests with it always lose their connection
 SLOW = 3.0  # seconds a timeout takes; the client under test must give up earlier
 
 
@@ -30,7 +31,7 @@ class Faults(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        fault = self.next_fault()
+        fault = "reset" if POISON in body else self.next_fault()
         if fault == "reset":
             self.connection.close()
         elif fault == "timeout":

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from gen import client, supervisor
 from gen.client import ChatClient, GenerationFailed
@@ -24,9 +26,8 @@ from gen.routing import Routing, ServersLost
 from gen.servers import GeneratorConfig, Servers, embedded_server, serving
 from gen.store import GenerationStore
 from gen.supervisor import ServerFailed, SupervisedServer, free_port
-from gen.tokenizer import load_tokenizer
 from tests.conftest import REPOSITORY, TINY, run_script
-from tests.gen.faults import faulty
+from tests.gen.faults import POISON, Faults, faulty
 
 REPHRASE = MethodConfig(prompt="Rewrite in other words: {text}", generations=3, max_tokens=8)
 DOCUMENTS = [Document(f"d{i}", f"The {i}th cat sat on the mat and slept.") for i in range(8)]
@@ -74,22 +75,47 @@ def test_lasting_faults_are_reported(server: str) -> None:
 
 
 def test_a_job_behind_a_bad_network_ends_complete(
-    server: str, corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.05)
-    tokenizer, _ = load_tokenizer(corpus_root)
-    with faulty(server, [], share=0.4) as url:
+    with faulty(server, [], share=0.35) as url:
         config = GeneratorConfig(
             "openai", urls=[url], concurrency=6, timeout=2.0, attempts=12, flush_seconds=0.1
         )
-        run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
-    assert keys(GenerationStore(tmp_path / "generations" / "rephrase")) == ALL_KEYS
+        run_job(REPHRASE, config, DOCUMENTS[:5], tokenizer, tmp_path, serving)
+        assert len(set(Faults.spoiled)) > 3
+    found = keys(GenerationStore(tmp_path / "generations" / "rephrase"))
+    assert found == Counter(
+        (document.id, index) for document in DOCUMENTS[:5] for index in range(3)
+    )
+
+
+@pytest.mark.parametrize("siblings", [1, 3])
+def test_a_document_that_kills_servers_is_given_up_and_the_others_are_not(
+    server: str,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    siblings: int,
+) -> None:
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.05)
+    poison = Document("poison", f"This is {POISON.decode()}.")
+    documents = [DOCUMENTS[0], poison, *DOCUMENTS[1:]]
+    with faulty(server, []) as url:
+        config = GeneratorConfig(
+            "openai", urls=[url], concurrency=4, siblings_in_flight=siblings, flush_seconds=0.1
+        )
+        with pytest.raises(GenerationFailed, match=r"3 .*\(poison\)"):
+            run_job(REPHRASE, config, documents, tokenizer, tmp_path, serving)
+    store = GenerationStore(tmp_path / "generations" / "rephrase")
+    assert keys(store) == ALL_KEYS
+    problems = json.loads((store.folder / "failures-000.json").read_text())
+    assert sum("not tried after" in problem for problem in problems.values()) >= 2
 
 
 def test_documents_of_a_lost_server_go_to_another(
-    server: str, corpus_root: Path, tmp_path: Path
+    server: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
     with faulty(server, []) as url:
         owners: set[str] = set()
         while len(owners) < 2:
@@ -107,9 +133,8 @@ def test_documents_of_a_lost_server_go_to_another(
 
 
 def test_an_attached_server_that_comes_back_is_waited_for(
-    server: str, corpus_root: Path, tmp_path: Path
+    server: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
     port, back, done = free_port(), threading.Event(), threading.Event()
 
     def outage() -> None:
@@ -145,10 +170,9 @@ def server_process(running: SupervisedServer) -> int:
 
 
 def run_with_attack(
-    corpus_root: Path, tmp_path: Path, restarts: int, attack: Callable[[SupervisedServer], None]
+    tokenizer: Tokenizer, tmp_path: Path, restarts: int, attack: Callable[[SupervisedServer], None]
 ) -> int:
     """Run a job on its own embedded server, attack that once a part is stored; its restarts."""
-    tokenizer, _ = load_tokenizer(corpus_root)
     config = GeneratorConfig(
         context_length=256, concurrency=2, threads=1, flush_seconds=0.1, restarts=restarts
     )
@@ -174,10 +198,10 @@ def run_with_attack(
 
 
 def test_a_server_killed_in_the_middle_is_started_again(
-    corpus_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tokenizer: Tokenizer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     restarted = run_with_attack(
-        corpus_root, tmp_path, 3, lambda running: os.kill(server_process(running), signal.SIGKILL)
+        tokenizer, tmp_path, 3, lambda running: os.kill(server_process(running), signal.SIGKILL)
     )
     assert restarted == 1
     assert keys(GenerationStore(tmp_path / "generations" / "rephrase")) == ALL_KEYS
@@ -187,23 +211,23 @@ def test_a_server_killed_in_the_middle_is_started_again(
 
 
 def test_a_server_that_hangs_is_started_again(
-    corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "HEALTH_EVERY", 0.2)
-    monkeypatch.setattr(supervisor, "HEALTH_TIMEOUT", 1.0)
+    monkeypatch.setattr(supervisor, "HEALTH_TIMEOUT", 0.5)
     restarted = run_with_attack(
-        corpus_root, tmp_path, 3, lambda running: os.kill(server_process(running), signal.SIGSTOP)
+        tokenizer, tmp_path, 3, lambda running: os.kill(server_process(running), signal.SIGSTOP)
     )
     assert restarted >= 1
     assert keys(GenerationStore(tmp_path / "generations" / "rephrase")) == ALL_KEYS
 
 
 def test_a_server_that_keeps_dying_ends_the_job_with_its_log(
-    corpus_root: Path, tmp_path: Path
+    tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(ServersLost, match=r"ended with status 137 after 0 restarts[\s\S]*slot"):
         run_with_attack(
-            corpus_root,
+            tokenizer,
             tmp_path,
             0,
             lambda running: os.kill(server_process(running), signal.SIGKILL),
@@ -212,7 +236,7 @@ def test_a_server_that_keeps_dying_ends_the_job_with_its_log(
     kept = keys(store)
     assert kept
     assert not kept - ALL_KEYS
-    run_with_attack(corpus_root, tmp_path, 0, lambda running: None)  # what is missing
+    run_with_attack(tokenizer, tmp_path, 0, lambda running: None)  # what is missing
     assert keys(store) == ALL_KEYS
 
 
@@ -265,6 +289,7 @@ def test_sigkill_at_random_moments_loses_and_repeats_nothing(
         "generator.model=SmolLM2-135M-Instruct",
         "generator.context_length=512",
         "generator.flush_seconds=0.1",
+        "generator.merge_parts=3",
         "generator.concurrency=2",
     ]
     command = [sys.executable, "generate.py", "generate", *arguments]

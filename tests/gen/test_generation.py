@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
 
 from gen import generation
 from gen.client import GenerationFailed
@@ -21,7 +22,6 @@ from gen.generation import run_job
 from gen.prompts import MethodConfig
 from gen.servers import GeneratorConfig, Servers, serving
 from gen.store import GenerationStore
-from gen.tokenizer import load_tokenizer
 from tests.gen.faults import faulty
 
 REPHRASE = MethodConfig(prompt="Rewrite in other words: {text}", generations=3, max_tokens=8)
@@ -29,9 +29,8 @@ DOCUMENTS = [Document(f"d{i}", f"The {i}th cat sat on the mat and slept.") for i
 
 
 def test_failed_documents_are_reported_and_tried_again(
-    server: str, corpus_root: Path, tmp_path: Path
+    server: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
 
     def run(urls: list[str]) -> None:
         config = GeneratorConfig("openai", urls=urls, concurrency=1, attempts=1)
@@ -52,8 +51,7 @@ def test_failed_documents_are_reported_and_tried_again(
         run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
 
 
-def test_raising_g_repeats_nothing(server: str, corpus_root: Path, tmp_path: Path) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
+def test_raising_g_repeats_nothing(server: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     config = GeneratorConfig("openai", urls=[server])
     for count, new in ((1, 4), (3, 8), (3, 0)):
         method = MethodConfig(prompt=REPHRASE.prompt, generations=count, max_tokens=8)
@@ -62,11 +60,10 @@ def test_raising_g_repeats_nothing(server: str, corpus_root: Path, tmp_path: Pat
 
 
 def test_long_documents_are_cut_to_fit_and_marked(
-    server: str, corpus_root: Path, tmp_path: Path
+    server: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
-    documents = [Document("long", "word " * 3000), Document("short", "a few words")]
-    config = GeneratorConfig("openai", urls=[server], context_length=512)
+    documents = [Document("long", "word " * 600), Document("short", "a few words")]
+    config = GeneratorConfig("openai", urls=[server], context_length=256)
     latent = MethodConfig(
         "latent", True, 2, prompt="Before: {prefix} After: {suffix}", max_tokens=8
     )
@@ -75,9 +72,9 @@ def test_long_documents_are_cut_to_fit_and_marked(
         store = GenerationStore.of_method(tmp_path, method.name, method.generations, method.latent)
         for row in store.read().to_pylist():
             assert row["truncated"] == (row["document_id"] == "long")
-            assert row["prompt_tokens"] <= 512 - 8
+            assert row["prompt_tokens"] <= 256 - 8
             if row["truncated"]:
-                assert row["prompt_tokens"] > 350  # no more is cut than must be
+                assert row["prompt_tokens"] > 160  # no more is cut than must be
     config = GeneratorConfig("openai", urls=[server], context_length=75)
     with pytest.raises(GenerationFailed, match="not even the instructions fit"):
         run_job(REPHRASE, config, documents[:1], tokenizer, tmp_path / "b", serving)
@@ -100,9 +97,8 @@ def test_the_embedded_job_shares_prompt_prefixes(corpus_root: Path) -> None:
 
 
 def test_a_full_disk_ends_the_job_and_the_next_one_goes_on(
-    server: str, corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
     config = GeneratorConfig("openai", urls=[server], concurrency=2, flush_seconds=0.2)
     full = threading.Event()
     write = pq.write_table
@@ -128,9 +124,8 @@ def test_a_full_disk_ends_the_job_and_the_next_one_goes_on(
 
 
 def test_another_prompt_is_refused_before_anything_is_asked(
-    server: str, corpus_root: Path, tmp_path: Path
+    server: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
     config = GeneratorConfig("openai", urls=[server])
     run_job(REPHRASE, config, DOCUMENTS[:1], tokenizer, tmp_path, serving)
     other = MethodConfig(prompt="Say it in other words: {text}", generations=3, max_tokens=8)
@@ -139,9 +134,8 @@ def test_another_prompt_is_refused_before_anything_is_asked(
 
 
 def test_a_second_job_on_the_same_store_is_refused(
-    server: str, corpus_root: Path, tmp_path: Path
+    server: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
     config = GeneratorConfig("openai", urls=[server])
 
     @contextlib.contextmanager
@@ -156,7 +150,7 @@ def test_a_second_job_on_the_same_store_is_refused(
 
 
 def test_adaptive_concurrency_fills_a_real_server(
-    server: str, corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four slots and a band of 1 to 3 waiting requests: between 5 and 7 in flight."""
     monkeypatch.setattr(generation, "LOOK_EVERY", 0.05)
@@ -170,7 +164,6 @@ def test_adaptive_concurrency_fills_a_real_server(
     monkeypatch.setattr(
         generation, "AdaptiveLimit", functools.partial(Recorded, queue_low=1, queue_high=3)
     )
-    tokenizer, _ = load_tokenizer(corpus_root)
     config = GeneratorConfig("openai", urls=[server], concurrency=64, adaptive=True)
     documents = [Document(f"e{i}", f"The {i}th cat sat on the mat.") for i in range(24)]
     method = MethodConfig(prompt="Rewrite: {text}", generations=2, max_tokens=12)
@@ -182,10 +175,9 @@ def test_adaptive_concurrency_fills_a_real_server(
 
 
 def test_the_cuts_of_a_document_share_the_text_before_them(
-    corpus_root: Path, tmp_path: Path, server: str
+    tokenizer: Tokenizer, tmp_path: Path, server: str
 ) -> None:
     """From the last cut to the first: half of an evenly cut document is cached on average."""
-    tokenizer, _ = load_tokenizer(corpus_root)
     text = " ".join(f"Sentence {i} tells of the {i * i}th ship." for i in range(20))
     method = MethodConfig(
         "latent", True, 5, prompt="Before: {prefix}\n\nAfter: {suffix}\n\nBetween:", max_tokens=2

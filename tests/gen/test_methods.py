@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer
 
 from gen.client import ChatClient
 from gen.corpus import Document
@@ -15,7 +16,6 @@ from gen.prompts import MethodConfig, sibling_seed
 from gen.routing import Routing
 from gen.servers import GeneratorConfig, serving
 from gen.store import GenerationStore
-from gen.tokenizer import load_tokenizer
 from tests.conftest import REPOSITORY
 
 STYLES = sorted(path.stem for path in (REPOSITORY / "conf" / "method").glob("*.yaml"))
@@ -69,9 +69,8 @@ def test_variants_are_taken_in_turn_and_come_after_the_document() -> None:
 
 @pytest.mark.parametrize("style", ["maga", "faq", "self"])
 def test_siblings_of_a_document_differ(
-    server: str, corpus_root: Path, tmp_path: Path, style: str
+    server: str, tokenizer: Tokenizer, tmp_path: Path, style: str
 ) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
     method = method_of(style, "method.generations=6", "method.max_tokens=12")
     config = GeneratorConfig("openai", urls=[server], concurrency=2, context_length=512)
     run_job(method, config, [DOCUMENT], tokenizer, tmp_path, serving)

@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from tokenizers import Tokenizer
 
 from gen.corpus import Document
 from gen.generation import run_job
@@ -16,7 +19,7 @@ from gen.prompts import MethodConfig
 from gen.servers import EMBEDDED, GeneratorConfig, Servers, embedded_weights, serving
 from gen.sglang import SglangConfig
 from gen.store import GenerationStore
-from gen.tokenizer import load_tokenizer
+from tests.conftest import REPOSITORY, run_script
 
 
 def flags(config: SglangConfig) -> list[str]:
@@ -89,7 +92,7 @@ def test_an_unknown_model_is_refused_with_those_served(server: str, tmp_path: Pa
         pass
 
 
-def test_replicas_share_the_documents(corpus_root: Path, tmp_path: Path) -> None:
+def test_replicas_share_the_documents(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Two real servers from one config: `python -m sglang.launch_server` is llama.cpp here."""
     stand_in = tmp_path / "sglang"
     stand_in.mkdir()
@@ -140,7 +143,6 @@ def test_replicas_share_the_documents(corpus_root: Path, tmp_path: Path) -> None
             siblings_in_flight=2,
             sglang=SglangConfig(python=sys.executable, replicas=2),
         )
-        tokenizer, _ = load_tokenizer(corpus_root)
         method = MethodConfig(prompt="Say it again: {text}", generations=2, max_tokens=4)
         documents = [Document(f"d{i}", f"There are {i} boats.") for i in range(12)]
         session = run_job(method, config, documents, tokenizer, tmp_path, measured)
@@ -149,5 +151,41 @@ def test_replicas_share_the_documents(corpus_root: Path, tmp_path: Path) -> None
     assert session.requests == 24 + 12  # a warm-up for each document
     logs = sorted((tmp_path / "generations").glob("server-0-replica-*.log"))
     assert [log.read_text().splitlines()[0] for log in logs] == ["GPUs 0", "GPUs 1"]
-    assert all(tokens > 100 for tokens in read)  # both had documents to work on
+    assert all(tokens > 0 for tokens in read)  # both had documents to work on
     assert GenerationStore.of_method(tmp_path, "rephrase", 2).read().num_rows == 24
+
+
+@pytest.mark.slow
+def test_the_slurm_script_gives_each_array_task_its_share(tmp_path: Path) -> None:
+    """Run as Slurm would, with /bin/false for SGLang: its log has the writer's number."""
+    done = subprocess.run(
+        [
+            *("bash", "conf/launcher/generate.sbatch", "scale=demo"),
+            *("generator.sglang.python=/bin/false", f"root={tmp_path}"),
+        ],
+        cwd=REPOSITORY,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "SLURM_ARRAY_TASK_ID": "1",
+            "SLURM_ARRAY_TASK_COUNT": "4",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the SGLang server ended with status 1 before it was healthy" in done.stderr
+    store = tmp_path / "generations" / "rephrase"
+    assert (store / "writer-1-of-4.lock").exists()
+    logs = {path.name for path in (tmp_path / "generations").glob("*.log")}
+    assert logs == {f"server-1-replica-{replica}.log" for replica in range(8)}
+
+
+def test_the_submitit_launcher_composes(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the launcher")
+    done = run_script(
+        *("generate.py", "launcher=slurm", "--cfg", "hydra", "--package", "hydra.launcher"),
+        f"root={tmp_path}",
+    )
+    assert "array_parallelism: 64" in done.stdout

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from gen.corpus import Document
 from gen.generation import run_job
@@ -12,7 +13,6 @@ from gen.servers import GeneratorConfig, serving
 from gen.sessions import Session, latest_of_writers, read_sessions
 from gen.status import status
 from gen.store import Generation, GenerationStore, owns
-from gen.tokenizer import load_tokenizer
 
 DOCUMENTS = [Document(f"d{i}", f"The {i}th boat came home late.") for i in range(6)]
 
@@ -67,8 +67,7 @@ def test_progress_speed_and_cost_of_two_writers(tmp_path: Path) -> None:
     assert [session.writer for session in latest_of_writers(read_sessions(store.folder))] == [0, 1]
 
 
-def test_a_real_job_is_told_as_it_went(server: str, corpus_root: Path, tmp_path: Path) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
+def test_a_real_job_is_told_as_it_went(server: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     method = MethodConfig("faq", prompt="Ask about: {text}", generations=3, max_tokens=4)
 
     def run(writer: int, documents: list[Document]) -> None:
@@ -95,8 +94,9 @@ def test_a_real_job_is_told_as_it_went(server: str, corpus_root: Path, tmp_path:
     assert everything == sum(table["prompt_tokens"].to_pylist())
 
 
-def test_a_finished_job_leaves_no_session(server: str, corpus_root: Path, tmp_path: Path) -> None:
-    tokenizer, _ = load_tokenizer(corpus_root)
+def test_a_finished_job_leaves_no_session(
+    server: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     method = MethodConfig("faq", prompt="Ask about: {text}", generations=1, max_tokens=2)
     config = GeneratorConfig("openai", urls=[server], concurrency=2)
     for _ in range(2):

@@ -1,6 +1,7 @@
 """The generation store: atomic parts, unique keys, refusals."""
 
 import multiprocessing
+import operator
 import resource
 from pathlib import Path
 
@@ -51,6 +52,54 @@ def test_a_deleted_part_is_not_followed_by_one_that_replaces_another(tmp_path: P
     store.parts()[0].unlink()
     store.append([row("a", 3)], 0)
     assert store.done() == {"a": {1, 2, 3}}
+
+
+def test_small_parts_are_merged_and_nothing_changes(tmp_path: Path) -> None:
+    store = GenerationStore(tmp_path)
+    for index in range(5):
+        store.append([row("a", index), row("b", index)], 0)
+        store.append([row("c", index)], 1)
+    before, fingerprint = store.read().to_pylist(), store.fingerprint()
+    store.merge(0, 6)
+    assert len(store.parts()) == 10  # too few for it
+    store.merge(0, 5)
+    names = [path.name for path in store.parts()]
+    assert names[0] == "part-000-000000-000004.parquet"
+    assert len(names) == 1 + 5
+    key = operator.itemgetter("document_id", "index")
+    assert sorted(store.read().to_pylist(), key=key) == sorted(before, key=key)
+    assert store.fingerprint() == fingerprint
+    store.append([row("a", 5)], 0)
+    assert store.fingerprint() != fingerprint
+    assert store.parts()[1].name == "part-000-000005.parquet"
+    for index in range(6, 9):
+        store.append([row("a", index)], 0)
+    store.merge(0, 2)
+    assert [path.name for path in store.parts()][:2] == [
+        "part-000-000000-000004.parquet",
+        "part-000-000005-000008.parquet",
+    ]
+    assert store.done() == {"a": set(range(9)), "b": set(range(5)), "c": set(range(5))}
+
+
+@pytest.mark.parametrize("deleted", range(5))
+def test_a_merge_that_was_killed_repeats_nothing(tmp_path: Path, deleted: int) -> None:
+    """Killed after the merged part was there and some of the small ones were gone."""
+    store = GenerationStore(tmp_path)
+    for index in range(4):
+        store.append([row("a", index)], 0)
+    copies = {path.name: path.read_bytes() for path in store.parts()}
+    store.merge(0, 4)
+    for name, content in list(copies.items())[deleted:]:
+        (tmp_path / name).write_bytes(content)
+    assert store.read().num_rows == 4
+    assert len(store.parts()) == 1
+    store.append([row("a", 4)], 0)
+    store.merge(0, 4)
+    assert sorted(path.name for path in tmp_path.glob("part-*")) == [
+        "part-000-000000-000003.parquet",
+        "part-000-000004.parquet",
+    ]
 
 
 def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path) -> None:

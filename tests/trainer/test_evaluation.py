@@ -211,9 +211,10 @@ def test_the_report_holds_every_run(runs: Path, tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines[1:4]] == ["real", "real", "stitched"]
     assert lines[-1] == "not finished, left out: unfinished"
     content = page.read_text()
-    assert content.count("data:image/png;base64,") == 3
+    drawn = len(list(tmp_path.glob("*.png")))
+    assert drawn >= 3  # losses by generations, loss by position, training
+    assert content.count("data:image/png;base64,") == drawn
     assert "<script" not in content
-    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_reports_refuse_what_cannot_be_compared(runs: Path, tmp_path: Path) -> None:

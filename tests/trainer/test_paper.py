@@ -10,6 +10,7 @@ from trainer import paper
 EXPERIMENTS = sorted(
     path.stem for path in Path(CONF, "experiment", "paper").glob("*.yaml") if path.stem != "base"
 )
+BEYOND = sorted(f"beyond/{path.stem}" for path in Path(CONF, "experiment", "beyond").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -18,6 +19,11 @@ def test_every_experiment_is_a_valid_run(name: str) -> None:
     config.check()
     assert config.data.batch_size == 64
     assert config.data.packing.value == "windows"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS[::9])
+def test_a_scale_shrinks_what_costs_and_keeps_the_recipe(name: str) -> None:
+    config = composed(f"experiment=paper/{name}")
     small = composed(f"experiment=paper/{name}", "scale=cpu")
     small.check()
     assert small.model.hidden_size == 128
@@ -25,6 +31,16 @@ def test_every_experiment_is_a_valid_run(name: str) -> None:
     assert small.recipe.used_generations <= 4
     kept = ("epochs", "mixing_fraction", "learning_rate", "weight_decay")
     assert all(getattr(small.recipe, key) == getattr(config.recipe, key) for key in kept)
+
+
+@pytest.mark.parametrize("name", ["demo", "slowrun_tiny", *BEYOND])
+def test_experiments_beyond_the_paper_are_valid_runs(name: str) -> None:
+    config = composed(f"experiment={name}")
+    config.check()
+    if name in BEYOND:
+        assert config.data.context_length * config.data.batch_size == 262_144
+        assert config.recipe.stream == "stitched"
+    composed(f"experiment={name}", "scale=30m").check()
 
 
 def test_all_sixteen_tuned_recipes_are_there() -> None:

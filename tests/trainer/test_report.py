@@ -201,9 +201,14 @@ def test_every_figure_of_the_paper_is_drawn(study: Path, tmp_path: Path) -> None
     errors = [float(row["held_out_error"]) for row in laws]
     assert errors == sorted(errors)
     compute = rows_of(tmp_path / "compute.csv")
-    row = next(row for row in compute if (row["recipe"], row["G"]) == ("stitched", "8"))
+    (row,) = [
+        row for row in compute if (row["recipe"], row["G"], row["seeds"]) == ("stitched", "8", "3")
+    ]
     assert row["generated tokens"] == f"{4 * REAL_TOKENS:,}"
     assert row["hours"] == "2 GPU"
+    # 8 passes over the real stream; w = 3/4 makes 48M synthetic tokens, 4.8 passes over 10M.
+    assert row["synthetic passes"] == "4.80"
+    assert row["real tokens seen"] == f"{8 * REAL_TOKENS + 48 * REAL_TOKENS // 10:,}"
 
 
 def test_data_efficiency_in_one_command(study: Path) -> None:
@@ -252,6 +257,17 @@ def test_the_best_configuration_is_the_best_mean_not_the_luckiest_seed(tmp_path:
     (best,) = best_by(read_study(tmp_path).main, lambda run: run.kind).values()
     assert best.first.config.recipe.weight_decay == 0.8
     assert best.spread() == pytest.approx(np.std(best.losses(), ddof=1))
+
+
+def test_a_student_of_teachers_is_no_real_only_run(tmp_path: Path) -> None:
+    fabricate(tmp_path, "real", 0, 3.2)
+    student = fabricate(tmp_path, "real", 0, 2.9, seed=1) / "config.yaml"
+    text = student.read_text()
+    assert "teachers: []" in text
+    student.write_text(text.replace("teachers: []", "teachers: [runs/a, runs/b]"))
+    best = best_by(read_study(tmp_path).groups, lambda run: run.kind)
+    assert sorted(best) == ["real", "real distilled"]
+    assert best["real"].mean() == pytest.approx(3.2, abs=0.01)
 
 
 @pytest.mark.parametrize(

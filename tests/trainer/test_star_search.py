@@ -1,14 +1,19 @@
 """The star search: pure logic on planted valleys, and the Hydra sweeper on real runs."""
 
+import importlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import run_script
+from tests.trainer.test_config import CONF
 from trainer.star_search import Grid, Place, StarSearch
 
 AXES: dict[str, list[float]] = {
@@ -89,6 +94,41 @@ def test_what_proves_nothing_is_refused() -> None:
     search.record({(0,): math.inf, (1,): math.inf})
     with pytest.raises(ValueError, match="diverged"):
         search.certificate()
+
+
+def sweeper_for(*overrides: str) -> Any:
+    """The sweeper as Hydra sets it up, without a launcher."""
+    import train  # noqa: F401  (puts trainer/plugins on sys.path, registers the schema)
+
+    plugin = importlib.import_module("hydra_plugins.star_sweeper")
+    master = compose("train", list(overrides), return_hydra_config=True)
+    sweeper = plugin.StarSweeper(dict(master.hydra.sweeper.params))
+    sweeper.master, sweeper.loader = master, GlobalHydra.instance().config_loader()
+    return sweeper
+
+
+def test_what_is_no_axis_makes_searches_of_their_own() -> None:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        arguments = ["sweep=star", "recipe=stitched,simple", "recipe.generations=2,8", "seed=1"]
+        studies = sweeper_for("sweep=star").studies([*arguments, "recipe.epochs=4,8,16"])
+        assert len(studies) == 4
+        assert studies[1].overrides == ["recipe=stitched", "recipe.generations=8", "seed=1"]
+        centre = studies[1].search.grid.values(studies[1].search.centre)
+        assert centre == {
+            "recipe.learning_rate": 3e-3,
+            "recipe.weight_decay": 0.4,
+            "recipe.epochs": 16.0,
+            "recipe.mixing_fraction": 0.75,
+        }
+        assert len(studies[1].search.wanted) == 1 + 2 + 2 + 1 + 2  # 16 epochs end that axis
+        down = studies[1].job((1, 1, 1, 1))
+        assert down[-2:] == ["recipe.epochs=8.0", "recipe.mixing_fraction=0.75"]
+        # A value given for an axis is where the search starts.
+        (moved,) = sweeper_for("sweep=star").studies(["recipe=simple", "recipe.epochs=2"])
+        assert moved.search.grid.values(moved.search.centre)["recipe.epochs"] == 2.0
+        assert moved.overrides == ["recipe=simple"]
+        (real,) = sweeper_for("sweep=star_real").studies(["recipe=real"])
+        assert len(real.search.wanted) == 7  # the paper's count for real only
 
 
 @pytest.mark.slow

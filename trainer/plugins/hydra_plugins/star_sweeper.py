@@ -121,7 +121,7 @@ class StarSweeper(Sweeper):
                     continue
                 choices = [f"{key}={value}" for value in override.sweep_string_iterator()]
             else:
-                choices = [f"{key}={override.get_value_element_as_str()}"]
+                choices = [str(override.input_line)]
             combinations = [[*chosen, choice] for chosen in combinations for choice in choices]
         grid = Grid(grids)
         return [self.study(chosen, grid) for chosen in combinations]

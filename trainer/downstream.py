@@ -1,0 +1,67 @@
+"""Downstream tasks through lm-eval, in this process, on a run's Hugging Face export."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.distributed import choose_device
+from trainer.export import export_run
+
+
+def evaluate_tasks(
+    run: str | Path, tasks: Sequence[str], task_folder: str | None = None, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Metrics of each task, such as ``{"sciq": {"acc": 0.71, "acc_stderr": 0.01}}``.
+
+    Args:
+        run: run folder or checkpoint folder.
+        tasks: lm-eval's names; the paper's are arc_easy, piqa and sciq.
+        task_folder: folder with task files of your own, for machines without a network.
+        limit: questions of each task; None for all.
+
+    Raises:
+        ValueError: lm-eval is not installed, does not know a task, or cannot get its data.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"tasks={list(tasks)} need the lm-eval package: pip install 'megadocs[eval]'"
+        ) from error
+    manager = TaskManager(include_path=task_folder)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ValueError(
+            f"lm-eval does not know the tasks {unknown}; `lm_eval ls tasks` lists its own, "
+            "task_folder=... adds yours"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        export_run(run, model)
+        try:
+            found: Any = lm_eval.simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(model), "tokenizer": str(model)},
+                tasks=list(tasks),
+                task_manager=manager,
+                device=str(choose_device("auto")),
+                batch_size=16,
+                limit=limit,
+                bootstrap_iters=1000,
+            )
+        except (ConnectionError, FileNotFoundError) as error:
+            raise ValueError(
+                f"the data of tasks={list(tasks)} cannot be had here ({error}); put it into the "
+                "datasets cache (HF_HOME) or use task_folder=... with local files"
+            ) from error
+    return {
+        task: {
+            name.removesuffix(",none"): float(value)
+            for name, value in metrics.items()
+            if isinstance(value, float)
+        }
+        for task, metrics in found["results"].items()
+    }
