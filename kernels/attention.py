@@ -126,8 +126,7 @@ def varlen_attention(
     }
     half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if backend == "auto":
-        fits = {name: not lacking(name, asked) for name in ("flash", "torch")}
-        backend = "flash" if half and fits["flash"] else "torch" if fits["torch"] else "reference"
+        backend = automatic_backend(q.device, q.dtype, asked)
     if backend not in LACKS:
         raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(LACKS)}")
     if missing := lacking(backend, asked):
@@ -167,6 +166,17 @@ def varlen_attention(
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     out, lse = reference_attention(q, k, v, cu_seqlens, keys, scale, window, softcap)
     return (out, lse.float()) if return_lse else out
+
+
+def automatic_backend(
+    device: torch.device, dtype: torch.dtype, asked: dict[str, bool] | None = None
+) -> Backend:
+    """What ``auto`` is for these inputs; ``asked`` says which options are used."""
+    half = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    options = asked or dict.fromkeys(("cu_seqlens_k", "window", "softcap", "return_lse"), False)
+    if half and not lacking("flash", options):
+        return "flash"
+    return "reference" if lacking("torch", options) else "torch"
 
 
 def lacking(backend: str, asked: dict[str, bool]) -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from kernels.attention import automatic_backend
 from trainer.averaging import WeightAverage
 from trainer.checkpoint import (
     Checkpointer,
@@ -98,6 +99,8 @@ def train(config: TrainConfig) -> float:
         model.to(ranks.device)
         prepare_blocks(model, config, ranks)
         wrapped = parallelize(model, ranks, config.runtime)
+        if ranks.is_main:
+            print(describe_kernels(model, ranks.device), flush=True)
         optimizers = build_optimizers(model, config.optimizer, config.recipe)
         average = None
         if config.optimizer.averaging is not Averaging.none:
@@ -243,6 +246,14 @@ def describe_data(streams: list[MegadocStream], plan: Plan) -> str:
                 "data.packing=stream cuts documents instead."
             )
     return "\n".join(lines)
+
+
+def describe_kernels(model: Llama, device: torch.device) -> str:
+    """Which implementations run, in one line."""
+    attention = model.kernels.attention
+    if attention == "auto":
+        attention = automatic_backend(device, model.compute_dtype)
+    return f"kernels: {attention} attention, {model.kernels.loss} {model.kernels.loss_memory} loss"
 
 
 def model_vocabulary(config: TrainConfig, stream: MegadocStream) -> int:
