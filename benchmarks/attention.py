@@ -110,7 +110,8 @@ def providers(q: Tensor, k: Tensor, lengths: list[int], borders: Tensor) -> dict
             ),
         }
     tokens, group, size = q.shape[0], q.shape[1] // k.shape[1], q.shape[2]
-    tiles = attention_tiles(borders, tokens, size, group)
+    longest = max(lengths)
+    tiles = attention_tiles(borders, tokens, size, group, max_seqlen=longest)
     gluon_tiles = attention_tiles(borders, tokens, size, group, gluon=True)
     found: dict[str, Attend] = {
         "triton": lambda q, k, v: varlen_attention(
@@ -264,7 +265,7 @@ def measure(
     shared: dict[str, Any] = {"pack": pack, "tokens": tokens}
     shared["heads"] = f"{q_heads}/{key_heads}x{size}"
     if place.type == "cuda":
-        config = tile_config(place, size, q_heads // key_heads)
+        config = tile_config(place, size, q_heads // key_heads, max(lengths))
         shared["tile_efficiency"] = tile_efficiency(lengths, config)
     rows = []
     for which in passes:

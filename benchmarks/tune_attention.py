@@ -3,9 +3,9 @@
     python -m benchmarks.tune_attention                      # head dimensions 64, 96, 128
     python -m benchmarks.tune_attention --head-dims 128 --groups 1 4
 
-Each kernel is timed by itself on one long document and on short ones; what counts is the geometric
-mean. Combinations that do not compile or do not fit are left out. Takes long:
-hundreds of compilations.
+Each kernel is timed by itself, on a pack of short documents for batches without longer ones and on
+one long document for the others. Combinations that do not compile or do not fit are left out. Takes
+long: hundreds of compilations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +23,8 @@ from benchmarks.attention import lognormal
 from kernels.attention_config import FILE, TileConfig, read_configs
 from kernels.attention_layout import make_tiles
 
-PACKS = {"long": [32_768], "short": lognormal(32_768)}
+# By the smallest max_seqlen that the tiles are for.
+PACKS = {1: lognormal(32_768), 8192: [32_768]}
 HEADS = 16
 TILES = (64, 128)
 STEPS = (32, 64, 128)
@@ -34,13 +34,14 @@ BLANK = TileConfig(128, 128, *[64, 8, 2] * 3)
 
 
 class Kernels:
-    """The three kernels on the packs of one head shape."""
+    """The three kernels on a pack of one head shape."""
 
-    def __init__(self, head_dim: int, group: int) -> None:
+    def __init__(self, head_dim: int, group: int, lengths: list[int]) -> None:
+        self.borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
         generator = torch.Generator("cuda").manual_seed(0)
         options: dict[str, Any] = {"device": "cuda", "generator": generator}
         self.scale = head_dim**-0.5
-        tokens = sum(PACKS["long"])
+        tokens = sum(lengths)
         q, k, v, dout = (
             torch.randn(tokens, heads, head_dim, **options).bfloat16()
             for heads in (HEADS, HEADS // group, HEADS // group, HEADS)
@@ -50,15 +51,14 @@ class Kernels:
         self.lse, self.delta, self.dlse = torch.zeros(3, HEADS, tokens, device="cuda")
         self.lse += 20.0
 
-    def candidate(self, kernel: str, config: TileConfig, lengths: list[int]) -> timing.Candidate:
+    def candidate(self, kernel: str, config: TileConfig) -> timing.Candidate:
         """One launch of one kernel; its tables are made here."""
         from kernels.attention_triton import attention_forward
         from kernels.attention_triton_dkdv import key_gradients
         from kernels.attention_triton_dq import query_gradient
 
-        borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
         tokens = len(self.q)
-        tiles = make_tiles(borders, borders, tokens, tokens, config)
+        tiles = make_tiles(self.borders, self.borders, tokens, tokens, config)
         q, k, v, dout, lse = self.q, self.k, self.v, self.dout, self.lse
         options = (config, self.scale, None, 0.0)
         calls: dict[str, timing.Candidate] = {
@@ -71,20 +71,12 @@ class Kernels:
         return calls[kernel]
 
     def score(self, kernel: str, configs: list[TileConfig], rounds: int) -> dict[TileConfig, float]:
-        """Geometric mean of the medians over the packs, for the configurations that run."""
-        totals = dict.fromkeys(configs, 0.0)
-        for lengths in PACKS.values():
-            candidates = {
-                str(index): self.candidate(kernel, config, lengths)
-                for index, config in enumerate(configs)
-                if config in totals
-            }
-            times, failed = timing.interleaved(candidates, rounds)
-            for name in failed:
-                del totals[configs[int(name)]]
-            for name, seconds in times.items():
-                totals[configs[int(name)]] += math.log(seconds["median"])
-        return {config: math.exp(total / len(PACKS)) for config, total in totals.items()}
+        """Median seconds of the configurations that run."""
+        candidates = {
+            str(index): self.candidate(kernel, config) for index, config in enumerate(configs)
+        }
+        times, _ = timing.interleaved(candidates, rounds)
+        return {configs[int(name)]: seconds["median"] for name, seconds in times.items()}
 
 
 def variants(kernel: str, tile: int) -> Iterator[TileConfig]:
@@ -142,11 +134,15 @@ def main() -> None:
         raise SystemExit("error: no CUDA device; tiles can only be tuned on the GPU they are for")
     architecture = f"sm_{torch.cuda.get_device_capability()[0]}0"
     configs = read_configs()
-    for head_dim, group in itertools.product(options.head_dims, options.groups):
-        print(f"{architecture}, head dimension {head_dim}, {group} query heads a key head")
-        chosen = best(Kernels(head_dim, group), options.rounds)
+    shapes = itertools.product(options.head_dims, options.groups, PACKS)
+    for head_dim, group, longest in shapes:
+        print(
+            f"{architecture}, head dimension {head_dim}, {group} query heads a key head, "
+            f"documents from {longest} tokens"
+        )
+        chosen = best(Kernels(head_dim, group, PACKS[longest]), options.rounds)
         entry = configs.setdefault(architecture, {}).setdefault(str(head_dim), {})
-        entry[str(group)] = chosen._asdict()
+        entry.setdefault(str(group), {})[str(longest)] = chosen._asdict()
         # After every shape, so that an interrupted run keeps what it has found.
         unfinished = FILE.with_suffix(".tmp")
         unfinished.write_text(json.dumps(configs, indent=2) + "\n")

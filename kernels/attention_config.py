@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton attention kernels per architecture, head dimension and group size.
+"""Tile sizes of the Triton attention kernels per architecture, head dimension, group and length.
 
 They are read from ``attention_configs.json``, which ``python -m benchmarks.tune_attention`` writes
 on a GPU. Nothing is tuned while training.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 FILE = Path(__file__).with_name("attention_configs.json")
+# architecture -> head dimension -> smallest group -> smallest max_seqlen -> fields of TileConfig
+Configs = dict[str, dict[str, dict[str, dict[str, dict[str, int]]]]]
+Entry = TypeVar("Entry")
 
 
 class TileConfig(NamedTuple):
@@ -37,13 +40,14 @@ class TileConfig(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-def tile_config(device: torch.device, head_dim: int, group: int) -> TileConfig:
-    """The entry of a device: nearest head dimension above, nearest group size below.
+def tile_config(device: torch.device, head_dim: int, group: int, max_seqlen: int) -> TileConfig:
+    """The entry of a device: nearest head dimension above, nearest group size and length below.
 
     Args:
         device: a CUDA device, or the CPU for Triton's interpreter.
         head_dim: size of a head.
         group: query heads a key head.
+        max_seqlen: bound of the segment lengths, known without asking the device.
 
     Raises:
         ValueError: an architecture or a head dimension without an entry.
@@ -52,14 +56,11 @@ def tile_config(device: torch.device, head_dim: int, group: int) -> TileConfig:
         architecture = f"sm_{torch.cuda.get_device_capability(device)[0]}0"
     else:
         architecture = "interpreter"
-    return find_config(read_configs(), architecture, head_dim, group)
+    return find_config(read_configs(), architecture, head_dim, group, max_seqlen)
 
 
 def find_config(
-    configs: dict[str, dict[str, dict[str, dict[str, int]]]],
-    architecture: str,
-    head_dim: int,
-    group: int,
+    configs: Configs, architecture: str, head_dim: int, group: int, max_seqlen: int
 ) -> TileConfig:
     """Look an entry up in the file's content; raises as :func:`tile_config` does."""
     if architecture not in configs:
@@ -73,12 +74,17 @@ def find_config(
             f"no tiles for head dimension {head_dim} on {architecture} in {FILE.name} (up to "
             f"{max(map(int, configs[architecture]))}); use another backend"
         )
-    groups = configs[architecture][str(min(dims))]
-    return TileConfig(**groups[str(max(int(size) for size in groups if int(size) <= group))])
+    lengths = nearest_below(configs[architecture][str(min(dims))], group)
+    return TileConfig(**nearest_below(lengths, max(1, max_seqlen)))
+
+
+def nearest_below(entries: dict[str, Entry], wanted: int) -> Entry:
+    """The entry with the largest key up to ``wanted``; there is one for 1."""
+    return entries[str(max(int(key) for key in entries if int(key) <= wanted))]
 
 
 @functools.cache
-def read_configs() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    """architecture -> head dimension -> smallest group size -> fields of a ``TileConfig``."""
-    content: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(FILE.read_text())
+def read_configs() -> Configs:
+    """The file's content."""
+    content: Configs = json.loads(FILE.read_text())
     return content

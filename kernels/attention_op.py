@@ -6,6 +6,7 @@ and it can stand in a compiled graph, a CUDA graph or a checkpointed block.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ def attention_tiles(
     head_dim: int,
     group: int,
     *,
+    max_seqlen: int | None = None,
     cu_seqlens_k: Tensor | None = None,
     tokens_k: int | None = None,
     window: int | None = None,
@@ -35,6 +37,7 @@ def attention_tiles(
         tokens: length of the packed axis.
         head_dim: size of a head.
         group: query heads a key head.
+        max_seqlen: bound of the segment lengths, which decides the tiles; default ``tokens``.
         cu_seqlens_k: borders of the keys where they differ.
         tokens_k: length of the key axis where it differs.
         window: keys a query sees, itself included; None for all.
@@ -43,7 +46,8 @@ def attention_tiles(
     Raises:
         ValueError: no tile sizes for this GPU or head dimension.
     """
-    config = tile_config(cu_seqlens.device, head_dim, group)
+    longest = tokens if max_seqlen is None else max_seqlen
+    config = tile_config(cu_seqlens.device, head_dim, group, longest)
     if gluon:
         config = with_gluon_tiles(config, head_dim)
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
@@ -96,6 +100,7 @@ def triton_attention(
             q.shape[0],
             q.shape[2],
             q.shape[1] // k.shape[1],
+            max_seqlen=max_seqlen,
             cu_seqlens_k=cu_seqlens_k,
             tokens_k=k.shape[0],
             window=window,
@@ -128,6 +133,12 @@ def check_gluon(q: Tensor, window: int | None, softcap: float, tiles: Tiles | No
         )
     if tiles is not None and tiles.config != with_gluon_tiles(tiles.config, q.shape[2]):
         raise ValueError("these tiles are not for backend='gluon'; make them with gluon=True")
+    if q.shape[2] != 64 and not torch.compiler.is_compiling():
+        warnings.warn(  # shown once
+            f"backend='gluon' computes dK and dV of head dimension {q.shape[2]} with the portable "
+            "Triton kernel",
+            stacklevel=3,
+        )
 
 
 def with_gluon_tiles(config: TileConfig, head_dim: int) -> TileConfig:

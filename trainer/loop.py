@@ -253,6 +253,8 @@ def describe_kernels(model: Llama, device: torch.device) -> str:
     attention = model.kernels.attention
     if attention == "auto":
         attention = automatic_backend(device, model.compute_dtype)
+    if attention == "gluon" and model.config.head_dim != 64:
+        attention = "gluon (dK and dV: triton)"
     return f"kernels: {attention} attention, {model.kernels.loss} {model.kernels.loss_memory} loss"
 
 

@@ -70,13 +70,15 @@ class Kernels:
     loss: str = "torch"  # backend of linear_cross_entropy
     loss_memory: str = "fast"  # or lean
 
-    def tiles(self, config: ModelConfig, cu_seqlens: Tensor, tokens: int) -> Any:
+    def tiles(self, config: ModelConfig, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Any:
         """The tables that our attention kernels share among the layers; None for others."""
         if self.attention not in ("triton", "gluon"):
             return None
         group = config.num_heads // config.num_kv_heads
         gluon = self.attention == "gluon"
-        return attention_tiles(cu_seqlens, tokens, config.head_dim, group, gluon=gluon)
+        return attention_tiles(
+            cu_seqlens, tokens, config.head_dim, group, max_seqlen=max_seqlen, gluon=gluon
+        )
 
 
 class SoftTargets(NamedTuple):
@@ -262,7 +264,7 @@ class Llama(nn.Module):
         """
         x = F.embedding(input_ids, self.model.embed_tokens.weight).to(self.compute_dtype)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-        tiles = self.kernels.tiles(self.config, cu_seqlens, len(input_ids))
+        tiles = self.kernels.tiles(self.config, cu_seqlens, max_seqlen, len(input_ids))
         for layer in self.model.layers:
             x = layer(x, cos, sin, cu_seqlens, max_seqlen, tiles)
         hidden = self.model.norm(x)  # [T, D]

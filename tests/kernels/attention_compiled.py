@@ -158,7 +158,7 @@ def describe(kernel: Any, compiled: Any) -> dict[str, Any]:
 
 
 def main(architecture: str, head_dim: int, group: int, options: bool) -> None:
-    config = find_config(read_configs(), architecture, head_dim, group)
+    config = find_config(read_configs(), architecture, head_dim, group, 4096)
     for kernel, *sizes in kernels_of(config):
         arch = int(architecture.removeprefix("sm_"))
         print(json.dumps(compile_kernel(kernel, arch, head_dim, group, options, tuple(sizes))))

@@ -112,16 +112,19 @@ def test_other_head_dimensions_are_refused(head_dim: int) -> None:
 
 def test_configs_are_found_by_nearest_size_and_missing_ones_are_named() -> None:
     entry = dict.fromkeys(TileConfig._fields, 1)
-    configs = {"sm_90": {"64": {"1": entry, "4": entry | {"rows": 2}}}}
-    assert find_config(configs, "sm_90", 32, 3).rows == 1
-    assert find_config(configs, "sm_90", 64, 8).rows == 2
+    long = {"1": entry | {"rows": 2}, "8192": entry | {"rows": 3}}
+    configs = {"sm_90": {"64": {"1": {"1": entry}, "4": long}}}
+    assert find_config(configs, "sm_90", 32, 3, 10**6).rows == 1
+    assert find_config(configs, "sm_90", 64, 8, 8191).rows == 2
+    assert find_config(configs, "sm_90", 64, 8, 8192).rows == 3
+    assert find_config(configs, "sm_90", 64, 8, 0).rows == 2
     with pytest.raises(ValueError, match=r"no tiles for sm_80.*tune_attention"):
-        find_config(configs, "sm_80", 64, 1)
+        find_config(configs, "sm_80", 64, 1, 1)
     with pytest.raises(ValueError, match="no tiles for head dimension 128"):
-        find_config(configs, "sm_90", 128, 1)
+        find_config(configs, "sm_90", 128, 1, 1)
     for architecture in ("sm_80", "sm_90", "sm_100"):
         for head_dim in (64, 96, 128):
-            find_config(read_configs(), architecture, head_dim, 1)
+            find_config(read_configs(), architecture, head_dim, 1, 1)
 
 
 def test_without_a_gpu_or_an_interpreter_the_backend_says_so() -> None:
