@@ -22,7 +22,11 @@ SWEEP = [
 def test_a_failing_job_ends_alone_and_a_second_start_runs_only_what_is_missing(
     corpus_root: Path, tmp_path: Path
 ) -> None:
-    options = [*SWEEP, "hydra.launcher.devices=[cpu,cpu]", f"output={tmp_path}", "recipe=real"]
+    own = tmp_path / "conf" / "recipe"  # configs of one's own reach the jobs too
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("name: mine\nepochs: 1\n")
+    options = [f"--config-dir={tmp_path / 'conf'}", *SWEEP, f"output={tmp_path}", "recipe=mine"]
+    options += ["hydra.launcher.devices=[cpu,cpu]"]
     options += [f"data.root={corpus_root}", "seed=0,1"]
     done = run_script("train.py", *options, "data.validation=val,missing", check=False)
     assert done.returncode == 1

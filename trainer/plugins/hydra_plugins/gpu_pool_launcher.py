@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
@@ -106,7 +107,11 @@ class GpuPoolLauncher(Launcher):
 
     def start(self, overrides: Sequence[str], folder: Path, slot: list[str]) -> int:
         """Run the program of this process again for one job and return its exit status."""
-        program = [str(Path(sys.argv[0]).resolve()), *filter_overrides(overrides)]
+        program = [
+            str(Path(sys.argv[0]).resolve()),
+            *config_flags(sys.argv[1:]),
+            *filter_overrides(overrides),
+        ]
         command = [sys.executable, *program]
         if len(slot) > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
@@ -118,6 +123,16 @@ class GpuPoolLauncher(Launcher):
             return subprocess.run(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
             ).returncode
+
+
+def config_flags(arguments: Sequence[str]) -> list[str]:
+    """Hydra's flags that say where configs lie; a job needs them as the sweep did."""
+    parsed = get_args_parser().parse_args(list(arguments))
+    return [
+        f"--{name.replace('_', '-')}={value}"
+        for name in ("config_path", "config_name", "config_dir")
+        if (value := getattr(parsed, name))
+    ]
 
 
 def training_config(composed: DictConfig) -> TrainConfig:
