@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,14 @@ def random_batch(tokens: int, context: int, document: int, vocabulary: int) -> P
 
 
 def ours(
-    config: TrainConfig, batch: PackedBatch, ranks: Ranks, kernels: Kernels
+    config: TrainConfig,
+    batch: PackedBatch,
+    ranks: Ranks,
+    kernels: Kernels,
+    compiled: bool | None = None,
 ) -> timing.Candidate:
-    """The trainer's own step."""
+    """The trainer's own step; blocks are compiled as it does by itself, or as asked for."""
+    config = replace(config, runtime=replace(config.runtime, compile=compiled))
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     model = Llama(config.model, 0, dtype, kernels).to(ranks.device)
     prepare_blocks(model, config, ranks)
@@ -220,6 +226,8 @@ def measure(
     )
     batch = random_batch(tokens, context, document, size.vocab_size)
     builders: dict[str, Builder] = {"ours": partial(ours, kernels=Kernels()), "plain": plain}
+    if ranks.device.type != "cuda":
+        builders["ours compiled"] = partial(ours, kernels=Kernels(), compiled=True)
     if ranks.device.type == "cuda":
         builders["ours triton"] = partial(ours, kernels=Kernels("triton", "triton"))
         builders["ours lean"] = partial(ours, kernels=Kernels("triton", "triton", "lean"))
@@ -259,13 +267,13 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(f"\n{first['model']}, context {first['context']:,}, documents of {first['document']:,}")
     for row in rows:
         if "failed" in row:
-            print(f"{row['way']:12}{row['failed']}")
+            print(f"{row['way']:14}{row['failed']}")
             continue
         mfu = "" if row["mfu"] is None else f"{row['mfu']:7.1%} MFU"
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:8.1f} GiB"
         milliseconds = row["seconds"]["median"] * 1e3
         speed = row["tokens_per_second"]
-        print(f"{row['way']:12}{milliseconds:10.1f} ms{speed:12,.0f} tokens/s{mfu}{peak}")
+        print(f"{row['way']:14}{milliseconds:10.1f} ms{speed:12,.0f} tokens/s{mfu}{peak}")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
