@@ -50,6 +50,7 @@ class Progress:
     seconds: float  # training time so far, over all attempts
     usual_grad_norm: float = 0.0  # the step guard's memory
     accepted_steps: int = 0
+    skipped_steps: int = 0
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

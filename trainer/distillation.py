@@ -18,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.checkpoint import load_model, newest_checkpoint, read_progress
 from trainer.config import DistillationConfig
+from trainer.context_parallel import apply_context_parallel
 from trainer.data import NO_TARGET, PackedBatch
+from trainer.distributed import Ranks
 from trainer.mds import MegadocStream
 from trainer.model import SoftTargets
 
@@ -33,9 +35,7 @@ class Teachers:
         ValueError: a teacher was trained with another tokenizer.
     """
 
-    def __init__(
-        self, config: DistillationConfig, stream: MegadocStream, device: torch.device
-    ) -> None:
+    def __init__(self, config: DistillationConfig, stream: MegadocStream, ranks: Ranks) -> None:
         self.share = config.share
         self.models = []
         for run in config.teachers:
@@ -45,7 +45,9 @@ class Teachers:
                     f"distillation.teachers: {run} was trained with another tokenizer than that "
                     f"of {stream.path}; a student needs teachers of its own vocabulary"
                 )
-            model, _ = load_model(run, device)
+            model, _ = load_model(run, ranks.device)
+            if ranks.context_group is not None:  # they see a part of the windows, as the student
+                apply_context_parallel(model, ranks.context_group)
             self.models.append(model.requires_grad_(False))
 
     @torch.no_grad()

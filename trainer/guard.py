@@ -22,16 +22,18 @@ class StepGuard:
     losses that are not finite are then noticed when the log is written. Otherwise the host waits
     for the norm in every step.
 
-    ``usual`` (running mean of accepted norms) and ``accepted`` belong into a checkpoint, so that a
-    resumed run judges as an undisturbed one.
+    ``usual`` (running mean of accepted norms), ``accepted`` and ``skipped`` belong into a
+    checkpoint, so that a resumed run judges and counts as an undisturbed one.
     """
 
-    def __init__(self, config: OptimizerConfig, usual: float = 0.0, accepted: int = 0) -> None:
+    def __init__(
+        self, config: OptimizerConfig, usual: float = 0.0, accepted: int = 0, skipped: int = 0
+    ) -> None:
         self.skips = config.on_bad_step is BadStep.skip
         self.factor = config.spike_factor
         self.usual = usual
         self.accepted = accepted
-        self.skipped = 0
+        self.skipped = skipped
         self.in_a_row = 0
 
     def accepts(self, grad_norm: Tensor, blame: Callable[[str], str]) -> bool:

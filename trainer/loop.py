@@ -108,14 +108,16 @@ def train(config: TrainConfig) -> float:
 
         teachers = None
         if config.distillation.teachers:
-            teachers = Teachers(config.distillation, streams[0], ranks.device)
+            teachers = Teachers(config.distillation, streams[0], ranks)
 
         # Where an earlier attempt stopped.
         if ranks.is_main:
             cleanup.enter_context(claimed(run_dir, config))
         ranks.barrier()
         before = resume(run_dir, wrapped, optimizers, average, plan, streams[0], ranks)
-        guard = StepGuard(config.optimizer, before.usual_grad_norm, before.accepted_steps)
+        guard = StepGuard(
+            config.optimizer, before.usual_grad_norm, before.accepted_steps, before.skipped_steps
+        )
         keep = config.tracking.keep_checkpoints
         saver = Checkpointer(run_dir, wrapped, optimizers, average, ranks, keep)
         loader = BatchLoader(
@@ -169,6 +171,7 @@ def train(config: TrainConfig) -> float:
                         before.seconds + time.monotonic() - began,
                         guard.usual,
                         guard.accepted,
+                        guard.skipped,
                     )
                     saver.save(progress)
                 elif log_now:

@@ -119,7 +119,10 @@ def test_spikes_and_non_finite_gradients_stop_or_are_skipped() -> None:
     assert not skipping.accepts(torch.tensor(11.5), blame)
     assert not skipping.accepts(torch.tensor(torch.nan), blame)
     assert (skipping.skipped, skipping.usual) == (2, usual)
-    resumed = StepGuard(OptimizerConfig(spike_factor=5.0), skipping.usual, skipping.accepted)
+    resumed = StepGuard(
+        OptimizerConfig(spike_factor=5.0), skipping.usual, skipping.accepted, skipping.skipped
+    )
+    assert resumed.skipped == 2
     with pytest.raises(NonFiniteLossError, match=r"step 7: the gradient has norm 11.5 \(usually 2"):
         resumed.accepts(torch.tensor(11.5), blame)
     for _ in range(8):

@@ -101,6 +101,25 @@ def test_many_processes_learn_what_one_does(
 
 
 @pytest.mark.slow
+def test_a_student_learns_the_same_with_its_windows_shared_out(
+    corpus_root: Path, alone: Path, tmp_path: Path
+) -> None:
+    options = [*ARGUMENTS, f"data.root={corpus_root}", "recipe.epochs=0.3"]
+    options += [f"distillation.teachers=[{alone / 'run'}]", "distillation.share=0.9"]
+    for program in ([sys.executable, "train.py"], torchrun(2)):
+        folder = tmp_path / str(len(program))
+        shared = [] if len(program) == 2 else ["runtime.context_parallel=2"]
+        subprocess.run(
+            [*program, *options, *shared, f"output={folder}"],
+            cwd=REPOSITORY,
+            check=True,
+            timeout=280,
+        )
+    one, two = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
+    same_learning(two, one)
+
+
+@pytest.mark.slow
 def test_a_killed_rank_restarts_all_and_another_number_of_ranks_goes_on(
     corpus_root: Path, alone: Path, tmp_path: Path
 ) -> None:
