@@ -44,9 +44,10 @@ def main(config: DictConfig) -> float | None:
     """Return the i.i.d. loss."""
     options = OmegaConf.to_object(config)
     assert isinstance(options, EvaluateConfig)
+    for name, asked in (("export", options.export), ("tasks", options.tasks)):
+        if asked and len(options.runs) != 1:
+            raise ValueError(f"{name} needs exactly one run, not {len(options.runs)}")
     if options.export:
-        if len(options.runs) != 1:
-            raise ValueError(f"export needs exactly one run, not {len(options.runs)}")
         export_run(options.runs[0], Path(options.export))
         print(f"{options.runs[0]} written to {options.export}")
         return None
@@ -69,10 +70,9 @@ def main(config: DictConfig) -> float | None:
     for name in options.sets:
         found = evaluate_ensemble(options.runs, name, options.mean)[-1]
         scores["sets"][name] = found.to_dict()
-        print(f"{name}: {found.loss['iid']:.4f} nats per token, {found.bits_per_byte:.4f} per byte")
+        loss, bits = found.loss["iid"], found.bits_per_byte
+        print(f"{name}: {loss:.4f} nats per token, {bits:.4f} bits per byte")
     if options.tasks:
-        if len(options.runs) != 1:
-            raise ValueError(f"tasks need exactly one run, not {len(options.runs)}")
         scores["tasks"] = evaluate_tasks(
             options.runs[0], options.tasks, options.task_folder, options.task_limit
         )

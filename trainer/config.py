@@ -169,7 +169,7 @@ class RuntimeConfig:
     recompute: Recompute = Recompute.auto  # what the backward pass computes again
     attention: str = "auto"  # backend of kernels.varlen_attention
     loss: str = "torch"  # backend of kernels.linear_cross_entropy: torch or triton
-    loss_memory: str = "fast"  # or lean: the loss in 128 MiB, a third slower
+    loss_memory: str = "fast"  # or lean: in 128 MiB, a fourth matrix product
     threads: int | None = None  # CPU threads of one process
 
 
