@@ -2,7 +2,8 @@
 
 An ensemble of all sizes up to K, for the report's figure over K:
 ``python evaluate.py runs=[...] output=runs/ensembles/stitched.json``.
-More text sets: ``sets=[stitched-g8,data/other/streams/val]``. Tasks: ``tasks=[arc_easy,piqa]``.
+More text sets: ``sets=[stitched-g8,data/other/streams/val]``. Tasks, kept in the run's folder for
+the report: ``tasks=[arc_easy,piqa,sciq]``.
 ``export=FOLDER`` writes a single run in Hugging Face's Llama format instead.
 """
 
@@ -13,7 +14,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from trainer.downstream import evaluate_tasks
+from trainer.downstream import evaluate_tasks, save_tasks
 from trainer.ensemble import Mean, evaluate_ensemble
 from trainer.errors import user_errors
 from trainer.export import export_run
@@ -77,7 +78,10 @@ def main(config: DictConfig) -> float | None:
             options.runs[0], options.tasks, options.task_folder, options.task_limit
         )
         for task, metrics in scores["tasks"].items():
-            print(f"{task}: " + ", ".join(f"{name} {x:.4f}" for name, x in metrics.items()))
+            print(f"{task}: " + ", ".join(f"{name} {x:.4g}" for name, x in metrics.items()))
+        run = Path(options.runs[0])
+        if (run / "result.json").exists():  # a checkpoint of a run is not what its report shows
+            print(f"written: {save_tasks(run, scores['tasks'])}")
     if options.output:
         ensemble = {"members": options.runs, "mean": options.mean.value, "sizes": sizes}
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,25 @@ from typing import Any
 
 from trainer.distributed import choose_device
 from trainer.export import export_run
+from trainer.run_folder import write_json
+
+FILE = "tasks.json"  # in a run's folder
+
+# Accuracy of guessing.
+CHANCE = {
+    "arc_easy": 0.25,
+    "arc_challenge": 0.25,
+    "hellaswag": 0.25,
+    "piqa": 0.5,
+    "sciq": 0.25,
+    "winogrande": 0.5,
+}
 
 
 def evaluate_tasks(
     run: str | Path, tasks: Sequence[str], task_folder: str | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Metrics of each task, such as ``{"sciq": {"acc": 0.71, "acc_stderr": 0.01}}``.
+    """Metrics of each task, such as ``{"sciq": {"acc": 0.71, "acc_stderr": 0.01, ...}}``.
 
     Args:
         run: run folder or checkpoint folder.
@@ -63,5 +77,15 @@ def evaluate_tasks(
             for name, value in metrics.items()
             if isinstance(value, float)
         }
+        | {"questions": found["n-samples"][task]["effective"]}
         for task, metrics in found["results"].items()
+        if task in found["n-samples"]  # a group's average has no questions of its own
     }
+
+
+def save_tasks(run: Path, scores: dict[str, dict[str, float]]) -> Path:
+    """Keep the scores in a finished run's folder, beside those of other tasks, for the report."""
+    path = run / FILE
+    before = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, before | scores)
+    return path

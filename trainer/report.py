@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.paper import published_loss
+from trainer.report_benchmarks import benchmark_error
 from trainer.report_figures import recipe_figures
 from trainer.report_laws import answers, efficiency_text, law_figures, real_data_law
 from trainer.report_page import (
@@ -35,7 +36,7 @@ def write_report(folder: Path, output: Path) -> tuple[str, Path]:
     study = read_study(folder)
     rows = [run_row(run, study.runs) for run in study.runs]
     costs = [compute_row(group) for group in study.groups]
-    figures = [*recipe_figures(study), *law_figures(study)]
+    figures = [*recipe_figures(study), benchmark_error(study), *law_figures(study)]
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "runs.csv", rows)
     write_csv(output / "compute.csv", costs)

@@ -12,11 +12,12 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer import downstream
 from trainer.config import TrainConfig, load_config
 from trainer.flops import training_flops
 
@@ -29,6 +30,7 @@ class Run:
     config: TrainConfig
     result: dict[str, Any]
     metrics: list[dict[str, float]]
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # of lm-eval
 
     @property
     def kind(self) -> str:
@@ -217,7 +219,7 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
         )
     runs = []
     for path in finished:
-        metrics = path / "metrics.jsonl"
+        metrics, tasks = path / "metrics.jsonl", path / downstream.FILE
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         runs.append(
             Run(
@@ -225,6 +227,7 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
                 load_config(path / "config.yaml"),
                 json.loads((path / "result.json").read_text()),
                 [json.loads(line) for line in lines],
+                json.loads(tasks.read_text()) if tasks.exists() else {},
             )
         )
     return sorted(runs, key=lambda run: (run.kind != "real", run.kind, run.generations)), unfinished

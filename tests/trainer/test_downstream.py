@@ -62,8 +62,12 @@ metric_list:
   - metric: acc
 """
     )
-    found = evaluate_tasks(run, ["sums"], str(tasks))
+    arguments = [f"runs=[{run}]", "tasks=[sums]", f"task_folder={tasks}"]
+    printed = run_script("evaluate.py", *arguments).stdout
+    assert f"written: {run / 'tasks.json'}" in printed
+    found = json.loads((run / "tasks.json").read_text())
     assert 0 <= found["sums"]["acc"] <= 1
+    assert found["sums"]["questions"] == 6
     with pytest.raises(ValueError, match=r"does not know the tasks \['nonsense'\]"):
         evaluate_tasks(run, ["nonsense"])
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import run_script
 from trainer.config import DataConfig, Mask, ModelConfig, RecipeConfig, TrainConfig, save_config
+from trainer.downstream import save_tasks
 from trainer.report import answer_data_efficiency, write_report
 from trainer.report_runs import best_by, read_study
 
@@ -118,6 +119,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layers in (4, 8):
         deeper = replace(SMALL, num_layers=layers)
         fabricate(folder, "real", 0, 3.06 - 0.01 * layers, model=deeper)
+    for run in read_study(folder).runs:
+        if run.config.data.mask is DataConfig().mask and run.real_tokens == REAL_TOKENS:
+            right = 0.5 + run.generations / 100 + run.config.seed / 1000
+            save_tasks(run.path, {"sciq": {"acc": right, "acc_stderr": 0.03, "questions": 1000}})
+            save_tasks(run.path, {"piqa": {"acc": 0.6, "acc_stderr": 0.04, "questions": 1838}})
     alone = fabricate(folder, "real", 0, 3.2, weight_decay=0.9)
     for name in ("config.yaml", "result.json"):
         text = (alone / name).read_text()
@@ -158,6 +164,7 @@ FIGURES = {
     "loss-by-context",
     "loss-by-position",
     "training",
+    "benchmark-error",
     "ensembles",
     "loss-by-parameters",
     "repeated-data",
@@ -197,6 +204,12 @@ def test_every_figure_of_the_paper_is_drawn(study: Path, tmp_path: Path) -> None
     }
     asymptotes = {row["asymptote"] for row in rows_of(tmp_path / "ensembles.csv")}
     assert all(float(value) == pytest.approx(3.0, abs=0.02) for value in asymptotes)
+    benchmarks = rows_of(tmp_path / "benchmark-error.csv")
+    (row,) = [row for row in benchmarks if (row["kind"], row["generations"]) == ("simple", "2")]
+    # right on sciq: 0.52, 0.521, 0.522 by seed; on piqa: 0.6
+    assert float(row["error"]) == pytest.approx(1 - (0.521 + 0.6) / 2)
+    assert float(row["uncertainty"]) == pytest.approx(0.001 / 2)
+    assert float(row["normalised_error"]) == pytest.approx((0.479 / 0.75 + 0.4 / 0.5) / 2)
     laws = rows_of(tmp_path / "repeated-data.csv")
     errors = [float(row["held_out_error"]) for row in laws]
     assert errors == sorted(errors)
@@ -257,6 +270,20 @@ def test_the_best_configuration_is_the_best_mean_not_the_luckiest_seed(tmp_path:
     (best,) = best_by(read_study(tmp_path).main, lambda run: run.kind).values()
     assert best.first.config.recipe.weight_decay == 0.8
     assert best.spread() == pytest.approx(np.std(best.losses(), ddof=1))
+
+
+def test_benchmarks_of_one_seed_and_of_other_questions(tmp_path: Path) -> None:
+    scores = {"sciq": {"acc": 0.7, "acc_stderr": 0.03, "questions": 100}}
+    both = scores | {"piqa": {"acc": 0.6, "acc_stderr": 0.04, "questions": 100}}
+    runs = [fabricate(tmp_path, kind, 2, 3.0) for kind in ("simple", "stitched")]
+    for run in runs:
+        save_tasks(run, both)
+    write_report(tmp_path, tmp_path / "report")
+    row = rows_of(tmp_path / "report" / "benchmark-error.csv")[0]
+    assert float(row["uncertainty"]) == pytest.approx(0.05 / 2)
+    save_tasks(runs[0], {"sciq": scores["sciq"] | {"questions": 50}})
+    with pytest.raises(ValueError, match=r"answered (50|100) questions of sciq"):
+        write_report(tmp_path, tmp_path / "report")
 
 
 def test_a_student_of_teachers_is_no_real_only_run(tmp_path: Path) -> None:
