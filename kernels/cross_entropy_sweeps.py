@@ -54,10 +54,14 @@ class Steps(NamedTuple):
 
     # (x [C, D], weight [V, D], bias [V] or None, options, exact) -> logits [C, V]
     logits: Callable[[Tensor, Tensor, Tensor | None, Options, bool], Tensor]
-    # (logits, bias, targets [C], options) -> [4, C]: m, sum of exp(z - m), z_y or 0, sum of z
+    # (logits, bias, targets [C], options) -> [4, C]: m, sum of exp(z - m), z_y or 0, sum of z;
+    # may leave what its gradient needs in the logits' place
     statistics: Callable[[Tensor, Tensor | None, Tensor, Options], Tensor]
-    # (logits, bias, targets, L [C], g [C], options, V of all ranks) -> dr [C, V]; logits are lost
-    gradient: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Options, int], Tensor]
+    # (logits, bias, targets, L [C], g [C], options, V of all ranks, m if statistics has seen these
+    # logits) -> dr [C, V]; logits are lost
+    gradient: Callable[
+        [Tensor, Tensor | None, Tensor, Tensor, Tensor, Options, int, Tensor | None], Tensor
+    ]
 
 
 def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -118,9 +122,8 @@ def sweep_tokens(
         rows = slice(start, start + rows_per_chunk)
         x = hidden[rows]
         logits = steps.logits(x, weight, bias, options, gradients is None)  # [C, V]
-        lse, target_logit, total = combined(
-            steps.statistics(logits, bias, local[rows], options), group
-        )
+        statistics = steps.statistics(logits, bias, local[rows], options)
+        lse, target_logit, total = combined(statistics, group)
         smooth = options.label_smoothing
         losses[rows] = lse - (1 - smooth) * target_logit - smooth / vocabulary * total
         losses[rows] += options.z_loss * lse.square()
@@ -128,7 +131,7 @@ def sweep_tokens(
         if gradients is None:
             continue
         gradient = steps.gradient(
-            logits, bias, local[rows], lse, row_weight[rows], options, vocabulary
+            logits, bias, local[rows], lse, row_weight[rows], options, vocabulary, statistics[0]
         )
         if gradients.bias is not None:
             gradients.bias.add_(gradient.sum(0, dtype=gradients.bias.dtype))
@@ -174,7 +177,7 @@ def sweep_vocabulary(
             x, place = hidden[rows], local[rows] - first
             logits = steps.logits(x, part, part_bias, options, False)  # [C, slab]
             gradient = steps.gradient(
-                logits, part_bias, place, lses[rows], row_weight[rows], options, vocabulary
+                logits, part_bias, place, lses[rows], row_weight[rows], options, vocabulary, None
             )
             if gradients.bias is not None:
                 gradients.bias[slab] += gradient.sum(0, dtype=gradients.bias.dtype)

@@ -27,12 +27,19 @@ def capped_logits(
 
 
 def statistics(logits: Tensor, bias: Tensor | None, targets: Tensor, options: Options) -> Tensor:
-    """``[4, C]``: log-sum-exp, 1, target logit (0 where it lies elsewhere), sum of logits."""
+    """``[4, C]``: maximum m, sum of exp(z - m), target logit or 0, sum of logits.
+
+    Without a softcap exp(z - m) takes the logits' place, so that :func:`gradient` need not take the
+    exponential again: it is the dearest thing here but the matrix products.
+    """
     mine, chosen = own_targets(logits, targets)
-    lse = logits.logsumexp(1)
     target_logit = logits.gather(1, chosen)[:, 0] * mine
-    total = logits.sum(1) if options.label_smoothing else torch.zeros_like(lse)
-    return torch.stack((lse, torch.ones_like(lse), target_logit, total))
+    total = logits.sum(1) if options.label_smoothing else torch.zeros_like(target_logit)
+    lowest = torch.finfo(logits.dtype).min  # for a part of the vocabulary that is all -inf
+    highest = logits.amax(1).clamp(min=lowest)
+    below = highest[:, None]
+    shifted = logits - below if options.softcap else logits.sub_(below)
+    return torch.stack((highest, shifted.exp_().sum(1), target_logit, total))
 
 
 def gradient(
@@ -43,14 +50,19 @@ def gradient(
     row_weight: Tensor,
     options: Options,
     vocabulary: int,
+    highest: Tensor | None,
 ) -> Tensor:
     """``[C, V]`` gradient of the products ``x W^T``, in place of the logits."""
     mine, chosen = own_targets(logits, targets)
     scale = row_weight[:, None]  # [C, 1]
     smooth = options.label_smoothing
     slope = 1 - (logits / options.softcap).square() if options.softcap else None
-    result = logits.sub_(lse[:, None]).exp_()  # p
-    result *= scale * (1 + 2 * options.z_loss * lse[:, None])
+    factor = scale * (1 + 2 * options.z_loss * lse[:, None])
+    if highest is None or options.softcap:
+        result = logits.sub_(lse[:, None]).exp_()
+    else:
+        result, factor = logits, factor * (highest - lse).exp()[:, None]
+    result *= factor  # p (1 + 2 q L) g
     result.scatter_add_(1, chosen, (smooth - 1) * scale * mine[:, None])
     if smooth:
         result -= scale * (smooth / vocabulary)

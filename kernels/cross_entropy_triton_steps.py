@@ -131,6 +131,7 @@ def gradient(
     row_weight: Tensor,
     options: Options,
     vocabulary: int,
+    _highest: Tensor | None,
 ) -> Tensor:
     """``[C, V]`` gradient of the products, in place."""
     rows, size = logits.shape
