@@ -284,6 +284,13 @@ class TrainConfig:
                 raise ValueError(f"{name}={value} must be in (0, 1]")
         if optimizer.spike_factor is not None and not optimizer.spike_factor > 1:
             raise ValueError(f"optimizer.spike_factor={optimizer.spike_factor} must be above 1")
+        chunks = 2 * runtime.context_parallel
+        if chunks > 2 and data.context_length % chunks:
+            raise ValueError(
+                f"data.context_length={data.context_length} must be a multiple of {chunks}: "
+                f"runtime.context_parallel={runtime.context_parallel} ranks cut a window into two "
+                "chunks each"
+            )
         if runtime.shard_size is not None and runtime.parallel is not Parallel.fsdp:
             raise ValueError(
                 f"runtime.shard_size={runtime.shard_size} needs runtime.parallel=fsdp: ddp keeps "

@@ -131,7 +131,13 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("runtime.device=cuda, but PyTorch sees no CUDA device")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= count:
+            raise ValueError(
+                f"process {index} of this node has no device of its own: PyTorch sees {count}; "
+                f"start at most {count} with torchrun --nproc-per-node"
+            )
+        return torch.device("cuda", index)
     try:
         return torch.device(name)
     except RuntimeError as error:

@@ -54,6 +54,10 @@ def test_unknown_keys_and_wrong_types_fail_before_anything_runs(
         (["optimizer.clip_norm=0"], "optimizer.clip_norm=0"),
         (["optimizer.warmup_fraction=2"], r"optimizer.warmup_fraction=2.0 must be in \[0, 1\]"),
         (["optimizer.beta2=1"], r"optimizer.beta2=1.0 must be in \[0, 1\)"),
+        (
+            ["runtime.context_parallel=4", "data.context_length=4100"],
+            "data.context_length=4100 must be a multiple of 8",
+        ),
         (["runtime.shard_size=2"], "runtime.shard_size=2 needs runtime.parallel=fsdp"),
         (["model.num_heads=0"], "model.num_heads=0 must be above 0"),
     ],
