@@ -65,7 +65,7 @@ class Ranks:
         """Sum ``value`` over all ranks, which must call this together; no device is waited for."""
         if self.host_group is None:
             return value
-        total = torch.tensor(value)
+        total = torch.tensor(int(value))
         dist.all_reduce(total, group=self.host_group)
         return int(total)
 
