@@ -85,6 +85,9 @@ class Checkpointer:
         if ranks.world_size > 1:
             self.group = dist.new_group(backend="gloo")  # type: ignore[assignment]
         self.writing: tuple[Progress, Future[Any]] | None = None
+        if ranks.is_main:
+            for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a killed process
+                shutil.rmtree(leftover)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -98,11 +101,8 @@ class Checkpointer:
     def save(self, progress: Progress) -> None:
         """Begin to write the checkpoint of ``progress.step``, after the one before is on disk."""
         self.finish()
-        if self.folder(progress).exists():
-            return
         unfinished = self.unfinished(progress)
         if self.ranks.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         self.ranks.barrier()
         future = dcp.async_save(
@@ -136,14 +136,14 @@ class Checkpointer:
             raise OSError(self.explain(progress, error)) from error
         if self.ranks.is_main:
             for old in checkpoints(self.run_dir)[: -self.keep]:
-                shutil.rmtree(old)
+                # Half a folder must not have a checkpoint's name, should a kill come now.
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
 
     def publish_if_written(self) -> None:
-        """Give a checkpoint its name if all ranks have written it; call it now and then."""
+        """Give a checkpoint its name if all ranks have written it; call it after every step."""
         if self.writing is None:
             return
-        written = torch.tensor(int(self.writing[1].done()), device=self.ranks.device)
-        if self.ranks.all_reduce(written).item() == self.ranks.world_size:
+        if self.ranks.sum_on_hosts(self.writing[1].done()) == self.ranks.world_size:
             self.finish()
 
     def folder(self, progress: Progress) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is read or written."""
         self.model.check()
-        data, recipe = self.data, self.recipe
+        data, recipe, optimizer = self.data, self.recipe, self.optimizer
         if data.context_length < 2:
             raise ValueError(
                 f"data.context_length={data.context_length} must be at least 2: a window of one "
@@ -245,30 +246,59 @@ class TrainConfig:
             ("tracking.evaluations", self.tracking.evaluations),
             ("tracking.checkpoints", self.tracking.checkpoints),
             ("tracking.keep_checkpoints", self.tracking.keep_checkpoints),
-            ("runtime.context_parallel", self.runtime.context_parallel),
+            ("runtime.context_parallel", runtime.context_parallel),
+            ("optimizer.clip_norm", optimizer.clip_norm),
+            ("optimizer.eps", optimizer.eps),
+            ("data.micro_batch_size", data.micro_batch_size),
+            ("runtime.shard_size", runtime.shard_size),
+            ("runtime.threads", runtime.threads),
         ):
-            if value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be above 0")
         for name, value in (
-            ("optimizer.ema_decay", self.optimizer.ema_decay),
-            ("optimizer.swa_fraction", self.optimizer.swa_fraction),
+            ("recipe.weight_decay", recipe.weight_decay),
+            ("data.seed", data.seed),
+        ):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must not be negative")
+        for name, value in (
+            ("optimizer.warmup_fraction", optimizer.warmup_fraction),
+            ("optimizer.decay_fraction", optimizer.decay_fraction),
+            ("optimizer.min_ratio", optimizer.min_ratio),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} must be in [0, 1]")
+        for name, value in (
+            ("optimizer.beta1", optimizer.beta1),
+            ("optimizer.beta2", optimizer.beta2),
+            ("optimizer.muon_momentum", optimizer.muon_momentum),
+        ):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value} must be in [0, 1)")
+        for name, value in (
+            ("optimizer.ema_decay", optimizer.ema_decay),
+            ("optimizer.swa_fraction", optimizer.swa_fraction),
             ("distillation.share", self.distillation.share),
         ):
             if not 0 < value <= 1:
                 raise ValueError(f"{name}={value} must be in (0, 1]")
-        if self.optimizer.spike_factor is not None and self.optimizer.spike_factor <= 1:
+        if optimizer.spike_factor is not None and not optimizer.spike_factor > 1:
+            raise ValueError(f"optimizer.spike_factor={optimizer.spike_factor} must be above 1")
+        chunks = 2 * runtime.context_parallel
+        if chunks > 2 and data.context_length % chunks:
             raise ValueError(
-                f"optimizer.spike_factor={self.optimizer.spike_factor} must be above 1"
+                f"data.context_length={data.context_length} must be a multiple of {chunks}: "
+                f"runtime.context_parallel={runtime.context_parallel} ranks cut a window into two "
+                "chunks each"
             )
-        if recipe.weight_decay < 0:
-            raise ValueError(f"recipe.weight_decay={recipe.weight_decay} must not be negative")
+        if runtime.shard_size is not None and runtime.parallel is not Parallel.fsdp:
+            raise ValueError(
+                f"runtime.shard_size={runtime.shard_size} needs runtime.parallel=fsdp: ddp keeps "
+                "a whole model on every rank"
+            )
 
-    def identity(self) -> str:
-        """Hash of everything that decides what is learnt: 8 hexadecimal digits.
-
-        Paths of the output, tracking and the machine's side are left out, so the same experiment
-        has the same name everywhere.
-        """
+    def learnt(self) -> dict[str, Any]:
+        """The part that decides what is learnt: without output, tracking and the machine's side."""
         learnt = to_dict(self)
         for key in ("runtime", "tracking", "output", "name"):
             learnt.pop(key)
@@ -276,7 +306,11 @@ class TrainConfig:
         learnt["recipe"].pop("max_generations")
         learnt["data"].pop("micro_batch_size")
         learnt["data"].pop("cache")
-        return hashlib.sha256(json.dumps(learnt, sort_keys=True).encode()).hexdigest()[:8]
+        return learnt
+
+    def identity(self) -> str:
+        """Hash of what is learnt, 8 hexadecimal digits: one experiment has one name everywhere."""
+        return hashlib.sha256(json.dumps(self.learnt(), sort_keys=True).encode()).hexdigest()[:8]
 
     def run_dir(self) -> Path:
         """The run's folder, the same on every rank because it depends on the config alone."""

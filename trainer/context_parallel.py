@@ -87,21 +87,10 @@ def axis_order(size: int) -> list[int]:
 
 
 def split_batch(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
-    """The rank's part of a batch; borders and ``max_seqlen`` stay those of the whole axis.
-
-    Raises:
-        ValueError: the axis cannot be cut into equal chunks.
-    """
+    """The rank's part of a batch; borders and ``max_seqlen`` stay those of the whole axis."""
     if size == 1:
         return batch
-    places = len(batch.input_ids)
-    if places % (2 * size):
-        raise ValueError(
-            f"{places} tokens of a micro-batch (data.context_length x windows) cannot be cut into "
-            f"2 x runtime.context_parallel={size} equal chunks; make data.context_length a "
-            f"multiple of {2 * size}"
-        )
-    chunk = places // (2 * size)
+    chunk = len(batch.input_ids) // (2 * size)
     starts = [index * chunk for index in chunks_of(rank, size)]
     parts = {
         name: torch.cat([getattr(batch, name)[start : start + chunk] for start in starts])

@@ -11,6 +11,7 @@ the backward pass computes them again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ class Teachers:
     """Finished runs whose predictions a student learns.
 
     Raises:
-        FileNotFoundError: a run has no checkpoint.
+        FileNotFoundError: a run has no checkpoint, or has not ended; to learn from one half done,
+            name its checkpoint's folder.
         ValueError: a teacher was trained with another tokenizer.
     """
 
@@ -39,13 +41,19 @@ class Teachers:
         self.share = config.share
         self.models = []
         for run in config.teachers:
-            tokenizer = read_progress(newest_checkpoint(run)).tokenizer_sha256
+            checkpoint = newest_checkpoint(run)
+            if checkpoint != Path(run) and not (Path(run) / "result.json").exists():
+                raise FileNotFoundError(
+                    f"distillation.teachers: {run} is not trained to its end (no result.json); "
+                    f"wait for it, or name the checkpoint you mean, such as {checkpoint}"
+                )
+            tokenizer = read_progress(checkpoint).tokenizer_sha256
             if tokenizer != stream.manifest.tokenizer_sha256:
                 raise ValueError(
                     f"distillation.teachers: {run} was trained with another tokenizer than that "
                     f"of {stream.path}; a student needs teachers of its own vocabulary"
                 )
-            model, _ = load_model(run, ranks.device)
+            model, _ = load_model(checkpoint, ranks.device)
             if ranks.context_group is not None:  # they see a part of the windows, as the student
                 apply_context_parallel(model, ranks.context_group)
             self.models.append(model.requires_grad_(False))

@@ -37,6 +37,7 @@ class Ranks:
     device: torch.device
     context_parallel: int = 1
     context_group: dist.ProcessGroup | None = None
+    host_group: dist.ProcessGroup | None = None  # gloo, beside that of the devices
 
     @property
     def data_rank(self) -> int:
@@ -59,6 +60,14 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_on_hosts(self, value: int) -> int:
+        """Sum ``value`` over all ranks, which must call this together; no device is waited for."""
+        if self.host_group is None:
+            return value
+        total = torch.tensor(int(value))
+        dist.all_reduce(total, group=self.host_group)
+        return int(total)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -101,6 +110,7 @@ def join_ranks(config: RuntimeConfig) -> Iterator[Ranks]:
             device,
             config.context_parallel,
             context_group(config.context_parallel),
+            dist.new_group(backend="gloo"),  # type: ignore[arg-type]
         )
     finally:
         dist.destroy_process_group()
@@ -121,8 +131,17 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("runtime.device=cuda, but PyTorch sees no CUDA device")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(name)
+        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= count:
+            raise ValueError(
+                f"process {index} of this node has no device of its own: PyTorch sees {count}; "
+                f"start at most {count} with torchrun --nproc-per-node"
+            )
+        return torch.device("cuda", index)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"runtime.device={name} is not auto, cuda or cpu: {error}") from None
 
 
 def parallelize(model: Llama, ranks: Ranks, config: RuntimeConfig) -> nn.Module:
@@ -137,7 +156,11 @@ def parallelize(model: Llama, ranks: Ranks, config: RuntimeConfig) -> nn.Module:
             copies = ranks.world_size // config.shard_size
             shape = (copies, config.shard_size)
             mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("copy", "shard"))
-        policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(
+            param_dtype=model.compute_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # the rotary tables of the blocks stay fp32
+        )
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)

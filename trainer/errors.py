@@ -10,8 +10,6 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, OSError)
-
 
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite; the message names step and documents."""
@@ -28,7 +26,7 @@ def user_errors(entry: Callable[..., Result]) -> Callable[..., Result]:
     def wrapped(*args: object, **kwargs: object) -> Result:
         try:
             return entry(*args, **kwargs)
-        except (*USER_ERRORS, NonFiniteLossError) as error:
+        except (ValueError, OSError, NonFiniteLossError) as error:
             if os.environ.get("MEGADOCS_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)

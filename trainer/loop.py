@@ -7,7 +7,6 @@ optimiser, resume, then step, log, evaluate and save until the last step.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import time
@@ -41,6 +40,7 @@ from trainer.context_parallel import split_batch
 from trainer.data import BatchLoader, PackedBatch
 from trainer.distillation import Teachers
 from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
+from trainer.errors import NonFiniteLossError
 from trainer.evaluation import evaluate_model
 from trainer.guard import StepGuard
 from trainer.mds import MegadocStream, check_same_tokenizer
@@ -49,7 +49,7 @@ from trainer.meter import Meter
 from trainer.model import Kernels, Llama
 from trainer.optimizer import build_optimizers, set_schedules
 from trainer.plan import Plan, Source, total_steps
-from trainer.run_folder import claimed, write_json
+from trainer.run_folder import claimed, finished_loss, write_json
 from trainer.tracking import Tracker
 
 FULL = 0.97  # density of the windows below which we say how to raise it
@@ -64,14 +64,13 @@ def train(config: TrainConfig) -> float:
 
     Raises:
         ValueError: the config, the streams or an earlier attempt in the same folder do not fit.
-        NonFiniteLossError: the loss became NaN or infinite; names step and documents.
+        NonFiniteLossError: a loss or a gradient became NaN or infinite; names step and documents.
     """
     config.check()
     run_dir = config.run_dir()
-    if (run_dir / "result.json").exists():
-        result = json.loads((run_dir / "result.json").read_text())
-        print(f"{run_dir} is already trained: loss {result['loss']['iid']:.4f}", flush=True)
-        return result["loss"]["iid"]
+    if (trained := finished_loss(config)) is not None:
+        print(f"{run_dir} is already trained: loss {trained:.4f}", flush=True)
+        return trained
 
     with join_ranks(config.runtime) as ranks, contextlib.ExitStack() as cleanup:
         # The data: streams, and a plan that says which document is read when.
@@ -130,12 +129,15 @@ def train(config: TrainConfig) -> float:
             start_step=before.step,
             stop_step=steps,
         )
-        stop = StopSignal(ranks)
         began = time.monotonic()
         evaluate_every = max(1, steps // config.tracking.evaluations)
         save_every = max(1, steps // config.tracking.checkpoints)
 
-        with Tracker(config, run_dir, steps, before.step, ranks.is_main) as tracker, saver:
+        with (
+            StopSignal(ranks) as stop,
+            Tracker(config, run_dir, steps, before.step, ranks.is_main) as tracker,
+            saver,
+        ):
             meter = Meter(config, ranks, plan, streams, before.step)
             for step, micro_batches in loader:
                 rate = set_schedules(optimizers, step, steps, config.optimizer, config.recipe)
@@ -152,17 +154,19 @@ def train(config: TrainConfig) -> float:
                 meter.add(step, loss, grad_norm, micro_batches, loader.waited, taken)
 
                 done = step + 1
-                log_now = done % config.tracking.log_every == 0 or done == steps
                 save_now = done % save_every == 0 or done == steps
                 evaluate_now = done % evaluate_every == 0 and done < steps
-                stop_now = log_now and done < steps and stop.requested()
-                if log_now or save_now:  # nothing non-finite may reach a checkpoint
+                stop_now = done < steps and stop.requested()
+                log_now = done % config.tracking.log_every == 0
+                if log_now or save_now or evaluate_now or stop_now:
+                    # Nothing non-finite may reach a checkpoint, no evaluation the speed.
                     metrics = meter.read(done, rate)
                     tracker.log(done, metrics)
                     tracker.show(done, {"loss": f"{metrics['train/loss']:.3f}"} | meter.speed())
                 if evaluate_now:
                     scores = evaluate_model(model, validation, config.data, ranks)
                     tracker.log(done, scores.metrics())
+                    meter.start_window()
                 if save_now or stop_now:
                     progress = Progress(
                         done,
@@ -174,7 +178,7 @@ def train(config: TrainConfig) -> float:
                         guard.skipped,
                     )
                     saver.save(progress)
-                elif log_now:
+                else:
                     saver.publish_if_written()
                 if stop_now:
                     if ranks.is_main:
@@ -185,6 +189,11 @@ def train(config: TrainConfig) -> float:
             with average.in_place() if average else contextlib.nullcontext():
                 scores = evaluate_model(model, validation, config.data, ranks)
             tracker.log(steps, scores.metrics())
+        if not math.isfinite(scores.loss["iid"]):
+            raise NonFiniteLossError(
+                f"the validation loss after the last step is {scores.loss['iid']}; "
+                "lower recipe.learning_rate"
+            )
         if ranks.is_main:
             result = {
                 "name": run_dir.name,
@@ -308,9 +317,9 @@ def accumulate_gradients(
     micro_batches = [
         split_batch(batch, ranks.context_rank, ranks.context_parallel) for batch in micro_batches
     ]
-    valid = torch.tensor(
-        sum(batch.valid_targets for batch in micro_batches), device=ranks.device, dtype=torch.int64
-    )
+    counted = sum(batch.valid_targets for batch in micro_batches)
+    # torch.tensor(..., device=cuda) would wait for the device, a fill does not.
+    valid = torch.full((), counted, device=ranks.device, dtype=torch.int64)
     valid = ranks.all_reduce(valid).clamp(min=1)
     loss = torch.zeros((), device=ranks.device)
     for index, batch in enumerate(micro_batches):
@@ -337,20 +346,28 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 class StopSignal:
-    """SIGTERM (a preempted job) asks for a checkpoint and an orderly end."""
+    """SIGTERM (a preempted job) asks for a checkpoint and an orderly end.
+
+    A step of a long context takes many seconds and a job gets few of them, so every step asks.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.received = False
-        signal.signal(signal.SIGTERM, self.receive)
+
+    def __enter__(self) -> StopSignal:
+        self.before = signal.signal(signal.SIGTERM, self.receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
 
     def receive(self, *_: object) -> None:
         self.received = True
 
     def requested(self) -> bool:
         """Whether any rank was asked to stop; all ranks must call this together."""
-        flag = torch.tensor(int(self.received), device=self.ranks.device)
-        return bool(self.ranks.all_reduce(flag).item())
+        return self.ranks.sum_on_hosts(self.received) > 0
 
 
 def resume(

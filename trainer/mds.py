@@ -6,6 +6,7 @@ mosaicml-streaming gives the format and the downloads; the order of reading is t
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -163,14 +164,17 @@ def download_stream(remote: str, cache: str | None) -> Path:
     from streaming.base.storage.download import CloudDownloader
 
     local = Path(cache) / remote.split("://", 1)[1]
+    local.mkdir(parents=True, exist_ok=True)
     downloader = CloudDownloader.get(remote)
 
     def fetch(name: str) -> None:
         downloader.download(f"{remote}/{name}", str(local / name))
 
-    for name in ("index.json", "lengths.npy", "member_lengths.npy"):
-        fetch(name)
-    for shard in shard_files(local):
-        fetch(shard["basename"])
-    fetch("manifest.json")  # last: a folder without it is unfinished
+    with (local / "download.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks and runs of a machine share its cache
+        for name in ("index.json", "lengths.npy", "member_lengths.npy"):
+            fetch(name)
+        for shard in shard_files(local):
+            fetch(shard["basename"])
+        fetch("manifest.json")  # last: a folder without it is unfinished
     return local

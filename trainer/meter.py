@@ -70,13 +70,16 @@ class Meter:
         """Metrics of the steps since the last reading.
 
         Raises:
-            NonFiniteLossError: one of the losses is NaN or infinite.
+            NonFiniteLossError: a loss or the last gradient is NaN or infinite.
         """
         none = torch.zeros(0, device=self.ranks.device)
         losses = self.ranks.all_reduce(torch.stack(self.losses) if self.losses else none).tolist()
         for step, loss in zip(self.steps, losses, strict=True):
             if not math.isfinite(loss):
                 raise NonFiniteLossError(self.blame(step, f"loss is {loss}"))
+        grad_norm = full_value(self.grad_norm)
+        if not math.isfinite(grad_norm):  # the loss is of the weights before the step
+            raise NonFiniteLossError(self.blame(self.steps[-1], f"gradient has norm {grad_norm}"))
         elapsed = time.monotonic() - self.began
         tokens = self.plan.tokens_seen(done)
         self.tokens_per_second = (sum(tokens) - self.seen) / elapsed
@@ -84,7 +87,7 @@ class Meter:
         metrics: dict[str, int | float] = {
             "train/loss": sum(losses) / len(losses) if losses else math.nan,
             "train/learning_rate": rate,
-            "train/grad_norm": full_value(self.grad_norm),
+            "train/grad_norm": grad_norm,
             "speed/tokens_per_second": self.tokens_per_second,
             "speed/step_seconds": elapsed / self.count,
             "speed/data_wait_seconds": self.waited / self.count,

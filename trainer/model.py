@@ -40,6 +40,12 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise ValueError where the shapes do not fit together."""
+        for name in (
+            *("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
+            *("rope_theta", "norm_eps", "init_std"),
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be above 0")
         if self.hidden_size % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} must be an even multiple of "
@@ -109,7 +115,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

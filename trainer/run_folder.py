@@ -7,9 +7,10 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from trainer.config import TrainConfig, load_config, save_config, to_dict
+from trainer.config import TrainConfig, load_config, save_config
 
 
 @contextlib.contextmanager
@@ -32,16 +33,40 @@ def claimed(run_dir: Path, config: TrainConfig) -> Iterator[None]:
         yield
 
 
+def finished_loss(config: TrainConfig) -> float | None:
+    """The i.i.d. validation loss of a run that has ended; None where it has not.
+
+    Raises:
+        ValueError: the folder holds a run with another config.
+    """
+    path = config.run_dir() / "result.json"
+    if not path.exists():
+        return None
+    check_same_config(config.run_dir(), config)
+    return json.loads(path.read_text())["loss"]["iid"]
+
+
+def check_same_config(run_dir: Path, config: TrainConfig) -> None:
+    """Raise ValueError where ``config.yaml`` is that of another experiment."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return
+    earlier = load_config(path)
+    # A recorded config has the tokenizer's vocabulary; before the streams are open it may be 0.
+    vocabulary = config.model.vocab_size or earlier.model.vocab_size
+    config = replace(config, model=replace(config.model, vocab_size=vocabulary))
+    if earlier.identity() != config.identity():
+        raise ValueError(
+            f"{run_dir} holds a run with another config ({differences(earlier, config)}); "
+            "choose another name=... or delete that folder"
+        )
+
+
 def record_config(run_dir: Path, config: TrainConfig) -> None:
     """Write ``config.yaml``, or compare with the one that is there."""
+    check_same_config(run_dir, config)
     path = run_dir / "config.yaml"
     if path.exists():
-        earlier = load_config(path)
-        if earlier.identity() != config.identity():
-            raise ValueError(
-                f"{run_dir} holds a run with another config ({differences(earlier, config)}); "
-                "choose another name=... or delete that folder"
-            )
         return
     unfinished = path.with_suffix(".tmp")
     save_config(config, unfinished)
@@ -49,7 +74,7 @@ def record_config(run_dir: Path, config: TrainConfig) -> None:
 
 
 def differences(earlier: TrainConfig, config: TrainConfig) -> str:
-    """The keys in which two configs differ, as ``key: old -> new``."""
+    """What two configs learn differently, as ``key: old -> new``."""
 
     def flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
         items: dict[str, object] = {}
@@ -60,7 +85,7 @@ def differences(earlier: TrainConfig, config: TrainConfig) -> str:
                 items[prefix + key] = value
         return items
 
-    old, new = flat(to_dict(earlier)), flat(to_dict(config))
+    old, new = flat(earlier.learnt()), flat(config.learnt())
     return ", ".join(f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key])
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -133,22 +135,31 @@ def forget_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept))
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(line + "\n" for line in kept))
+    os.replace(unfinished, path)  # a kill must not cost the history
 
 
 def environment() -> dict[str, str]:
     """Versions and git state, to repeat the run later."""
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "triton", "numpy", "mosaicml-streaming", "hydra-core")
-    }
-    describe = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    versions = {}
+    for name in ("torch", "triton", "numpy", "mosaicml-streaming", "hydra-core"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # Triton: Linux only
+            versions[name] = importlib.metadata.version(name)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    git = describe.stdout.strip() or "not a git checkout"
-    return {"python": sys.version.split()[0], "git": git, "device": device, **versions}
+    return {"python": sys.version.split()[0], "git": git_state(), "device": device, **versions}
+
+
+def git_state() -> str:
+    """The commit of this checkout, marked where it was changed."""
+    try:
+        describe = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return "git is not installed"
+    return describe.stdout.strip() or "not a git checkout"

@@ -47,6 +47,19 @@ def test_unknown_keys_and_wrong_types_fail_before_anything_runs(
         (["recipe.epochs=0"], "recipe.epochs=0"),
         (["recipe.weight_decay=-1"], "must not be negative"),
         (["data.batch_size=0"], "data.batch_size=0"),
+        (["data.micro_batch_size=0"], "data.micro_batch_size=0 must be above 0"),
+        (["recipe.epochs=inf"], "recipe.epochs=inf must be above 0"),
+        (["recipe.learning_rate=nan"], "recipe.learning_rate=nan"),
+        (["data.seed=-1"], "data.seed=-1 must not be negative"),
+        (["optimizer.clip_norm=0"], "optimizer.clip_norm=0"),
+        (["optimizer.warmup_fraction=2"], r"optimizer.warmup_fraction=2.0 must be in \[0, 1\]"),
+        (["optimizer.beta2=1"], r"optimizer.beta2=1.0 must be in \[0, 1\)"),
+        (
+            ["runtime.context_parallel=4", "data.context_length=4100"],
+            "data.context_length=4100 must be a multiple of 8",
+        ),
+        (["runtime.shard_size=2"], "runtime.shard_size=2 needs runtime.parallel=fsdp"),
+        (["model.num_heads=0"], "model.num_heads=0 must be above 0"),
     ],
 )
 def test_values_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:

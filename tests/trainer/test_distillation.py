@@ -70,6 +70,9 @@ def test_a_student_of_two_runs_and_teachers_that_do_not_fit(
     )
     with pytest.raises(ValueError, match="another tokenizer than that"):
         train(wrong)
+    (Path(teachers[0]) / "result.json").unlink()
+    with pytest.raises(FileNotFoundError, match="is not trained to its end"):
+        train(wrong)
     missing = config(
         corpus_root, tmp_path, name="wrong", distillation=DistillationConfig(["nowhere"], 0.7)
     )

@@ -1,11 +1,17 @@
 """The sweep launcher: jobs side by side, failures apart, finished runs once, one table."""
 
 import csv
+import importlib
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from tests.conftest import run_script
+from tests.conftest import REPOSITORY, run_script
 
 SWEEP = [
     "--multirun",
@@ -53,3 +59,49 @@ def test_more_gpus_a_job_than_there_are(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "hydra.launcher.gpus_per_job=2 does not fit" in done.stderr
+
+
+@pytest.fixture
+def plugin() -> Any:
+    import train  # noqa: F401  (puts trainer/plugins on sys.path)
+
+    return importlib.import_module("hydra_plugins.gpu_pool_launcher")
+
+
+def test_jobs_get_the_gpus_this_process_may_use(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    for visible, slots in ((None, [["0", "1"], ["2", "3"]]), ("4,5,6,7", [["4", "5"], ["6", "7"]])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert list(plugin.GpuPoolLauncher(2, []).slots.queue) == slots
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_jobs_which_save_and_the_next_start_goes_on(
+    corpus_root: Path, tmp_path: Path
+) -> None:
+    options = [*SWEEP, f"output={tmp_path}", f"data.root={corpus_root}", "recipe.epochs=30"]
+    options += ["hydra.launcher.devices=[cpu]", "seed=0,1", "tracking.log_every=1"]
+    with subprocess.Popen(
+        [sys.executable, "train.py", *options],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        deadline = time.monotonic() + 90
+        while not any(log.stat().st_size for log in tmp_path.glob("*/metrics.jsonl")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        jobs = psutil.Process(launcher.pid).children()
+        launcher.terminate()
+        output, errors = launcher.communicate(timeout=60)
+        assert not psutil.wait_procs(jobs, timeout=0)[1]
+    assert launcher.returncode == 1
+    assert output.count("start  ") == 1
+    assert "2 of 2 jobs failed" in errors
+    assert "stopped at step" in next(tmp_path.glob("*.log")).read_text()
+    assert len(list(tmp_path.glob("*/checkpoints/step-*"))) == 1

@@ -1,6 +1,8 @@
 """Training end to end: kill and resume bit for bit, two processes, bad input, signals."""
 
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -32,10 +35,11 @@ from trainer.config import (
 )
 from trainer.distributed import Ranks
 from trainer.errors import NonFiniteLossError
-from trainer.evaluation import evaluate_model
+from trainer.evaluation import Scores, evaluate_model
 from trainer.loop import train
 from trainer.mds import MegadocStream
 from trainer.run_folder import claimed
+from trainer.tracking import environment
 
 STITCHED = RecipeConfig("stitched", "real", "stitched", 2, 0.75, 4, 3e-3, 0.4)
 ARGUMENTS = [
@@ -160,6 +164,59 @@ def test_a_loss_that_is_not_finite_names_its_documents(corpus_root: Path, tmp_pa
         train(settings)
 
 
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(
+    corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = TrackingConfig(tensorboard=False, log_every=100, checkpoints=1000)
+    settings = config(corpus_root, tmp_path, tracking=tracking)
+    calls = itertools.count()
+
+    def poisoned(parameters: Iterable[torch.nn.Parameter], most: float) -> torch.Tensor:
+        first, *rest = parameters
+        if next(calls) == 2 and first.grad is not None:
+            first.grad[0, 0] = torch.nan
+        return torch.nn.utils.clip_grad_norm_([first, *rest], most)
+
+    monkeypatch.setattr("trainer.loop.clip_grad_norm_", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"step 2: the gradient has norm nan.*real:"):
+        train(settings)
+    assert read_progress(checkpoints(settings.run_dir())[-1]).step == 2
+
+
+def test_a_stop_is_seen_between_log_lines_and_leftovers_are_cleared(
+    corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = TrackingConfig(tensorboard=False, log_every=100, evaluations=1, checkpoints=1)
+    settings = config(corpus_root, tmp_path, tracking=tracking)
+    folder = settings.run_dir() / "checkpoints"
+    (folder / ".step-00000001.tmp").mkdir(parents=True)  # of a process killed while it wrote
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "trainer.loop.seed_step",
+            lambda seed, step, rank: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None,
+        )
+        assert math.isnan(train(settings))
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_last_step_that_ruins_the_model_is_no_result(
+    corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scores, "loss", {"iid": math.nan})
+    settings = config(corpus_root, tmp_path)
+    with pytest.raises(NonFiniteLossError, match="validation loss after the last step is nan"):
+        train(settings)
+    assert not (settings.run_dir() / "result.json").exists()
+
+
+def test_the_environment_is_known_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "torch" in environment()
+    monkeypatch.setenv("PATH", "")
+    assert environment()["git"] == "git is not installed"
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -237,10 +294,13 @@ def test_a_tracker_that_is_not_installed_is_named(
 
 
 def test_another_config_in_the_same_folder_is_refused(corpus_root: Path, tmp_path: Path) -> None:
-    train(config(corpus_root, tmp_path, name="run"))
-    (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(ValueError, match="seed: 0 -> 1"):
-        train(config(corpus_root, tmp_path, name="run", seed=1))
+    settings = config(corpus_root, tmp_path, name="run")
+    loss = train(settings)
+    for _ in range(2):  # of a finished run, then of one that has stopped
+        with pytest.raises(ValueError, match=r"another config \(seed: 0 -> 1\)"):
+            train(config(corpus_root, tmp_path, name="run", seed=1))
+        assert train(settings) == loss
+        (tmp_path / "run" / "result.json").unlink()
 
 
 def test_one_run_folder_has_one_process(corpus_root: Path, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Reading streams: content, and every kind of damage named."""
 
 import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +76,26 @@ def test_streams_of_different_tokenizers_do_not_mix(make_stream: StreamMaker) ->
 def test_a_remote_stream_needs_a_cache(make_stream: StreamMaker, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set data\.cache"):
         download_stream("s3://bucket/streams/real", None)
+
+
+def test_processes_that_share_a_cache_download_every_file_once(
+    make_stream: StreamMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_stream("real", [[30]] * 5).path
+    fetched = []
+
+    class Store:
+        def download(self, remote: str, local: str) -> None:
+            if not Path(local).exists():
+                time.sleep(0.02)
+                shutil.copy(store / Path(remote).name, local)
+                fetched.append(Path(remote).name)
+
+    monkeypatch.setattr("streaming.base.storage.download.CloudDownloader.get", lambda _: Store())
+    with ThreadPoolExecutor(4) as ranks:
+        folders = ranks.map(download_stream, ["s3://bucket/real"] * 4, [str(tmp_path)] * 4)
+    assert {len(MegadocStream(folder)) for folder in folders} == {5}
+    assert len(fetched) == len(set(fetched)) == 5
 
 
 def test_the_real_writer_and_this_reader_agree(corpus_root: Path) -> None:

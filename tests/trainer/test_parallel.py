@@ -10,10 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from filelock import FileLock
+from torch import multiprocessing
 
 from tests.conftest import REPOSITORY, run_script
 from trainer.checkpoint import checkpoints, load_model, read_progress
+from trainer.distributed import Ranks
 
 ARGUMENTS = [
     "recipe=stitched",
@@ -164,6 +167,20 @@ def test_a_killed_rank_restarts_all_and_another_number_of_ranks_goes_on(
     last = run_script("train.py", *arguments)
     assert "resuming" in last.stdout
     same_learning(tmp_path, alone)
+
+
+def agree(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    ranks = Ranks(rank, 2, torch.device("cpu"), host_group=dist.group.WORLD)
+    assert ranks.sum_on_hosts(rank == 1) == 1
+    assert ranks.sum_on_hosts(True) == 2
+    dist.destroy_process_group()
+
+
+def test_flags_are_counted_over_the_ranks(tmp_path: Path) -> None:
+    multiprocessing.start_processes(
+        agree, (str(tmp_path / "store"),), nprocs=2, start_method="fork"
+    )
 
 
 def test_ranks_that_do_not_fit(corpus_root: Path, tmp_path: Path) -> None:

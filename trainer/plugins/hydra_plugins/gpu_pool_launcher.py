@@ -4,7 +4,8 @@
 
 Every job is a process of its own, so a job that fails or runs out of memory ends alone. Finished
 runs are not started again, and ``results.csv`` in the output folder holds a row for every run of
-the sweep. Hydra finds plugins only in a package called ``hydra_plugins``, hence this folder.
+the sweep. SIGTERM reaches the jobs, which save and end; the same command goes on later. Hydra finds
+plugins only in a package called ``hydra_plugins``, hence this folder.
 """
 
 import copy
@@ -12,8 +13,10 @@ import csv
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +31,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config import TrainConfig
+from trainer.run_folder import finished_loss
 
 
 @dataclass
@@ -38,7 +42,7 @@ class GpuPoolConfig:
     gpus_per_job: int = 1  # more than one: the job runs under torchrun
     devices: list[str] = field(
         default_factory=list
-    )  # such as [0, 1]; empty: all; cpu is a slot too
+    )  # as in CUDA_VISIBLE_DEVICES, such as [0, 1]; empty: all; cpu is a slot too
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="gpu_pool", node=GpuPoolConfig)
@@ -48,15 +52,16 @@ class GpuPoolLauncher(Launcher):
     """Runs the jobs of a sweep as processes, each on devices of its own."""
 
     def __init__(self, gpus_per_job: int, devices: list[str]) -> None:
-        found = [str(index) for index in range(torch.cuda.device_count())]
-        chosen = [str(device) for device in devices] or found
+        chosen = [str(device) for device in devices] or visible_devices()
         if gpus_per_job < 1 or len(chosen) < gpus_per_job:
             raise ValueError(
                 f"hydra.launcher.gpus_per_job={gpus_per_job} does not fit the {len(chosen)} "
                 f"devices {chosen}; on a machine without a GPU use "
                 "'hydra.launcher.devices=[cpu,cpu]' for two jobs at a time"
             )
-        self.gpus_per_job = gpus_per_job
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.stopping = False
+        self.table = threading.Lock()
         self.slots: queue.Queue[list[str]] = queue.Queue()
         for first in range(0, len(chosen) - gpus_per_job + 1, gpus_per_job):
             self.slots.put(chosen[first : first + gpus_per_job])
@@ -71,8 +76,16 @@ class GpuPoolLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run every job; raises RuntimeError naming the jobs that failed, after all have ended."""
-        with ThreadPoolExecutor(self.slots.qsize()) as pool:
-            returns = list(pool.map(self.run, job_overrides))
+        before = signal.signal(signal.SIGTERM, self.stop)
+        try:
+            with ThreadPoolExecutor(self.slots.qsize()) as pool:
+                try:
+                    returns = list(pool.map(self.run, job_overrides))
+                except BaseException:  # such as Ctrl-C: no job may live on alone
+                    self.stop()
+                    raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
         failed = [done for done in returns if done.status is not JobStatus.COMPLETED]
         if failed:
             names = "\n".join(f"  {' '.join(done.overrides or [])}" for done in failed)
@@ -82,35 +95,49 @@ class GpuPoolLauncher(Launcher):
     def run(self, overrides: Sequence[str]) -> JobReturn:
         """One job from the moment a slot is free until its process has ended."""
         composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
-        run = training_config(composed)
-        folder = run.run_dir()
         label = " ".join(filter_overrides(overrides))
         done = JobReturn(overrides=list(overrides), cfg=composed, task_name=composed.hydra.job.name)
-        if not (folder / "result.json").exists():
-            slot = self.slots.get()
-            try:
-                print(f"start  {label} on {','.join(slot)}", flush=True)
-                status = self.start(overrides, folder, slot)
-            finally:
-                self.slots.put(slot)
-            if status:
-                log = folder.with_suffix(".log")
-                print(f"FAILED {label} (status {status}), see {log}", flush=True)
-                done.status = JobStatus.FAILED
-                done.return_value = RuntimeError(f"{label} ended with status {status}; see {log}")
-                return done
+        try:
+            run = training_config(composed)
+            loss = finished_loss(run)
+            if loss is None:
+                loss = self.train(run, overrides, label)
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"FAILED {label}: {error}", flush=True)
+            done.status = JobStatus.FAILED
+            done.return_value = error
+            return done
         done.status = JobStatus.COMPLETED
-        done.return_value = json.loads((folder / "result.json").read_text())["loss"]["iid"]
-        print(f"done   {label}: {done.return_value:.4f}", flush=True)
-        write_results(Path(run.output))
+        done.return_value = loss
+        print(f"done   {label}: {loss:.4f}", flush=True)
+        with self.table:
+            write_results(Path(run.output))
         return done
 
-    def start(self, overrides: Sequence[str], folder: Path, slot: list[str]) -> int:
+    def train(self, run: TrainConfig, overrides: Sequence[str], label: str) -> float:
+        """Train one run to its end on the next free slot and return its loss."""
+        folder = run.run_dir()
+        log = folder.with_name(f"{folder.name}.log")
+        slot = self.slots.get()
+        try:
+            if self.stopping:
+                raise RuntimeError("the sweep was stopped before it began")
+            print(f"start  {label} on {','.join(slot)}", flush=True)
+            status = self.start(overrides, log, slot)
+        finally:
+            self.slots.put(slot)
+        loss = finished_loss(run)
+        if status or loss is None:
+            raise RuntimeError(f"it ended with status {status} before its result; see {log}")
+        return loss
+
+    def start(self, overrides: Sequence[str], log: Path, slot: list[str]) -> int:
         """Run the program of this process again for one job and return its exit status."""
         program = [
             str(Path(sys.argv[0]).resolve()),
             *config_flags(sys.argv[1:]),
             *filter_overrides(overrides),
+            "hydra.mode=RUN",  # a config that makes every start a sweep must not do so here
         ]
         command = [sys.executable, *program]
         if len(slot) > 1:
@@ -118,11 +145,28 @@ class GpuPoolLauncher(Launcher):
             command = [sys.executable, *torchrun, f"--nproc-per-node={len(slot)}", *program]
         visible = ",".join(device for device in slot if device != "cpu")
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".log").open("ab") as log:
-            return subprocess.run(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
-            ).returncode
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            child = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+            self.children.append(child)
+            if self.stopping:  # stop() may have come between the last two lines
+                child.terminate()
+            return child.wait()
+
+    def stop(self, *_: object) -> None:
+        """End all jobs, which save first, and start no more."""
+        self.stopping = True
+        for child in self.children:
+            child.terminate()
+
+
+def visible_devices() -> list[str]:
+    """The GPUs this process may use, by the names that its own jobs must use for them."""
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return names.split(",")[:count]
 
 
 def config_flags(arguments: Sequence[str]) -> list[str]:

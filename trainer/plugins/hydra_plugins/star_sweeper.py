@@ -24,7 +24,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config import TrainConfig
-from trainer.run_folder import write_json
+from trainer.run_folder import finished_loss, write_json
 from trainer.star_search import Certificate, Grid, Place, StarSearch
 
 
@@ -170,9 +170,9 @@ class StarSweeper(Sweeper):
         """The loss in the run's folder, infinite where it diverged; None where nothing is there."""
         config = OmegaConf.to_object(self.compose(overrides))
         assert isinstance(config, TrainConfig)
-        result = config.run_dir() / "result.json"
-        if result.exists():
-            return json.loads(result.read_text())["loss"]["iid"]
+        loss = finished_loss(config)
+        if loss is not None:
+            return loss
         return math.inf if (config.run_dir() / "diverged.txt").exists() else None
 
     def certify(self, study: Study) -> dict[str, Any]:
