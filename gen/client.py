@@ -207,6 +207,7 @@ def is_answer(answer: dict[str, Any]) -> bool:
             isinstance(text_of(choice), str)
             and choice["finish_reason"] in ("stop", "length")
             and isinstance(answer["usage"]["completion_tokens"], int)
+            and isinstance(answer["usage"]["prompt_tokens"], int)
         )
     except (KeyError, IndexError, TypeError):
         return False
@@ -221,9 +222,11 @@ def completion_of(answer: dict[str, Any]) -> Completion:
     """The parts of a chat answer that are kept."""
     choice, usage = answer["choices"][0], answer["usage"]
     details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens") or answer.get("timings", {}).get("cache_n") or 0
+    cached = details.get("cached_tokens") or (answer.get("timings") or {}).get("cache_n") or 0
+    # JSON can escape one half of a character, which no file can hold.
+    text = text_of(choice).encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return Completion(
-        text_of(choice).strip(),
+        text.strip(),
         choice["finish_reason"],
         usage["prompt_tokens"],
         usage["completion_tokens"],

@@ -52,12 +52,22 @@ def ask(url: str, attempts: int, outage: float = 60.0, timeout: float = 30.0) ->
 
 
 @pytest.mark.parametrize(
-    "fault", ["reset", "429", "500", "503", "garbage", "truncated", "abort", "timeout"]
+    "fault",
+    ["reset", "429", "500", "503", "garbage", "truncated", "abort", "uncounted", "timeout"],
 )
 def test_passing_faults_are_retried(server: str, fault: str) -> None:
     timeout = 1.0 if fault == "timeout" else 30.0
     with faulty(server, [fault]) as url:
         assert ask(url, attempts=3, timeout=timeout) == ask(server, attempts=1)
+
+
+def test_half_a_character_can_be_stored(server: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with faulty(server, ["surrogate"]) as url:
+        config = GeneratorConfig("openai", urls=[url], concurrency=1)
+        run_job(REPHRASE, config, DOCUMENTS[:1], tokenizer, tmp_path, serving)
+    texts = GenerationStore(tmp_path / "generations" / "rephrase").read()["text"].to_pylist()
+    assert len(texts) == 3
+    assert texts[0].startswith("half \ufffd")
 
 
 def test_lasting_faults_are_reported(server: str) -> None:
