@@ -49,6 +49,15 @@ class Document:
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def text_hash(self) -> str:
+        """Tells from which text a generation was made."""
+        return hash_text(self.text)
+
+
+def hash_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
 
 def read_documents(config: CorpusConfig) -> Iterator[Document]:
     """All documents of the source as they are, in its order.
@@ -186,11 +195,7 @@ def from_record(record: Any, config: CorpusConfig, where: str) -> Document:
     if not isinstance(text, str):
         raise ValueError(f"{where}: {config.text_column!r} is not a text but {str(text)[:60]!r}")
     try:
-        identity = (
-            hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-            if config.id_column is None
-            else str(record[config.id_column])
-        )
+        identity = hash_text(text) if config.id_column is None else str(record[config.id_column])
         (text + identity).encode()
     except UnicodeEncodeError as error:  # JSON can escape one half of a character
         raise ValueError(
