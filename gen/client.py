@@ -48,7 +48,8 @@ class ChatClient:
     """Keeps connections open, retries what may pass, sends a document always to one server.
 
     A server that refuses connections or is unavailable costs a request no attempt: it goes to
-    another server, or waits until one is back.
+    another server, or waits until one is back. One that leaves a request without an answer for
+    ``timeout`` seconds is left alone for a while, unless it answers another.
 
     Args:
         routing: the servers and what is known of them.
@@ -153,7 +154,10 @@ class ChatClient:
                 continue
             except (aiohttp.ClientError, TimeoutError) as error:
                 problem = f"{type(error).__name__}: {error}"
-                lost += not isinstance(error, TimeoutError)
+                if isinstance(error, TimeoutError):  # it may hang, another one may not
+                    self.routing.down(server, problem, self.timeout.total or 0.0)
+                else:
+                    lost += 1
             else:
                 if status == UNAVAILABLE:
                     self.routing.down(server, f"HTTP 503: {start_of(content)}")

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -124,7 +125,7 @@ class GenerationStore:
             (self.folder / f"writer-{writer}-of-{writers}.lock").open("w") as part,
         ):
             try:
-                divide(whole, writers)
+                together(whole, writers)
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
@@ -285,6 +286,20 @@ def difference(before: object, after: object, context: int = 30) -> str:
     start = max(0, same - context)
     cut = [text[start : same + context] for text in (first, second)]
     return f"at character {same}: {cut[0]!r} -> {cut[1]!r}"
+
+
+def together(lock: TextIO, writers: int) -> None:
+    """:func:`divide`, again while others that begin at the same moment hold the lock alone.
+
+    Raises:
+        BlockingIOError: a job that divides it otherwise holds the lock.
+    """
+    for _ in range(10 if writers > 1 else 1):
+        try:
+            return divide(lock, writers)
+        except BlockingIOError:
+            time.sleep(random.uniform(0.0, 0.2))
+    raise BlockingIOError
 
 
 def divide(lock: TextIO, writers: int) -> None:

@@ -27,6 +27,7 @@ from gen.servers import GeneratorConfig, Servers, embedded_server, serving
 from gen.store import GenerationStore
 from gen.supervisor import ServerFailed, SupervisedServer, free_port
 from tests.conftest import REPOSITORY, TINY, run_script
+from tests.gen import faults
 from tests.gen.faults import POISON, Faults, faulty
 
 REPHRASE = MethodConfig(prompt="Rewrite in other words: {text}", generations=3, max_tokens=8)
@@ -140,6 +141,25 @@ def test_documents_of_a_lost_server_go_to_another(
 
         run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, one_of_two)
     assert keys(GenerationStore(tmp_path / "generations" / "rephrase")) == ALL_KEYS
+
+
+def test_documents_of_a_server_that_hangs_go_to_another(
+    server: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "SLOW", 60.0)
+    method = MethodConfig(prompt=REPHRASE.prompt, max_tokens=2, generations=1)
+    with faulty(server, ["timeout"] * 99) as hanging:
+        routing = Routing([server, hanging], 60.0)
+        theirs = next(
+            Document(f"d{number}", "The cat.")
+            for number in range(999)
+            if routing.order(f"d{number}")[0] == hanging
+        )
+        config = GeneratorConfig("openai", urls=[server, hanging], timeout=6.0, attempts=2)
+        made = run_job(method, config, [theirs], tokenizer, tmp_path, serving)
+    assert (made.generations, made.retries) == (1, 1)
+    with faulty(server, ["timeout"] * 99) as url, pytest.raises(ServersLost, match="TimeoutError"):
+        ask(url, attempts=9, outage=0.5, timeout=0.3)
 
 
 def test_an_attached_server_that_comes_back_is_waited_for(
