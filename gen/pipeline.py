@@ -51,6 +51,7 @@ def generate(config: GenerateConfig) -> None:
     if config.task == "report":
         return print(quality_report(config, root))
     config.generator.check()
+    config.streams.check()
     with only_one(root / "corpus.lock"):  # several nodes may begin with a new corpus at once
         corpus = prepare_corpus(config, root)
     if config.task in ("all", "generate"):
