@@ -165,7 +165,7 @@ FIGURES = {
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -328,6 +328,20 @@ def test_a_damaged_run_is_named(tmp_path: Path, name: str) -> None:
     (damaged / name).write_text("unknown: 1")
     with pytest.raises(ValueError, match=f"{damaged.name} cannot be read"):
         read_study(tmp_path)
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    run = fabricate(tmp_path, "real", 0, 3.2)
+    name = "<b>$\\frac$ é"
+    (tmp_path / "ensembles").mkdir()
+    evaluation = json.loads((run / "result.json").read_text())["evaluation"]
+    content = {"members": ["a", "b"], "mean": "logits", "evaluation": evaluation}
+    sizes = [{"loss": {"iid": loss}} for loss in (3.2, 3.1)]
+    path = tmp_path / "ensembles" / f"{name}.json"
+    path.write_text(json.dumps(content | {"sizes": sizes}))
+    _, page = write_report(tmp_path, tmp_path / "report")
+    assert "&lt;b&gt;$\\frac$ é (logits): no asymptote" in page.read_text(encoding="utf-8")
+    assert rows_of(tmp_path / "report" / "ensembles.csv")[0]["ensemble"] == name
 
 
 def test_styles_are_no_orders(tmp_path: Path) -> None:
