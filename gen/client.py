@@ -48,7 +48,8 @@ class ChatClient:
     """Keeps connections open, retries what may pass, sends a document always to one server.
 
     A server that refuses connections or is unavailable costs a request no attempt: it goes to
-    another server, or waits until one is back.
+    another server, or waits until one is back. One that leaves a request without an answer for
+    ``timeout`` seconds is left alone for a while, unless it answers another.
 
     Args:
         routing: the servers and what is known of them.
@@ -153,7 +154,10 @@ class ChatClient:
                 continue
             except (aiohttp.ClientError, TimeoutError) as error:
                 problem = f"{type(error).__name__}: {error}"
-                lost += not isinstance(error, TimeoutError)
+                if isinstance(error, TimeoutError):  # it may hang, another one may not
+                    self.routing.down(server, problem, self.timeout.total or 0.0)
+                else:
+                    lost += 1
             else:
                 if status == UNAVAILABLE:
                     self.routing.down(server, f"HTTP 503: {start_of(content)}")
@@ -207,6 +211,7 @@ def is_answer(answer: dict[str, Any]) -> bool:
             isinstance(text_of(choice), str)
             and choice["finish_reason"] in ("stop", "length")
             and isinstance(answer["usage"]["completion_tokens"], int)
+            and isinstance(answer["usage"]["prompt_tokens"], int)
         )
     except (KeyError, IndexError, TypeError):
         return False
@@ -221,9 +226,11 @@ def completion_of(answer: dict[str, Any]) -> Completion:
     """The parts of a chat answer that are kept."""
     choice, usage = answer["choices"][0], answer["usage"]
     details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens") or answer.get("timings", {}).get("cache_n") or 0
+    cached = details.get("cached_tokens") or (answer.get("timings") or {}).get("cache_n") or 0
+    # JSON can escape one half of a character, which no file can hold.
+    text = text_of(choice).encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return Completion(
-        text_of(choice).strip(),
+        text.strip(),
         choice["finish_reason"],
         usage["prompt_tokens"],
         usage["completion_tokens"],

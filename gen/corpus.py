@@ -21,6 +21,7 @@ SCHEMA = pa.schema(
     [("id", pa.string()), ("text", pa.string()), ("split", pa.string()), ("metadata", pa.string())]
 )
 BATCH_ROWS = 1000
+SOURCE = ("format", "path", "subset", "split")  # of the config: where documents come from
 
 
 @dataclass
@@ -47,6 +48,15 @@ class Document:
     id: str
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text_hash(self) -> str:
+        """Tells from which text a generation was made."""
+        return hash_text(self.text)
+
+
+def hash_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def read_documents(config: CorpusConfig) -> Iterator[Document]:
@@ -167,8 +177,10 @@ def matching_files(config: CorpusConfig, endings: tuple[str, ...]) -> list[Path]
     return files
 
 
-def from_record(record: dict[str, Any], config: CorpusConfig, where: str) -> Document:
+def from_record(record: Any, config: CorpusConfig, where: str) -> Document:
     """A document from a row; other columns become metadata."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is not a JSON object but {str(record)[:60]!r}")
     missing = [
         column
         for column in (config.text_column, config.id_column)
@@ -180,11 +192,16 @@ def from_record(record: dict[str, Any], config: CorpusConfig, where: str) -> Doc
             "set corpus.text_column or corpus.id_column"
         )
     text = record[config.text_column] or ""
-    identity = (
-        hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        if config.id_column is None
-        else str(record[config.id_column])
-    )
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {config.text_column!r} is not a text but {str(text)[:60]!r}")
+    try:
+        identity = hash_text(text) if config.id_column is None else str(record[config.id_column])
+        (text + identity).encode()
+    except UnicodeEncodeError as error:  # JSON can escape one half of a character
+        raise ValueError(
+            f"{where}: the text or id holds half of a surrogate pair at character {error.start}, "
+            "which no file can hold; mend or remove it"
+        ) from error
     used = (config.text_column, config.id_column)
     return Document(identity, text, {key: record[key] for key in record if key not in used})
 
@@ -202,7 +219,8 @@ def build_documents(config: CorpusConfig, root: Path) -> dict[str, Any]:
         The manifest: how many documents were read, kept, empty, duplicate, too long, held out.
 
     Raises:
-        ValueError: nothing is left, or two different texts have one id.
+        ValueError: nothing is left, two different texts have one id, or the documents that are
+            there come from another source.
     """
     folder = root / "documents"
     wanted = {**config.__dict__, "token_budget": None}
@@ -210,8 +228,17 @@ def build_documents(config: CorpusConfig, root: Path) -> dict[str, Any]:
         manifest = read_json(folder / "manifest.json")
         if manifest["config"] == wanted and manifest["source"] == fingerprint(config):
             return manifest
+        different = [
+            f"corpus.{key}: {manifest['config'].get(key)} -> {wanted[key]}"
+            for key in SOURCE
+            if manifest["config"].get(key) != wanted[key]
+        ]
+        if different:
+            raise ValueError(
+                f"{folder} was built from another corpus ({'; '.join(different)}). Name that one, "
+                "use another root=..., or delete that folder to put these documents in its place"
+            )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
     counts = dict.fromkeys(("read", "empty", "duplicate", "too_long", "train", "val"), 0)
     characters = 0
     texts_seen: set[bytes] = set()
@@ -263,13 +290,14 @@ def build_documents(config: CorpusConfig, root: Path) -> dict[str, Any]:
                 waiting[split].clear()
         for split, rows in waiting.items():
             writers[split].write_table(pa.Table.from_pylist(rows, SCHEMA))
-    for split in ("train", "val"):
-        if not counts[split]:
-            raise ValueError(
-                f"no {split} document is left: {counts['read']} read, {counts['empty']} empty, "
-                f"{counts['duplicate']} duplicates, {counts['too_long']} longer than "
-                f"corpus.max_characters; corpus.held_out={config.held_out} decides the split"
-            )
+            if not counts[split]:
+                raise ValueError(
+                    f"no {split} document is left: {counts['read']} read, {counts['empty']} empty, "
+                    f"{counts['duplicate']} duplicates, {counts['too_long']} longer than "
+                    f"corpus.max_characters; corpus.held_out={config.held_out} decides the split"
+                )
+        # Only now: what cannot be read leaves the documents that are there as they are.
+        (folder / "manifest.json").unlink(missing_ok=True)
     manifest = {
         "counts": counts,
         "characters": characters,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -224,7 +226,7 @@ class Job:
                     raise
                 fields, truncated = shorter, True
         self.count(answer)
-        self.keep(document_id, index, answer, truncated)
+        self.keep(work.document, index, answer, truncated)
         return answer
 
     async def ask(
@@ -248,14 +250,14 @@ class Job:
         self.session.prompt_tokens += answer.prompt_tokens
         self.session.cached_tokens += answer.cached_tokens
 
-    def keep(self, document_id: str, index: int, answer: Completion, truncated: bool) -> None:
+    def keep(self, document: Document, index: int, answer: Completion, truncated: bool) -> None:
         """Note a finished generation; it reaches the disk with the next flush."""
         method = self.method
         self.session.generations += 1
         self.session.completion_tokens += answer.completion_tokens
         self.unsaved.append(
             Generation(
-                document_id,
+                document.id,
                 method.name,
                 index,
                 answer.text,
@@ -264,12 +266,13 @@ class Job:
                 method.temperature,
                 method.top_p,
                 method.max_tokens,
-                sibling_seed(self.config.seed, document_id, method.name, index),
+                sibling_seed(self.config.seed, document.id, method.name, index),
                 answer.finish_reason,
                 answer.prompt_tokens,
                 answer.completion_tokens,
                 answer.cached_tokens,
                 truncated,
+                document.text_hash,
             )
         )
         if len(self.unsaved) >= FLUSH_ROWS:
@@ -333,9 +336,8 @@ def missing_works(
     The cuts of a document are asked for from the last to the first: the last one's prompt begins
     with all the text that stands before any other cut.
     """
-    done = store.done()
     works, expected = [], 0
-    for document in documents:
+    for document, done in zip(documents, store.done(documents), strict=True):
         if not owns(document.id, config.writer, config.writers):
             continue
         if method.latent:
@@ -346,7 +348,7 @@ def missing_works(
             wanted = range(method.generations)
             fields = rephrase_fields(document.text)
         expected += len(wanted)
-        indices = [index for index in wanted if index not in done.get(document.id, ())]
+        indices = [index for index in wanted if index not in done]
         if indices:
             works.append(Work(document, indices, fields))
     return works, expected
@@ -383,6 +385,8 @@ def run_job(
             "top_p": method.top_p,
             "max_tokens": method.max_tokens,
             "seed": config.seed,
+            # Cuts fall on borders of tokens: another tokenizer makes other ones.
+            **({"vocabulary": hash_of_vocabulary(tokenizer)} if method.latent else {}),
         }
     )
     failures = store.folder / f"failures-{config.writer:03d}.json"
@@ -416,6 +420,11 @@ def run_job(
             write_json(failures, job.failures)
             raise GenerationFailed(describe_failures(job.failures, failures))
     return session
+
+
+def hash_of_vocabulary(tokenizer: Tokenizer) -> str:
+    content = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def describe_failures(failures: dict[str, str], path: Path) -> str:

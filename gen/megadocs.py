@@ -11,9 +11,11 @@ from tokenizers import Tokenizer
 
 from gen.corpus import Document
 from gen.latent import split_text
+from gen.store import places_of
 
 REAL, REPHRASE, THOUGHT = 0, 1, 2
-TEXT_COLUMNS = ["document_id", "index", "text"]  # of a store, what megadocs are made of
+# Of a store, what megadocs are made of.
+TEXT_COLUMNS = ["document_id", "text_hash", "index", "text"]
 
 
 @dataclass(frozen=True)
@@ -35,25 +37,31 @@ class Megadoc:
 
 
 class Generations:
-    """Generated texts by document, the first G of each.
+    """Generated texts by document, the first G of each, made from the text that it has now.
 
     Args:
-        table: rows of one method with ``document_id``, ``index`` and ``text``.
+        table: rows of one method with :data:`TEXT_COLUMNS`.
         documents: the documents in corpus order.
         count: G.
         where: what to name in errors: the store's folder.
 
     Raises:
-        ValueError: some document has fewer than G generations; says how many and what to run.
+        ValueError: a generation is there twice.
     """
 
     def __init__(self, table: pa.Table, documents: list[Document], count: int, where: str) -> None:
-        rank = {document.id: place for place, document in enumerate(documents)}
-        names = table["document_id"].to_pylist()
-        document = np.array([rank.get(name, -1) for name in names], dtype=np.int64)
+        document = places_of(table, documents)
         index = table["index"].to_numpy()
         chosen = np.flatnonzero((document >= 0) & (index < count))
         order = chosen[np.lexsort((index[chosen], document[chosen]))]
+        same = (np.diff(document[order]) == 0) & (np.diff(index[order]) == 0)
+        if same.any():
+            twice = order[np.flatnonzero(same)[0]]
+            raise ValueError(
+                f"{where} holds generation {index[twice]} of {documents[document[twice]].id!r} "
+                f"twice ({same.sum()} such pairs in all): were parts of another store copied into "
+                "it? Delete those"
+            )
         found = np.bincount(document[order], minlength=len(documents))
         self.rows = order
         self.starts = np.concatenate(([0], found.cumsum()))

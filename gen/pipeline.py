@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gen.corpus import CorpusConfig, Document, build_documents, load_split
+from gen.files import only_one
 from gen.generation import run_job
 from gen.prompts import MethodConfig
 from gen.quality import QualityConfig, ReportConfig
@@ -50,14 +51,17 @@ def generate(config: GenerateConfig) -> None:
     if config.task == "report":
         return print(quality_report(config, root))
     config.generator.check()
-    corpus = prepare_corpus(config, root)
+    config.streams.check()
+    with only_one(root / "corpus.lock"):  # several nodes may begin with a new corpus at once
+        corpus = prepare_corpus(config, root)
     if config.task in ("all", "generate"):
         session = run_job(
             config.method, config.generator, corpus.train, corpus.tokenizer, root, serving
         )
         print(describe(config.method, session), flush=True)
     if config.task in ("all", "streams"):
-        build_streams(config, corpus, root)
+        with only_one(root / "streams.lock"):  # jobs of several methods build `real` as well
+            build_streams(config, corpus, root)
     return None
 
 
@@ -93,8 +97,12 @@ def cut_to_budget(documents: list[Document], budget: int, tokenizer: Tokenizer) 
     """The first documents that hold exactly ``budget`` tokens, end-of-text tokens included.
 
     Raises:
-        ValueError: the corpus is smaller than the budget.
+        ValueError: the corpus is smaller than the budget, or no document fits it.
     """
+    if budget < 2:
+        raise ValueError(
+            f"corpus.token_budget={budget} must be at least 2: a token and the end of its document"
+        )
     kept: list[Document] = []
     left = budget
     for document in documents:

@@ -41,6 +41,15 @@ class MethodConfig:
                 f"method.prompt of {self.name} has the fields {sorted(found)}, it must have "
                 f"{sorted(wanted)}"
             )
+        if not re.fullmatch(r"[\w.-]*\w", self.name):
+            raise ValueError(
+                f"method.name={self.name!r} names a folder: use letters, digits, '_', '-' and '.'"
+            )
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"method.temperature={self.temperature} must not be negative and "
+                f"method.top_p={self.top_p} must be in (0, 1]"
+            )
         for name in ("generations", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"method.{name}={getattr(self, name)} must be at least 1")

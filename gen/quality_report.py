@@ -68,7 +68,7 @@ def write_quality_report(
     page = render(judged, quality, config, images)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as unfinished:
-        unfinished.write_text(page)
+        unfinished.write_text(page, encoding="utf-8")
     rows = gate_rows(judged, quality)
     return "\n".join("".join(f"{cell:>12}" for cell in row) for row in rows)
 

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from gen.corpus import Document
 from gen.files import replace_file
+from gen.megadocs import TEXT_COLUMNS
 from gen.quality import Measures, measure
-from gen.store import GenerationStore
+from gen.store import GenerationStore, places_of
 
 VERSION = 1  # of the measures; a change measures again
 ROWS_A_PROCESS = 5000  # fewer are measured before another process has started
@@ -63,7 +64,7 @@ def measure_all(
     store: GenerationStore, documents: list[Document], processes: int | None
 ) -> pa.Table:
     """Measure every generation, in corpus order and ascending index."""
-    generations = store.read(["document_id", "index", "text", "finish_reason"])
+    generations = store.read([*TEXT_COLUMNS, "finish_reason"])
     if processes is None:
         processes = min(os.cpu_count() or 1, 1 + generations.num_rows // ROWS_A_PROCESS)
     groups = grouped(generations, documents)
@@ -85,11 +86,10 @@ def measure_all(
 
 def grouped(generations: pa.Table, documents: list[Document]) -> Iterator[Group]:
     """Documents with their generations, some at a time."""
-    rank = {document.id: place for place, document in enumerate(documents)}
-    place = np.array([rank.get(name, -1) for name in generations["document_id"].to_pylist()])
+    place = places_of(generations, documents)
     index = generations["index"].to_numpy()
     order = np.lexsort((index, place))
-    order = order[np.searchsorted(place[order], 0) :]  # generations of other documents are first
+    order = order[np.searchsorted(place[order], 0) :]  # those of other texts are first
     texts, reasons = generations["text"], generations["finish_reason"]
 
     def one(rows: Iterator[int], of: int) -> tuple[str, str, list[tuple[int, str, str]]]:

@@ -66,14 +66,20 @@ class Routing:
         if route.down_since is not None:
             self.routes[url] = Route(url)
 
-    def down(self, url: str, problem: str) -> None:
-        """Note that a server did not take a request; many requests at once count as one."""
+    def down(self, url: str, problem: str, pause: float = FIRST_PAUSE) -> None:
+        """Note that a server did not take a request; many requests at once count as one.
+
+        Args:
+            url: the server.
+            problem: for messages.
+            pause: seconds it is left alone, at least.
+        """
         route, now = self.routes[url], self.clock()
         route.problem = problem
         if route.closed_until > now:
             return
         route.down_since = now if route.down_since is None else route.down_since
-        route.pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * route.pause))
+        route.pause = min(LONGEST_PAUSE, max(pause, 2 * route.pause))
         route.closed_until = now + route.pause
 
     def check(self) -> None:

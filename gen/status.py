@@ -12,7 +12,7 @@ from gen.sessions import Session, latest_of_writers, read_sessions
 from gen.store import GenerationStore
 
 ACTIVE = 120.0  # seconds since its last part after which a session no longer counts as running
-COLUMNS = ["document_id", "completion_tokens", "prompt_tokens", "cached_tokens", "finish_reason"]
+COLUMNS = ["document_id", "index", "completion_tokens", "finish_reason"]
 
 
 def status(root: Path) -> str:
@@ -28,17 +28,20 @@ def store_status(store: GenerationStore) -> str:
     sessions = read_sessions(store.folder)
     latest = latest_of_writers(sessions)
     expected = sum(session.expected for session in latest)
-    failed = sum(len(read_json(path)) for path in store.folder.glob("failures-*.json"))
+    # Files of an earlier division of the work tell of what has been tried again since.
+    files = [store.folder / f"failures-{session.writer:03d}.json" for session in latest]
+    failed = sum(len(read_json(path)) for path in files if path.exists())
     if not store.parts():
         return f"{store.folder}: empty" + (f" of {expected:,} generations" if expected else "")
     table = store.read(COLUMNS)
-    done = table.num_rows
+    # An edited document has generations of its old text as well.
+    done = table.group_by(["document_id", "index"]).aggregate([]).num_rows
     documents = pc.count_distinct(table["document_id"]).as_py()
     generated = pc.sum(table["completion_tokens"]).as_py()
     cut = pc.sum(pc.equal(table["finish_reason"], "length")).as_py()
     lines = [
         f"{store.folder}: {done:,} generations of {documents:,} documents, {generated:,} tokens, "
-        f"{cut / done:.0%} cut off by their length limit"
+        f"{cut / table.num_rows:.0%} cut off by their length limit"
     ]
     if latest:
         lines.append(f"  {progress(done, expected, failed, latest)}")

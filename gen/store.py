@@ -12,16 +12,19 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gen.corpus import Document
 from gen.files import read_json, replace_file, write_json
 
 SCHEMA = pa.schema(
@@ -42,13 +45,14 @@ SCHEMA = pa.schema(
         ("cached_tokens", pa.int32()),
         ("truncated", pa.bool_()),
         ("created_at", pa.float64()),
+        ("text_hash", pa.string()),  # null in parts that were written before it was kept
     ]
 )
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One text a model wrote for a document; the key is (document_id, method, index)."""
+    """One text a model wrote for a document; the key is (document_id, text_hash, index)."""
 
     document_id: str
     method: str
@@ -65,6 +69,7 @@ class Generation:
     completion_tokens: int
     cached_tokens: int  # prompt tokens the server had in its cache
     truncated: bool  # the document was cut to fit the generator's context
+    text_hash: str | None = None  # of the document; one that was edited needs new generations
     created_at: float = field(default_factory=time.time)  # seconds since the epoch
 
 
@@ -85,6 +90,8 @@ class GenerationStore:
     def claim(self, settings: dict[str, Any]) -> None:
         """Create the store, or check that it was written with the same settings.
 
+        What an older version did not write down is not compared.
+
         Raises:
             ValueError: another prompt, model or sampling wrote it; names the differences.
         """
@@ -95,9 +102,9 @@ class GenerationStore:
             return
         found = read_json(manifest)
         different = [
-            f"{key}: {difference(found.get(key), settings.get(key))}"
-            for key in sorted(found.keys() | settings.keys())
-            if found.get(key) != settings.get(key)
+            f"{key}: {difference(found[key], settings.get(key))}"
+            for key in sorted(found)
+            if found[key] != settings.get(key)
         ]
         if different:
             raise ValueError(
@@ -118,7 +125,7 @@ class GenerationStore:
             (self.folder / f"writer-{writer}-of-{writers}.lock").open("w") as part,
         ):
             try:
-                divide(whole, writers)
+                together(whole, writers)
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(
@@ -180,20 +187,22 @@ class GenerationStore:
         small = [path for path in current if "-" not in path.stem.removeprefix(prefix)]
         if len(small) < count:
             return
-        table = pa.concat_tables([pq.read_table(path) for path in small])
+        table = pa.concat_tables([read_part(path, None) for path in small])
         first, last = numbers_of(small[0])[1], numbers_of(small[-1])[2]
         self.write_part(self.folder / f"{prefix}{first:06d}-{last:06d}.parquet", table)
         for path in small:
             path.unlink()
 
-    def done(self) -> dict[str, set[int]]:
-        """Indices that are present, by document."""
-        present: dict[str, set[int]] = defaultdict(set)
+    def done(self, documents: Sequence[Document]) -> list[set[int]]:
+        """Indices that are present of each document, made from the text it has now."""
+        present: list[set[int]] = [set() for _ in documents]
         if self.parts():
-            keys = self.read(["document_id", "index"])
-            names, indices = keys["document_id"].to_pylist(), keys["index"].to_pylist()
-            for document, index in zip(names, indices, strict=True):
-                present[document].add(index)
+            keys = self.read(["document_id", "text_hash", "index"])
+            for place, index in zip(
+                places_of(keys, documents).tolist(), keys["index"].to_pylist(), strict=True
+            ):
+                if place >= 0:
+                    present[place].add(index)
         return present
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
@@ -225,6 +234,22 @@ class GenerationStore:
         return hashlib.sha256(repr(sorted(state)).encode()).hexdigest()[:16]
 
 
+def places_of(rows: pa.Table, documents: Sequence[Document]) -> np.ndarray:
+    """Place of the document of each row: int64 ``[rows]``, -1 where it is gone or was edited.
+
+    Args:
+        rows: of a store, with ``document_id`` and ``text_hash``.
+        documents: in corpus order.
+    """
+    places = {
+        (document.id, text_hash): place
+        for place, document in enumerate(documents)
+        for text_hash in (document.text_hash, None)
+    }
+    keys = zip(rows["document_id"].to_pylist(), rows["text_hash"].to_pylist(), strict=True)
+    return np.array([places.get(key, -1) for key in keys], dtype=np.int64)
+
+
 def numbers_of(part: Path) -> tuple[int, int, int]:
     """Writer, first and last number of a part from its name."""
     writer, *numbers = (int(piece) for piece in part.stem.split("-")[1:])
@@ -239,7 +264,7 @@ def read_part(part: Path, columns: list[str] | None) -> pa.Table:
         ValueError: it is corrupted.
     """
     try:
-        return pq.read_table(part, columns=columns)
+        return pq.read_table(part, columns=columns, schema=SCHEMA)
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
@@ -261,6 +286,20 @@ def difference(before: object, after: object, context: int = 30) -> str:
     start = max(0, same - context)
     cut = [text[start : same + context] for text in (first, second)]
     return f"at character {same}: {cut[0]!r} -> {cut[1]!r}"
+
+
+def together(lock: TextIO, writers: int) -> None:
+    """:func:`divide`, again while others that begin at the same moment hold the lock alone.
+
+    Raises:
+        BlockingIOError: a job that divides it otherwise holds the lock.
+    """
+    for _ in range(10 if writers > 1 else 1):
+        try:
+            return divide(lock, writers)
+        except BlockingIOError:
+            time.sleep(random.uniform(0.0, 0.2))
+    raise BlockingIOError
 
 
 def divide(lock: TextIO, writers: int) -> None:

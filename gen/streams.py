@@ -66,6 +66,15 @@ class StreamConfig:
     shuffle_seed: int = 0  # order of the simple stream
     shard_bytes: int = 1 << 26
 
+    def check(self) -> None:
+        """Raise ValueError for an unknown option or an impossible number."""
+        if self.real_document not in ("last", "first", "absent"):
+            raise ValueError(
+                f"streams.real_document={self.real_document} is not one of last, first, absent"
+            )
+        if any(generations < 1 for generations in self.generations):
+            raise ValueError(f"streams.generations={self.generations} must all be at least 1")
+
 
 def stream_name(kind: str, method: str, generations: int, config: StreamConfig) -> str:
     """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-faq-real-first``, ..."""
@@ -109,10 +118,7 @@ def build_stream(
         ValueError: G is larger than what was generated, or an option is unknown.
         OSError: the disk is full; nothing half-written stays.
     """
-    if config.real_document not in ("last", "first", "absent"):
-        raise ValueError(
-            f"streams.real_document={config.real_document} is not one of last, first, absent"
-        )
+    config.check()
     name = stream_name(kind, method, generations, config)
     folder = root / "streams" / name
     store = None
@@ -249,6 +255,8 @@ def write_shards(
                 tokens: list[int] = []
                 ends: list[int] = []
                 one_text = any(member.kind == THOUGHT for member in megadoc.members)
+                if config.separator is not None and not one_text:
+                    text_bytes += len(config.separator.encode()) * (len(megadoc.members) - 1)
                 for place, member in enumerate(megadoc.members):
                     tokens.extend(next(encoded))
                     if place == len(megadoc.members) - 1:

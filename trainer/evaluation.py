@@ -105,7 +105,10 @@ class Scores:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits for every UTF-8 byte of the held-out text."""
+        """Bits for every UTF-8 byte of the held-out text.
+
+        Without ``mask=none`` a document's first token is given, not predicted: it costs nothing.
+        """
         return float(self.document_loss.sum() / math.log(2) / self.stream.manifest.bytes)
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.checkpoint import load_model
+from trainer.checkpoint import load_model, newest_checkpoint, read_progress
 from trainer.config import TrainConfig
 from trainer.model import Llama, ModelConfig
 
@@ -20,15 +20,22 @@ def export_run(run: str | Path, folder: Path) -> None:
     """Write a run as ``LlamaForCausalLM`` with sharded safetensors and its tokenizer.
 
     Raises:
-        ValueError: ``folder`` exists and is not empty.
+        ValueError: ``folder`` exists and is not empty, or the corpus folder has got another
+            tokenizer since.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"export={folder} is not empty; choose a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
     model, config = load_model(run)
-    save_shards(model.state_dict(), folder)
     tokenizer = Path(config.data.root) / "tokenizer"
     manifest = json.loads((tokenizer / "manifest.json").read_text())
+    trained = read_progress(newest_checkpoint(run)).tokenizer_sha256
+    if trained != manifest["sha256"]:
+        raise ValueError(
+            f"{run} was trained with the tokenizer {trained[:12]}, {tokenizer} now holds "
+            f"{manifest['sha256'][:12]}; put the old one back to export them together"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_shards(model.state_dict(), folder)
     (folder / "config.json").write_text(
         json.dumps(hugging_face_config(config, manifest["eos_id"]), indent=1)
     )

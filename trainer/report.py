@@ -77,13 +77,9 @@ def best_run(runs: Sequence[Run]) -> int:
 
 
 def run_row(run: Run, runs: Sequence[Run]) -> dict[str, str]:
-    """A run in the table; the difference is to the best real-only run on as many real tokens."""
+    """A run in the table; the difference is to the best real-only run of the same setting."""
     recipe, loss = run.config.recipe, run.result["loss"]
-    real = [
-        other.loss
-        for other in runs
-        if other.kind == "real" and other.real_tokens == run.real_tokens
-    ]
+    real = [other.loss for other in runs if other.kind == "real" and other.setting == run.setting]
     data = run.config.data
     published = published_loss(run.kind, run.generations, data.mask.value, data.context_length)
     return {
@@ -95,7 +91,7 @@ def run_row(run: Run, runs: Sequence[Run]) -> dict[str, str]:
         "lr": f"{recipe.learning_rate:g}",
         "wd": f"{recipe.weight_decay:g}",
         "seed": str(run.config.seed),
-        "real tokens": f"{run.real_tokens:,}",
+        "real tokens": "-" if run.alone else f"{run.real_tokens:,}",
         "steps": f"{run.result['steps']:,}",
         "tokens": f"{run.tokens:,}",
         **{("loss" if name == "iid" else name): f"{value:.4f}" for name, value in loss.items()},
@@ -113,7 +109,7 @@ def compute_row(group: Group) -> dict[str, str]:
         "recipe": run.kind,
         "G": str(run.generations or "-"),
         "parameters": f"{run.result['parameters']:,}",
-        "real tokens": f"{run.real_tokens:,}",
+        "real tokens": "-" if run.alone else f"{run.real_tokens:,}",
         "mask": run.config.data.mask.value,
         "context": f"{run.config.data.context_length:,}",
         "epochs": f"{recipe.epochs:g}",
@@ -121,11 +117,11 @@ def compute_row(group: Group) -> dict[str, str]:
         "lr": f"{recipe.learning_rate:g}",
         "wd": f"{recipe.weight_decay:g}",
         "tokens trained": f"{run.tokens:,}",
-        "real tokens seen": f"{run.real_tokens_seen:,}",
+        "real tokens seen": "-" if run.alone else f"{run.real_tokens_seen:,}",
         "synthetic passes": f"{run.synthetic_passes:.2f}",
         "FLOPs": f"{run.flops:.3g}",
         "hours": f"{hours:.4g} {run.device}",
-        "generated tokens": f"{run.generation_tokens:,}",
+        "generated tokens": "-" if run.alone else f"{run.generation_tokens:,}",
         "seeds": str(len(group.runs)),
         "loss": f"{group.mean():.4f}",
         "SD": f"{group.spread():.4f}" if len(group.runs) > 1 else "-",

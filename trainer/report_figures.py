@@ -24,6 +24,9 @@ from trainer.report_page import (
 from trainer.report_runs import Group, Run, Study, best_by
 
 SET_NAMES = {"iid": "i.i.d. documents", "short": "short documents", "long": "long documents"}
+ORDERS = [
+    f"{kind}{place}" for kind in ("simple", "stitched") for place in ("", "-real-first", "-no-real")
+]
 BARS = "The axis of the bars does not start at zero."
 
 
@@ -64,7 +67,7 @@ def row(group: Group, name: str = "iid") -> dict[str, Any]:
         "learning_rate": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,
         "parameters": run.result["parameters"],
-        "real_tokens": run.real_tokens,
+        "real_tokens": None if run.alone else run.real_tokens,
         "mask": run.config.data.mask.value,
         "context_length": run.config.data.context_length,
         "seeds": len(group.runs),
@@ -232,7 +235,7 @@ def order_bars(study: Study) -> Drawing | Missing:
     by_g: dict[int, dict[str, Group]] = defaultdict(dict)
     best = best_by(study.main, lambda run: (run.generations, run.kind))
     for (generations, kind), group in best.items():
-        if generations and kind.partition("-")[0] in ("simple", "stitched"):
+        if generations and kind in ORDERS:
             by_g[generations][kind] = group
     generations, groups = max(by_g.items(), key=lambda pair: len(pair[1]), default=(0, {}))
     if len(groups) < 2:
@@ -288,16 +291,23 @@ def mask_bars(study: Study) -> Drawing | Missing:
 def no_separate_real(study: Study) -> Drawing | Missing:
     """A megadoc stream read alone against the same stream beside the real one."""
     title = "Without a separate real stream"
-    alone = {
-        kind: group
-        for kind, group in best_by(study.groups, lambda run: run.kind).items()
-        if kind.endswith(" alone")
-    }
     pairs: dict[str, Group] = {}
-    for kind, group in alone.items():
-        stream = kind.removesuffix(" alone")
+    for group in best_by(
+        [
+            group
+            for group in study.groups
+            if group.first.alone and group.first.setting[:3] == study.main_setting[:3]
+        ],
+        lambda run: run.kind,
+    ).values():
+        stream, root = group.first.config.recipe.base, group.first.config.data.root
         mixed = best_by(
-            [other for other in study.groups if other.first.config.recipe.synthetic == stream],
+            [
+                other
+                for other in study.main
+                if other.first.config.recipe.synthetic == stream
+                and other.first.config.data.root == root
+            ],
             lambda run: run.kind,
         )
         if mixed:
@@ -309,7 +319,7 @@ def no_separate_real(study: Study) -> Drawing | Missing:
     bars(axes[0], pairs)
     published_bars(axes[1], paper.NO_SEPARATE_REAL, ["stitched"] * 2)
     rows = [row(group) for group in pairs.values()]
-    return Drawing("no-separate-real", title, figure, rows, [BARS])
+    return Drawing("no-separate-real", title, figure, rows, [BARS, describe_setting(study)])
 
 
 def by_context(study: Study) -> Drawing | Missing:

@@ -80,6 +80,7 @@ def ensembles(study: Study) -> Drawing | Missing:
             label += f", K → ∞: {asymptote:.3f}"
             note = f"{ensemble.name}: {law_text(fit)}"
         notes.append(note)
+        label = label.replace("$", r"\$")  # two of them would hold a formula
         axes[0].plot(members, ensemble.losses, "o", color=shade, label=label)
         rows += [
             {

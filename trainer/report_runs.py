@@ -17,6 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from trainer import downstream
 from trainer.config import TrainConfig, load_config
 from trainer.flops import training_flops
@@ -40,9 +43,13 @@ class Run:
         for real-only training, which is the reference of data efficiency.
         """
         recipe = self.config.recipe
-        alone = recipe.stream is None and recipe.base != "real"
-        kind = f"{recipe.base} alone" if alone else recipe.stream or recipe.base
+        kind = f"{recipe.base} alone" if self.alone else recipe.stream or recipe.base
         return f"{kind} distilled" if self.config.distillation.teachers else kind
+
+    @property
+    def alone(self) -> bool:
+        """Whether the base is a synthetic stream; how much of it is real is not known here."""
+        return self.config.recipe.stream is None and self.config.recipe.base != "real"
 
     @property
     def generations(self) -> int:
@@ -59,7 +66,7 @@ class Run:
 
     @property
     def real_tokens(self) -> int:
-        """Unique real tokens: of the base stream."""
+        """Unique real tokens: of the base stream, all of it where it is read alone."""
         return self.stream_tokens(self.config.recipe.base)
 
     @property
@@ -219,17 +226,18 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
         )
     runs = []
     for path in finished:
-        metrics, tasks = path / "metrics.jsonl", path / downstream.FILE
+        metrics, scores = path / "metrics.jsonl", path / downstream.FILE
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        runs.append(
-            Run(
-                path,
-                load_config(path / "config.yaml"),
-                json.loads((path / "result.json").read_text()),
-                [json.loads(line) for line in lines],
-                json.loads(tasks.read_text()) if tasks.exists() else {},
-            )
-        )
+        try:
+            config = load_config(path / "config.yaml")
+            result = json.loads((path / "result.json").read_text())
+            tasks = json.loads(scores.read_text()) if scores.exists() else {}
+            runs.append(Run(path, config, result, [json.loads(line) for line in lines], tasks))
+        except (ValueError, OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): it was written by another version or damaged; "
+                "move it out of the folder"
+            ) from error
     return sorted(runs, key=lambda run: (run.kind != "real", run.kind, run.generations)), unfinished
 
 
@@ -241,6 +249,14 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 raise ValueError(
                     f"{run.path} has the loss {loss} on {name}; leave that run out or redo it"
                 )
+    seen: dict[str, Run] = {}
+    for run in runs:
+        twin = seen.setdefault(run.config.identity(), run)
+        if twin is not run:
+            raise ValueError(
+                f"{run.path} repeats {twin.path}, its seeds included; as two seeds they would make "
+                "the error bars too small: move one of them out of the folder"
+            )
     # How many tokens have a loss depends on how documents are laid into windows.
     first_reading: dict[Hashable, Run] = {}
     for run in runs:

@@ -11,7 +11,10 @@ import urllib.request
 from collections.abc import Iterator
 from typing import ClassVar
 
-PASSING = ("reset", "429", "500", "502", "503", "504", "garbage", "truncated", "abort", "timeout")
+PASSING = (
+    *("reset", "429", "500", "502", "503", "504"),
+    *("garbage", "truncated", "abort", "uncounted", "timeout"),
+)
 POISON = b"a text that kills servers"  # requests with it always lose their connection
 SLOW = 3.0  # seconds a timeout takes; the client under test must give up earlier
 
@@ -41,6 +44,10 @@ class Faults(http.server.BaseHTTPRequestHandler):
             self.answer(200, b"<html>not json")
         elif fault == "abort":
             self.answer(200, json.dumps(aborted()).encode())
+        elif fault == "uncounted":
+            self.answer(200, json.dumps(finished("no prompt_tokens", {})).encode())
+        elif fault == "surrogate":
+            self.answer(200, json.dumps(finished("half \ud83d", {"prompt_tokens": 1})).encode())
         elif fault == "truncated":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -87,6 +94,14 @@ def aborted() -> dict[str, object]:
     return {
         "choices": [{"message": message, "finish_reason": "abort"}],
         "usage": {"prompt_tokens": 1, "completion_tokens": 3},
+    }
+
+
+def finished(text: str, usage: dict[str, int]) -> dict[str, object]:
+    return {
+        "choices": [{"message": {"content": text}, "finish_reason": "stop"}],
+        "usage": {"completion_tokens": 3, **usage},
+        "timings": None,
     }
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -143,3 +144,46 @@ def test_a_token_budget_is_met_exactly(tmp_path: Path) -> None:
         assert tokens == budget
     with pytest.raises(ValueError, match="token_budget=900,000,000 is more than"):
         cut_to_budget(documents, 900_000_000, tokenizer)
+    with pytest.raises(ValueError, match="token_budget=1 must be at least 2"):
+        cut_to_budget(documents, 1, tokenizer)
+
+
+def test_another_source_does_not_take_the_place_of_a_corpus(tmp_path: Path) -> None:
+    """``corpus=...`` left out on a later call means the built-in corpus."""
+    config = CorpusConfig(format="jsonl", path=str(write_jsonl(tmp_path / "a.jsonl")), held_out=0.2)
+    root = tmp_path / "root"
+    manifest = build_documents(config, root)
+    with pytest.raises(ValueError, match=r"another corpus \(corpus.format: jsonl -> pydoc; "):
+        build_documents(CorpusConfig(), root)
+    assert build_documents(replace(config, max_documents=30), root)["counts"]["read"] == 30
+    assert build_documents(config, root) == manifest
+
+
+def test_a_source_that_cannot_be_read_leaves_the_documents_there(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl")
+    config = CorpusConfig(format="jsonl", path=str(path), held_out=0.2)
+    root = tmp_path / "root"
+    build_documents(config, root)
+    before = {file.name: file.read_bytes() for file in (root / "documents").iterdir()}
+    path.write_text("not JSON")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        build_documents(config, root)
+    path.write_text('{"text": " "}\n')
+    with pytest.raises(ValueError, match="no train document is left"):
+        build_documents(config, root)
+    assert {file.name: file.read_bytes() for file in (root / "documents").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('"a text"', "line 2 is not a JSON object but 'a text'"),
+        ('{"text": ["a"]}', "line 2: 'text' is not a text but \"\\['a'\\]\""),
+        ('{"text": "half \\ud83d"}', "line 2: .* half of a surrogate pair at character 5"),
+    ],
+)
+def test_rows_that_hold_no_text_are_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_text('{"text": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(CorpusConfig(format="jsonl", path=str(path))))

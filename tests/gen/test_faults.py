@@ -27,6 +27,7 @@ from gen.servers import GeneratorConfig, Servers, embedded_server, serving
 from gen.store import GenerationStore
 from gen.supervisor import ServerFailed, SupervisedServer, free_port
 from tests.conftest import REPOSITORY, TINY, run_script
+from tests.gen import faults
 from tests.gen.faults import POISON, Faults, faulty
 
 REPHRASE = MethodConfig(prompt="Rewrite in other words: {text}", generations=3, max_tokens=8)
@@ -52,12 +53,22 @@ def ask(url: str, attempts: int, outage: float = 60.0, timeout: float = 30.0) ->
 
 
 @pytest.mark.parametrize(
-    "fault", ["reset", "429", "500", "503", "garbage", "truncated", "abort", "timeout"]
+    "fault",
+    ["reset", "429", "500", "503", "garbage", "truncated", "abort", "uncounted", "timeout"],
 )
 def test_passing_faults_are_retried(server: str, fault: str) -> None:
     timeout = 1.0 if fault == "timeout" else 30.0
     with faulty(server, [fault]) as url:
         assert ask(url, attempts=3, timeout=timeout) == ask(server, attempts=1)
+
+
+def test_half_a_character_can_be_stored(server: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with faulty(server, ["surrogate"]) as url:
+        config = GeneratorConfig("openai", urls=[url], concurrency=1)
+        run_job(REPHRASE, config, DOCUMENTS[:1], tokenizer, tmp_path, serving)
+    texts = GenerationStore(tmp_path / "generations" / "rephrase").read()["text"].to_pylist()
+    assert len(texts) == 3
+    assert texts[0].startswith("half \ufffd")
 
 
 def test_lasting_faults_are_reported(server: str) -> None:
@@ -130,6 +141,25 @@ def test_documents_of_a_lost_server_go_to_another(
 
         run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, one_of_two)
     assert keys(GenerationStore(tmp_path / "generations" / "rephrase")) == ALL_KEYS
+
+
+def test_documents_of_a_server_that_hangs_go_to_another(
+    server: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "SLOW", 60.0)
+    method = MethodConfig(prompt=REPHRASE.prompt, max_tokens=2, generations=1)
+    with faulty(server, ["timeout"] * 99) as hanging:
+        routing = Routing([server, hanging], 60.0)
+        theirs = next(
+            Document(f"d{number}", "The cat.")
+            for number in range(999)
+            if routing.order(f"d{number}")[0] == hanging
+        )
+        config = GeneratorConfig("openai", urls=[server, hanging], timeout=6.0, attempts=2)
+        made = run_job(method, config, [theirs], tokenizer, tmp_path, serving)
+    assert (made.generations, made.retries) == (1, 1)
+    with faulty(server, ["timeout"] * 99) as url, pytest.raises(ServersLost, match="TimeoutError"):
+        ask(url, attempts=9, outage=0.5, timeout=0.3)
 
 
 def test_an_attached_server_that_comes_back_is_waited_for(

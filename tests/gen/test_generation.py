@@ -19,9 +19,12 @@ from gen.concurrency import AdaptiveLimit
 from gen.corpus import Document, load_split
 from gen.fitting import shorten
 from gen.generation import run_job
+from gen.megadocs import TEXT_COLUMNS, Generations
 from gen.prompts import MethodConfig
 from gen.servers import GeneratorConfig, Servers, serving
+from gen.status import status
 from gen.store import GenerationStore
+from gen.tokenizer import TokenizerConfig, train_bpe
 from tests.gen.faults import faulty
 
 REPHRASE = MethodConfig(prompt="Rewrite in other words: {text}", generations=3, max_tokens=8)
@@ -39,11 +42,11 @@ def test_failed_documents_are_reported_and_tried_again(
     with faulty(server, ["500"]) as url, pytest.raises(GenerationFailed, match=r"\(d0\)"):
         run([url])
     store = GenerationStore(tmp_path / "generations" / "rephrase")
-    assert store.done() == {"d0": {1, 2}} | {f"d{i}": {0, 1, 2} for i in (1, 2, 3)}
+    assert store.done(DOCUMENTS) == [{1, 2}, *[{0, 1, 2}] * 3]
     failures = json.loads((store.folder / "failures-000.json").read_text())
     assert list(failures) == ["d0#0"]
     run([server])
-    assert store.done() == {f"d{i}": {0, 1, 2} for i in range(4)}
+    assert store.done(DOCUMENTS) == [{0, 1, 2}] * 4
     texts = store.read()["text"].to_pylist()
     assert len(set(texts)) > len(DOCUMENTS)  # siblings differ
     config = GeneratorConfig("openai", urls=[server], model="another")
@@ -57,6 +60,35 @@ def test_raising_g_repeats_nothing(server: str, tokenizer: Tokenizer, tmp_path: 
         method = MethodConfig(prompt=REPHRASE.prompt, generations=count, max_tokens=8)
         made = run_job(method, config, DOCUMENTS, tokenizer, tmp_path, serving)
         assert made.generations == new
+
+
+def test_an_edited_document_is_written_about_again(
+    server: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = GeneratorConfig("openai", urls=[server])
+    run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
+    edited = [Document("d0", "Another text altogether."), *DOCUMENTS[1:]]
+    store = GenerationStore(tmp_path / "generations" / "rephrase")
+    with pytest.raises(ValueError, match="1 of 4 documents have fewer than G=3"):
+        Generations(store.read(TEXT_COLUMNS), edited, 3, "store").require_all(edited)
+    made = run_job(REPHRASE, config, edited, tokenizer, tmp_path, serving)
+    assert made.generations == 3
+    for documents in (edited, DOCUMENTS):  # the old text's are still there
+        Generations(store.read(TEXT_COLUMNS), documents, 3, "store").require_all(documents)
+    assert "12 generations of 4 documents" in status(tmp_path)
+
+
+def test_thoughts_belong_to_the_cuts_of_one_tokenizer(
+    server: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    method = MethodConfig(
+        "latent", True, 1, prompt="Between {prefix} and {suffix} stands:", max_tokens=4
+    )
+    config = GeneratorConfig("openai", urls=[server])
+    run_job(method, config, DOCUMENTS[:1], tokenizer, tmp_path, serving)
+    other = train_bpe([document.text for document in DOCUMENTS], TokenizerConfig(vocab_size=270))
+    with pytest.raises(ValueError, match=r"latent-g1 was written with .*\(vocabulary: '"):
+        run_job(method, config, DOCUMENTS[:1], other, tmp_path, serving)
 
 
 def test_long_documents_are_cut_to_fit_and_marked(

@@ -6,7 +6,17 @@ import pyarrow as pa
 import pytest
 
 from gen.corpus import Document
-from gen.megadocs import REAL, REPHRASE, THOUGHT, Generations, latent, simple, stitched
+from gen.megadocs import (
+    REAL,
+    REPHRASE,
+    TEXT_COLUMNS,
+    THOUGHT,
+    Generations,
+    latent,
+    simple,
+    stitched,
+)
+from gen.store import SCHEMA
 from gen.tokenizer import TokenizerConfig, train_bpe
 
 DOCUMENTS = [
@@ -22,7 +32,10 @@ def table(count: int, skip: tuple[str, int] | None = None) -> pa.Table:
         if (document.id, index) != skip
     ]
     rows.append({"document_id": "unknown", "index": 0, "text": "of another corpus"})
-    return pa.Table.from_pylist(rows)
+    edited = {"document_id": "d0", "index": 0, "text": "of an older text", "text_hash": "another"}
+    return pa.Table.from_pylist(
+        [*rows, edited], pa.schema([(name, SCHEMA.field(name).type) for name in TEXT_COLUMNS])
+    )
 
 
 def test_stitched_puts_the_real_document_where_it_is_asked_for() -> None:
@@ -73,6 +86,12 @@ def test_latent_keeps_the_whole_document_in_order() -> None:
         assert kinds == [REAL, THOUGHT, REAL, THOUGHT, REAL, THOUGHT, REAL]
         assert "".join(m.text for m in megadoc.members if m.kind == REAL) == document.text
         assert megadoc.members[1].text == f"<think>{document.id}/0</think>"
+
+
+def test_a_generation_that_is_there_twice_is_refused() -> None:
+    rows = table(4)
+    with pytest.raises(ValueError, match=r"store holds generation 3 of 'd0' twice \(1 such"):
+        Generations(pa.concat_tables([rows, rows.slice(0, 1)]), DOCUMENTS, 4, "store")
 
 
 def test_g_larger_than_generated_is_refused_with_counts() -> None:

@@ -3,12 +3,17 @@
 import multiprocessing
 import operator
 import resource
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from gen.corpus import Document
 from gen.prompts import MethodConfig, sibling_seed
 from gen.store import Generation, GenerationStore, owns
+
+DOCUMENTS = [Document(name, "A text.") for name in "abc"]
 
 
 def row(document: str, index: int) -> Generation:
@@ -21,7 +26,7 @@ def test_what_is_appended_is_done_and_can_be_read(tmp_path: Path) -> None:
     store = GenerationStore(tmp_path)
     store.append([row("a", 0), row("b", 1)], writer=0)
     store.append([row("a", 1)], writer=3)
-    assert store.done() == {"a": {0, 1}, "b": {1}}
+    assert store.done(DOCUMENTS) == [{0, 1}, {1}, set()]
     assert store.read().num_rows == 3
     assert [part.name for part in store.parts()] == [
         "part-000-000000.parquet",
@@ -45,13 +50,27 @@ def test_another_wording_is_refused_with_the_place_that_differs(tmp_path: Path) 
         store.claim({"prompt": long.replace("fact", "figure") + "{text}"})
 
 
+def test_what_an_older_version_wrote_can_be_gone_on_with(tmp_path: Path) -> None:
+    """Without a setting that is kept today, and without today's last column."""
+    store = GenerationStore(tmp_path)
+    store.claim({"model": "a"})
+    store.claim({"model": "a", "vocabulary": "b"})
+    store.append([row("a", 0)], 0)
+    (part,) = store.parts()
+    pq.write_table(pq.read_table(part).drop_columns("text_hash"), part)
+    store.append([replace(row("a", 1), text_hash=DOCUMENTS[0].text_hash)], 0)
+    assert store.done(DOCUMENTS) == [{0, 1}, set(), set()]
+    store.merge(0, 2)
+    assert store.done(DOCUMENTS) == [{0, 1}, set(), set()]
+
+
 def test_a_deleted_part_is_not_followed_by_one_that_replaces_another(tmp_path: Path) -> None:
     store = GenerationStore(tmp_path)
     for index in range(3):
         store.append([row("a", index)], 0)
     store.parts()[0].unlink()
     store.append([row("a", 3)], 0)
-    assert store.done() == {"a": {1, 2, 3}}
+    assert store.done(DOCUMENTS[:1]) == [{1, 2, 3}]
 
 
 def test_small_parts_are_merged_and_nothing_changes(tmp_path: Path) -> None:
@@ -79,7 +98,7 @@ def test_small_parts_are_merged_and_nothing_changes(tmp_path: Path) -> None:
         "part-000-000000-000004.parquet",
         "part-000-000005-000008.parquet",
     ]
-    assert store.done() == {"a": set(range(9)), "b": set(range(5)), "c": set(range(5))}
+    assert store.done(DOCUMENTS) == [set(range(9)), set(range(5)), set(range(5))]
 
 
 @pytest.mark.parametrize("deleted", range(5))
@@ -117,7 +136,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path) -> None:
     assert store.parts() == before
     assert not list(tmp_path.glob(".*"))
     store.append([row("a", 1)], 0)
-    assert store.done() == {"a": {0, 1}}
+    assert store.done(DOCUMENTS[:1]) == [{0, 1}]
 
 
 def hold_lock(folder: Path, ready: object, release: object) -> None:
@@ -188,3 +207,8 @@ def test_prompts_take_documents_with_braces_and_wrong_templates_are_refused() ->
         MethodConfig(prompt="{prefix}").check()
     with pytest.raises(ValueError, match="generations=0"):
         MethodConfig(generations=0).check()
+    with pytest.raises(ValueError, match=r"name='\.\./elsewhere' names a folder"):
+        MethodConfig(name="../elsewhere").check()
+    for method in (MethodConfig(temperature=-1.0), MethodConfig(top_p=0.0)):
+        with pytest.raises(ValueError, match="must not be negative and"):
+            method.check()

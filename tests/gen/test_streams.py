@@ -79,6 +79,8 @@ def test_members_end_with_the_separator(root: Path) -> None:
         assert sample["tokens"][last - 1] == vocabulary.eos_id
         text = tokenizer.decode(sample["tokens"][: first - len(end)].tolist())
         assert text == "Rewrite 0 of d3."
+        texts = sum(len(f"Rewrite 0 of {d.id}.") * 2 + len(d.text) for d in DOCUMENTS)
+        assert manifest["bytes"] == texts + len(separator or "") * 2 * len(DOCUMENTS)
 
 
 def test_latent_is_one_text_with_delimiters(root: Path) -> None:
@@ -120,6 +122,8 @@ def test_variants_have_names_of_their_own() -> None:
 def test_bad_options_and_missing_generations(root: Path) -> None:
     with pytest.raises(ValueError, match="real_document=middle"):
         build(root, "stitched", real_document="middle")
+    with pytest.raises(ValueError, match=r"streams.generations=\[2, 0\] must all be"):
+        StreamConfig(generations=[2, 0]).check()
     with pytest.raises(ValueError, match="fewer than G=5"):
         build(root, "stitched", 5)
     with pytest.raises(FileNotFoundError, match="latent-g3 holds no generations"):

@@ -177,6 +177,8 @@ def test_members_that_differ_are_refused(runs: Path, tmp_path: Path) -> None:
         progress.write_text(json.dumps(json.loads(text) | {"tokenizer_sha256": "0" * 64}))
         with pytest.raises(ValueError, match="trained with the tokenizer 000000000000"):
             evaluate_runs([runs / "b"])
+        with pytest.raises(ValueError, match="trained with the tokenizer 000000000000"):
+            export_run(runs / "b", tmp_path / "out")
     finally:
         progress.write_text(text)
     with pytest.raises(FileNotFoundError, match="holds no finished checkpoint"):

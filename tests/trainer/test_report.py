@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.conftest import run_script
 from trainer.config import DataConfig, Mask, ModelConfig, RecipeConfig, TrainConfig, save_config
 from trainer.downstream import save_tasks
 from trainer.report import answer_data_efficiency, write_report
+from trainer.report_figures import recipe_figures
+from trainer.report_page import Drawing, Missing
 from trainer.report_runs import best_by, read_study
 
 # The planted world: a real-only law, and recipes worth a known multiple of the data.
@@ -124,11 +127,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
             right = 0.5 + run.generations / 100 + run.config.seed / 1000
             save_tasks(run.path, {"sciq": {"acc": right, "acc_stderr": 0.03, "questions": 1000}})
             save_tasks(run.path, {"piqa": {"acc": 0.6, "acc_stderr": 0.04, "questions": 1838}})
-    alone = fabricate(folder, "real", 0, 3.2, weight_decay=0.9)
-    for name in ("config.yaml", "result.json"):
-        text = (alone / name).read_text()
-        text = text.replace("base: real", "base: stitched-g8").replace('"real"', '"stitched-g8"')
-        (alone / name).write_text(text)
+    read_alone(fabricate(folder, "real", 0, 3.2, weight_decay=0.9))
     (folder / "ensembles").mkdir()
     evaluation = {"stream": "val", "documents": 50, "tokens": 9000, "tokenizer_sha256": "f" * 64}
     for name in ("real", "stitched-g8"):
@@ -173,7 +172,7 @@ FIGURES = {
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -295,6 +294,89 @@ def test_a_student_of_teachers_is_no_real_only_run(tmp_path: Path) -> None:
     best = best_by(read_study(tmp_path).groups, lambda run: run.kind)
     assert sorted(best) == ["real", "real distilled"]
     assert best["real"].mean() == pytest.approx(3.2, abs=0.01)
+
+
+def read_alone(run: Path) -> None:
+    """Turn a fabricated real-only run into one of the stream stitched-g8 alone."""
+    for name in ("config.yaml", "result.json"):
+        text = (run / name).read_text()
+        text = text.replace("base: real", "base: stitched-g8").replace('"real"', '"stitched-g8"')
+        (run / name).write_text(text)
+
+
+def test_a_stream_read_alone_is_compared_with_its_own_setting(tmp_path: Path) -> None:
+    for kind, generations in (("real", 0), ("simple", 8), ("stitched", 8)):
+        fabricate(tmp_path, kind, generations, 3.2)
+    larger = replace(SMALL, num_layers=8)
+    read_alone(fabricate(tmp_path, "real", 0, 3.0, model=larger))
+    (figure,) = [
+        one for one in recipe_figures(read_study(tmp_path)) if "separate real" in one.title
+    ]
+    assert isinstance(figure, Missing)
+    read_alone(fabricate(tmp_path, "real", 0, 3.1, weight_decay=0.9))
+    study = read_study(tmp_path)
+    (figure,) = [one for one in recipe_figures(study) if "separate real" in one.title]
+    assert isinstance(figure, Drawing)
+    assert [row["kind"] for row in figure.rows] == ["stitched", "stitched-g8 alone"]
+    assert figure.rows[1]["loss"] == pytest.approx(3.1, abs=0.01)
+    write_report(tmp_path, tmp_path / "report")
+    (row, _) = [
+        row for row in rows_of(tmp_path / "report" / "compute.csv") if "alone" in row["recipe"]
+    ]
+    # How much of the stream is real, and how much was generated, is not in the run.
+    assert [row[name] for name in ("real tokens", "real tokens seen", "generated tokens")] == [
+        "-"
+    ] * 3
+
+
+def test_recipes_are_compared_with_real_only_runs_of_their_setting(tmp_path: Path) -> None:
+    fabricate(tmp_path, "real", 0, 3.0, model=replace(SMALL, num_layers=8))
+    fabricate(tmp_path, "real", 0, 3.3)
+    fabricate(tmp_path, "stitched", 8, 3.1)
+    write_report(tmp_path, tmp_path / "report")
+    rows = rows_of(tmp_path / "report" / "runs.csv")
+    (stitched,) = [row for row in rows if row["recipe"] == "stitched"]
+    assert float(stitched["vs real"]) == pytest.approx(-0.2, abs=0.01)
+
+
+def test_a_run_that_is_there_twice_is_no_second_seed(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "a", "real", 0, 3.2)
+    shutil.copytree(run, tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"copy repeats .*, its seeds included"):
+        read_study(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "result.json", "metrics.jsonl"])
+def test_a_damaged_run_is_named(tmp_path: Path, name: str) -> None:
+    damaged = fabricate(tmp_path, "real", 0, 3.2)
+    (damaged / name).write_text("unknown: [1")
+    with pytest.raises(ValueError, match=f"{damaged.name} cannot be read"):
+        read_study(tmp_path)
+    (damaged / name).write_text("unknown: 1")
+    with pytest.raises(ValueError, match=f"{damaged.name} cannot be read"):
+        read_study(tmp_path)
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    run = fabricate(tmp_path, "real", 0, 3.2)
+    name = "<b>$\\frac$ é"
+    (tmp_path / "ensembles").mkdir()
+    evaluation = json.loads((run / "result.json").read_text())["evaluation"]
+    content = {"members": ["a", "b"], "mean": "logits", "evaluation": evaluation}
+    sizes = [{"loss": {"iid": loss}} for loss in (3.2, 3.1)]
+    path = tmp_path / "ensembles" / f"{name}.json"
+    path.write_text(json.dumps(content | {"sizes": sizes}))
+    _, page = write_report(tmp_path, tmp_path / "report")
+    assert "&lt;b&gt;$\\frac$ é (logits): no asymptote" in page.read_text(encoding="utf-8")
+    assert rows_of(tmp_path / "report" / "ensembles.csv")[0]["ensemble"] == name
+
+
+def test_styles_are_no_orders(tmp_path: Path) -> None:
+    for kind in ("simple", "stitched", "stitched-faq"):
+        fabricate(tmp_path, kind, 8, 3.2)
+    (figure,) = [one for one in recipe_figures(read_study(tmp_path)) if "Order" in one.title]
+    assert isinstance(figure, Drawing)
+    assert {row["kind"] for row in figure.rows} == {"simple", "stitched"}
 
 
 @pytest.mark.parametrize(
