@@ -17,6 +17,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from streaming import LocalDataset
+    from streaming.base.storage.download import CloudDownloader
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,20 @@ def open_shards(path: Path) -> LocalDataset:
     return LocalDataset(str(path))
 
 
+def check_same_manifest(downloader: CloudDownloader, remote: str, local: Path) -> None:
+    """Raise ValueError where ``local`` holds a stream that ``remote`` has since replaced."""
+    kept, newest = local / "manifest.json", local / "manifest.json.newest"
+    if not kept.exists():
+        return
+    newest.unlink(missing_ok=True)
+    downloader.download(f"{remote}/manifest.json", str(newest))
+    if newest.read_bytes() != kept.read_bytes():
+        raise ValueError(
+            f"{remote} was built again since it was downloaded to {local}; delete that folder, or "
+            "set data.cache to another"
+        )
+
+
 def shard_files(path: Path) -> list[dict[str, Any]]:
     """Name and size of every shard, from the index."""
     shards = json.loads((path / "index.json").read_text())["shards"]
@@ -172,6 +187,7 @@ def download_stream(remote: str, cache: str | None) -> Path:
 
     with (local / "download.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks and runs of a machine share its cache
+        check_same_manifest(downloader, remote, local)
         for name in ("index.json", "lengths.npy", "member_lengths.npy"):
             fetch(name)
         for shard in shard_files(local):

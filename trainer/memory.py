@@ -14,7 +14,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from trainer.config import Recompute, TrainConfig
+from trainer.config import Averaging, Recompute, TrainConfig
 from trainer.model import Llama
 
 # Operators whose results a selective block keeps, by name: ours, PyTorch's, flash-attn's.
@@ -26,6 +26,7 @@ ATTENTION = (
     "flex_attention",
 )
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
+WEIGHT_BYTES = 4  # a parameter of the averaged weights, or of a teacher
 SAFETY = 1.25  # fragmentation, libraries, temporaries
 USABLE = 0.94  # of the device's memory
 LOSS_BYTES = 1 << 30  # chunks of logits
@@ -86,5 +87,8 @@ def step_bytes(config: TrainConfig, tokens: int, shards: int, mode: Recompute) -
     working = 0 if mode is Recompute.none else block  # of the block that is computed again
     activations = tokens * (model.num_layers * kept + working + 4 * 2 * width)
     head = 2 * 4 * model.vocab_size * width  # fp32 gradient of the head and its copy
-    states = STATE_BYTES * model.parameter_count() // shards
+    averaged = WEIGHT_BYTES if config.optimizer.averaging is not Averaging.none else 0
+    states = (STATE_BYTES + averaged) * model.parameter_count() // shards
+    # Teachers are not sharded, and taken to be as large as the student.
+    states += len(config.distillation.teachers) * WEIGHT_BYTES * model.parameter_count()
     return int(SAFETY * (activations + head + LOSS_BYTES) + states)

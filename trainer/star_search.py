@@ -33,23 +33,12 @@ class Grid:
         ordered = {name: sorted(values) for name, values in self.axes.items()}
         object.__setattr__(self, "axes", ordered)
 
-    def place(self, values: Mapping[str, float]) -> Place:
-        """Index of ``values`` on every axis.
-
-        Raises:
-            ValueError: a value is not on its axis.
-        """
-        found = []
-        for name, grid in self.axes.items():
-            value = values[name]
-            near = [index for index, other in enumerate(grid) if math.isclose(value, other)]
-            if not near:
-                raise ValueError(
-                    f"{name}={value} is not on its axis {list(grid)}: start from one of those "
-                    f"values, or add it ({name}={','.join(str(v) for v in sorted([*grid, value]))})"
-                )
-            found.append(near[0])
-        return tuple(found)
+    def nearest(self, values: Mapping[str, float]) -> Place:
+        """Index on every axis of what lies nearest to ``values``."""
+        return tuple(
+            min(range(len(grid)), key=lambda index: abs(grid[index] - values[name]))
+            for name, grid in self.axes.items()
+        )
 
     def values(self, place: Place) -> dict[str, float]:
         return {

@@ -95,7 +95,11 @@ def test_processes_that_share_a_cache_download_every_file_once(
     with ThreadPoolExecutor(4) as ranks:
         folders = ranks.map(download_stream, ["s3://bucket/real"] * 4, [str(tmp_path)] * 4)
     assert {len(MegadocStream(folder)) for folder in folders} == {5}
-    assert len(fetched) == len(set(fetched)) == 5
+    files = [name for name in fetched if name != "manifest.json"]
+    assert len(files) == len(set(files)) == 4
+    (store / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"s3://bucket/real was built again since"):
+        download_stream("s3://bucket/real", str(tmp_path))
 
 
 def test_the_real_writer_and_this_reader_agree(corpus_root: Path) -> None:

@@ -1,9 +1,18 @@
 """Recomputing blocks: the same gradients to the bit, and the choice by memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from trainer.config import DataConfig, Recompute, TrainConfig
+from trainer.config import (
+    Averaging,
+    DataConfig,
+    DistillationConfig,
+    OptimizerConfig,
+    Recompute,
+    TrainConfig,
+)
 from trainer.memory import recompute_blocks, step_bytes
 from trainer.model import Llama, ModelConfig
 
@@ -56,3 +65,10 @@ def test_the_estimate_says_what_fits_where() -> None:
     assert step_bytes(run(1_048_576), 1_048_576, 1, Recompute.full) < 131 * gib
     sizes = [step_bytes(run(65_536), 65_536, 1, mode) for mode in list(Recompute)[1:]]
     assert sizes == sorted(sizes, reverse=True)
+    averaged = replace(run(4096), optimizer=OptimizerConfig(averaging=Averaging.ema))
+    taught = replace(run(4096), distillation=DistillationConfig(teachers=["a", "b"]))
+    plain, *others = (
+        step_bytes(config, 4096, 1, Recompute.none) for config in (run(4096), averaged, taught)
+    )
+    weights = 4 * M300.parameter_count()
+    assert [other - plain for other in others] == [weights, 2 * weights]

@@ -79,13 +79,17 @@ def test_ties_and_diverged_neighbours_do_not_move_the_centre() -> None:
     assert json.loads(json.dumps(certificate.to_dict()))["neighbours"][1]["loss"] is None
 
 
+def test_a_start_outside_the_grid_moves_to_its_nearest_place() -> None:
+    grid = Grid({"lr": [2.0, 1.0, 4.0], "wd": [0.0, 0.1]})
+    assert grid.nearest({"lr": 2.0, "wd": 0.1}) == (1, 1)
+    assert grid.nearest({"lr": 99.0, "wd": -1.0}) == (2, 0)
+
+
 def test_what_proves_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one axis"):
         Grid({})
     with pytest.raises(ValueError, match="distinct"):
         Grid({"lr": [1.0, 1.0]})
-    with pytest.raises(ValueError, match=r"lr=1\.5 is not on its axis"):
-        Grid({"lr": [1.0, 2.0]}).place({"lr": 1.5})
     search = StarSearch(Grid({"lr": [1.0, 2.0]}), (0,))
     with pytest.raises(ValueError, match="not trained yet"):
         search.certificate()
@@ -140,14 +144,15 @@ def test_the_sweeper_trains_stars_resumes_and_certifies(corpus_root: Path, tmp_p
         *("tracking.log_every=1", "tracking.evaluations=1", "tracking.checkpoints=1"),
         *("recipe=simple", "recipe.generations=2", "recipe.weight_decay=0.4,0.8"),
         *("recipe.learning_rate=3e-3,1e30", "recipe.mixing_fraction=0.5,0.75"),
-        *("recipe.epochs=1,2",),
+        *("recipe.epochs=2,4",),
     ]
-    wrong = run_script(*command, check=False)
+    wrong = run_script(*command, "recipe.learning_rate=high,low", check=False)
     assert wrong.returncode == 1
-    assert "recipe.epochs=8.0 is not on its axis" in wrong.stderr
+    assert "error: the axis recipe.learning_rate=high,low must be a list of numbers" in wrong.stderr
     assert "Traceback" not in wrong.stderr
-    command[command.index("recipe.epochs=1,2")] = "recipe.epochs=4,8"
     done = run_script(*command)
+    assert "starts at recipe.learning_rate=0.003" in done.stdout
+    assert "recipe.epochs=4 " in done.stdout  # the recipe's 8 is not on its axis
     assert "star search: 5 runs wanted, 0 of them finished already" in done.stdout
     assert done.stdout.count("recipe.learning_rate=1e+30: diverged") == 1
     (path,) = (tmp_path / "star").iterdir()

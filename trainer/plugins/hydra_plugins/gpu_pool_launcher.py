@@ -76,6 +76,7 @@ class GpuPoolLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run every job; raises RuntimeError naming the jobs that failed, after all have ended."""
+        self.common = set.intersection(*(set(overrides) for overrides in job_overrides))
         before = signal.signal(signal.SIGTERM, self.stop)
         try:
             with ThreadPoolExecutor(self.slots.qsize()) as pool:
@@ -95,10 +96,12 @@ class GpuPoolLauncher(Launcher):
     def run(self, overrides: Sequence[str]) -> JobReturn:
         """One job from the moment a slot is free until its process has ended."""
         composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
-        label = " ".join(filter_overrides(overrides))
+        label = " ".join(overrides)
         done = JobReturn(overrides=list(overrides), cfg=composed, task_name=composed.hydra.job.name)
         try:
             run = training_config(composed)
+            own = [one for one in filter_overrides(overrides) if one not in self.common]
+            label = " ".join([run.run_dir().name, *own])
             loss = finished_loss(run)
             if loss is None:
                 loss = self.train(run, overrides, label)

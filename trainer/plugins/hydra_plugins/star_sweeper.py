@@ -2,8 +2,8 @@
 
 ``python train.py -m sweep=star recipe=stitched,simple recipe.generations=2,8`` runs one search for
 every combination of what is not an axis, all of them side by side through whatever launcher is
-configured. A search starts at the values of the composed config. Finished runs are read from their
-folders, so the same command goes on where it was interrupted.
+configured. A search starts at the place of its grid nearest to the composed config. Finished runs
+are read from their folders, so the same command goes on where it was interrupted.
 """
 
 import hashlib
@@ -127,7 +127,7 @@ class StarSweeper(Sweeper):
         return [self.study(chosen, grid) for chosen in combinations]
 
     def study(self, overrides: list[str], grid: Grid) -> Study:
-        """A search that starts at the values of the composed config."""
+        """A search that starts at the place nearest to the composed config."""
         config = self.compose(overrides)
         centre = {axis: OmegaConf.select(config, axis) for axis in grid.axes}
         for axis, value in centre.items():
@@ -136,7 +136,10 @@ class StarSweeper(Sweeper):
         # A run is no search itself, and its axes are set by the search.
         dropped = {"sweep", *grid.axes}
         fixed = [one for one in overrides if one.partition("=")[0] not in dropped]
-        return Study(fixed, StarSearch(grid, grid.place(centre)))
+        start = grid.nearest(centre)
+        values = " ".join(f"{axis}={value:g}" for axis, value in grid.values(start).items())
+        print(f"star search: starts at {values}", flush=True)
+        return Study(fixed, StarSearch(grid, start))
 
     def compose(self, overrides: list[str]) -> DictConfig:
         """The config of one run without Hydra's own part."""
