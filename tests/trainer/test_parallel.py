@@ -103,23 +103,44 @@ def test_many_processes_learn_what_one_does(
     same_learning(tmp_path, alone)
 
 
-@pytest.mark.slow
-def test_a_student_learns_the_same_with_its_windows_shared_out(
-    corpus_root: Path, alone: Path, tmp_path: Path
-) -> None:
-    options = [*ARGUMENTS, f"data.root={corpus_root}", "recipe.epochs=0.3"]
-    options += [f"distillation.teachers=[{alone / 'run'}]", "distillation.share=0.9"]
-    for program in ([sys.executable, "train.py"], torchrun(2)):
-        folder = tmp_path / str(len(program))
-        shared = [] if len(program) == 2 else ["runtime.context_parallel=2"]
+def one_and_two_processes(folder: Path, options: list[str], *shared: str) -> tuple[Path, Path]:
+    """A short run of one process, and of two with the options ``shared`` as well."""
+    outputs = (folder / "one", folder / "two")
+    programs = ([sys.executable, "train.py"], [*torchrun(2), *shared])
+    for program, output in zip(programs, outputs, strict=True):
         subprocess.run(
-            [*program, *options, *shared, f"output={folder}"],
+            [*program, *ARGUMENTS, *options, "recipe.epochs=0.3", f"output={output}"],
             cwd=REPOSITORY,
             check=True,
             timeout=280,
         )
-    one, two = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
+    return outputs
+
+
+@pytest.mark.slow
+def test_a_student_learns_the_same_with_its_windows_shared_out(
+    corpus_root: Path, alone: Path, tmp_path: Path
+) -> None:
+    teacher = [f"distillation.teachers=[{alone / 'run'}]", "distillation.share=0.9"]
+    options = [f"data.root={corpus_root}", *teacher]
+    one, two = one_and_two_processes(tmp_path, options, "runtime.context_parallel=2")
     same_learning(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["optimizer.kind=muon", "optimizer.averaging=ema"],  # Muon orthogonalises in bfloat16
+        ["runtime.dtype=bfloat16"],
+    ],
+)
+def test_half_precision_differs_by_its_noise_alone(
+    corpus_root: Path, tmp_path: Path, options: list[str]
+) -> None:
+    options = [f"data.root={corpus_root}", *options]
+    one, two = one_and_two_processes(tmp_path, options, "runtime.parallel=fsdp")
+    torch.testing.assert_close(curve(two), curve(one), atol=5e-3, rtol=0)
 
 
 @pytest.mark.slow
