@@ -9,11 +9,13 @@ the report: ``tasks=[arc_easy,piqa,sciq]``.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from trainer.checkpoint import newest_checkpoint
 from trainer.downstream import evaluate_tasks, save_tasks
 from trainer.ensemble import Mean, evaluate_ensemble
 from trainer.errors import user_errors
@@ -52,6 +54,10 @@ def main(config: DictConfig) -> float | None:
         export_run(options.runs[0], Path(options.export))
         print(f"{options.runs[0]} written to {options.export}")
         return None
+    for run in options.runs:
+        checkpoint = newest_checkpoint(run)
+        if checkpoint != Path(run) and not (Path(run) / "result.json").exists():
+            print(f"{run} is not finished: this is its newest checkpoint, {checkpoint.name}")
     sizes = [
         scores.to_dict()
         for scores in evaluate_ensemble(options.runs, options.validation, options.mean)
@@ -73,20 +79,28 @@ def main(config: DictConfig) -> float | None:
         scores["sets"][name] = found.to_dict()
         loss, bits = found.loss["iid"], found.bits_per_byte
         print(f"{name}: {loss:.4f} nats per token, {bits:.4f} bits per byte")
+    write_scores(options, scores, sizes)
     if options.tasks:
         scores["tasks"] = evaluate_tasks(
             options.runs[0], options.tasks, options.task_folder, options.task_limit
         )
         for task, metrics in scores["tasks"].items():
             print(f"{task}: " + ", ".join(f"{name} {x:.4g}" for name, x in metrics.items()))
-        run = Path(options.runs[0])
-        if (run / "result.json").exists():  # a checkpoint of a run is not what its report shows
-            print(f"written: {save_tasks(run, scores['tasks'])}")
+        folder = Path(options.runs[0])
+        if (folder / "result.json").exists():  # a checkpoint is not what the report shows
+            print(f"written: {save_tasks(folder, scores['tasks'])}")
+        write_scores(options, scores, sizes)
+    return scores["loss"]["iid"]
+
+
+def write_scores(
+    options: EvaluateConfig, scores: dict[str, Any], sizes: list[dict[str, Any]]
+) -> None:
+    """Scores of the whole ensemble, and of its parts if there are several, to ``output``."""
     if options.output:
         ensemble = {"members": options.runs, "mean": options.mean.value, "sizes": sizes}
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(options.output), scores | (ensemble if len(sizes) > 1 else {}))
-    return scores["loss"]["iid"]
 
 
 if __name__ == "__main__":
