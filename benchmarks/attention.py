@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,43 +100,39 @@ def least_bytes(tokens: int, heads: Heads, which: str) -> int:
     return {"forward": forward, "backward": backward, "both": forward + backward}[which]
 
 
-def providers(q: Tensor, k: Tensor, lengths: list[int], borders: Tensor) -> dict[str, Attend]:
-    """Every implementation that can run here, by name; tables and masks are made once."""
+def providers(
+    q: Tensor, k: Tensor, lengths: list[int], borders: Tensor
+) -> dict[str, Callable[[], Attend]]:
+    """How to make every implementation that can run here, with its tables and masks, by name."""
     longest = max(lengths)
     if not q.is_cuda:
-        return {
-            "torch": lambda q, k, v: varlen_attention(q, k, v, borders, longest, backend="torch"),
-            "reference": lambda q, k, v: varlen_attention(
-                q, k, v, borders, longest, backend="reference"
-            ),
-        }
+        return {name: partial(ours, borders, longest, name) for name in ("torch", "reference")}
     tokens, group, size = q.shape[0], q.shape[1] // k.shape[1], q.shape[2]
-    longest = max(lengths)
-    tiles = attention_tiles(borders, tokens, size, group, max_seqlen=longest)
-    gluon_tiles = attention_tiles(borders, tokens, size, group, gluon=True)
-    found: dict[str, Attend] = {
-        "triton": lambda q, k, v: varlen_attention(
-            q, k, v, borders, longest, backend="triton", tiles=tiles
-        ),
-        "triton+tables": lambda q, k, v: varlen_attention(  # tables made in every call
-            q, k, v, borders, longest, backend="triton"
-        ),
-        "gluon": lambda q, k, v: varlen_attention(
-            q, k, v, borders, longest, backend="gluon", tiles=gluon_tiles
-        ),
-        "pytorch": pytorch(borders, longest, group),
-        "flex": flex(borders, tokens),
+    tables = partial(attention_tiles, borders, tokens, size, group, max_seqlen=longest)
+    found: dict[str, Callable[[], Attend]] = {
+        "triton": lambda: ours(borders, longest, "triton", tiles=tables()),
+        "triton+tables": lambda: ours(borders, longest, "triton"),  # made in every call
+        "gluon": lambda: ours(borders, longest, "gluon", tiles=tables(gluon=True)),
+        "pytorch": lambda: pytorch(borders, longest, group),
+        "flex": lambda: flex(borders, tokens),
     }
     if len(lengths) == 1:
-        found["cudnn"] = cudnn
+        found["cudnn"] = lambda: cudnn
     for name, module in (
         ("flash_attn", "flash_attn.flash_attn_interface"),
         ("fa3", "flash_attn_interface"),
         ("fa4", "flash_attn.cute"),
     ):
         if present(module):
-            found[name] = flash(module, borders, longest)
+            found[name] = partial(flash, module, borders, longest)
     return found
+
+
+def ours(borders: Tensor, longest: int, backend: str, **options: Any) -> Attend:
+    """A backend of our own function."""
+    return partial(
+        varlen_attention, cu_seqlens=borders, max_seqlen=longest, backend=backend, **options
+    )
 
 
 def present(module: str) -> bool:
@@ -257,11 +254,16 @@ def measure(
     )
     dout = torch.randn(q.shape, device=place, generator=generator).to(dtype)
     borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(place)
-    chosen = {
-        name: attend
-        for name, attend in providers(q, k, lengths, borders).items()
-        if not options.providers or name in options.providers
-    }
+    torch._dynamo.reset()  # its limit of compilations holds for all shapes together
+    chosen: dict[str, Attend] = {}
+    unmade: dict[str, str] = {}
+    for name, make in providers(q, k, lengths, borders).items():
+        if options.providers and name not in options.providers:
+            continue
+        try:
+            chosen[name] = make()
+        except Exception as error:  # a mask too large, a package that is installed in part
+            unmade[name] = timing.reason(error)
     shared: dict[str, Any] = {"pack": pack, "tokens": tokens}
     shared["heads"] = f"{q_heads}/{key_heads}x{size}"
     if place.type == "cuda":
@@ -294,7 +296,7 @@ def measure(
             )
         rows += [
             {**shared, "pass": which, "provider": name, "failed": why}
-            for name, why in failed.items()
+            for name, why in (unmade | failed).items()
         ]
     return rows
 
@@ -341,17 +343,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for line, which in enumerate(passes):
         for column, shape in enumerate(shapes):
             axis = axes[line, column]
-            for place, name in enumerate(names):
-                bars = {
+            bars = {
+                name: {
                     row["pack"]: row["tflops"]
                     for row in done
                     if (row["pass"], row["heads"], row["provider"]) == (which, shape, name)
                 }
-                left = [packs.index(pack) + 0.8 * place / len(names) for pack in bars]
-                axis.bar(left, list(bars.values()), 0.8 / len(names), label=name, align="edge")
+                for name in names
+            }
+            timing.grouped_bars(axis, packs, bars)
+            axis.tick_params("x", rotation=40)
             axis.set_title(f"{which}, heads {shape}", fontsize=9)
-            axis.set_xticks([index + 0.4 for index in range(len(packs))])
-            axis.set_xticklabels(packs, rotation=40, ha="right", fontsize=7)
             axis.set_ylabel("TFLOP/s")
     axes[0, 0].legend(fontsize=7)
     figure.tight_layout()

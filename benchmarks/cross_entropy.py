@@ -107,6 +107,7 @@ def measure(
     shape: tuple[int, int, int], names: list[str], rounds: int, place: torch.device
 ) -> list[dict[str, Any]]:
     """One row a provider: seconds, their ratio to the floor, bytes at the peak."""
+    torch._dynamo.reset()  # its limit of compilations holds for all shapes together
     tokens, width, vocabulary = shape
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     generator = torch.Generator(place).manual_seed(0)
@@ -152,6 +153,10 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def shape_of(row: dict[str, Any]) -> str:
+    return "x".join(map(str, row["shape"]))
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Time over the floor and peak memory, a group of bars for each shape."""
     import matplotlib
@@ -161,7 +166,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     done = [row for row in rows if "failed" not in row and row["provider"] != "floor"]
     names = list(dict.fromkeys(row["provider"] for row in done))
-    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in done))
+    shapes = list(dict.fromkeys(map(shape_of, done)))
     with_memory = any(row["peak_bytes"] for row in done)
     figure, axes = plt.subplots(
         1 + with_memory, 1, figsize=(10, 4 + 4 * with_memory), squeeze=False
@@ -170,12 +175,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     if with_memory:
         panels.append(("peak_bytes", "peak memory in GiB", 2.0**30))
     for axis, (key, label, unit) in zip(axes[:, 0], panels, strict=True):
-        for place, name in enumerate(names):
-            bars = {tuple(row["shape"]): row[key] / unit for row in done if row["provider"] == name}
-            left = [shapes.index(shape) + 0.8 * place / len(names) for shape in bars]
-            axis.bar(left, list(bars.values()), 0.8 / len(names), label=name, align="edge")
-        axis.set_xticks([index + 0.4 for index in range(len(shapes))])
-        axis.set_xticklabels(["x".join(map(str, shape)) for shape in shapes], fontsize=8)
+        bars = {
+            name: {shape_of(row): row[key] / unit for row in done if row["provider"] == name}
+            for name in names
+        }
+        timing.grouped_bars(axis, shapes, bars)
         axis.set_ylabel(label)
     axes[0, 0].axhline(1, color="black", linewidth=0.8)
     axes[0, 0].legend(fontsize=8)

@@ -17,7 +17,18 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "numpy", "flash-attn", "liger-kernel", "cut-cross-entropy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "flash-attn",
+    "fa3-fwd",
+    "flash-attn-4",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
+FLUSHES = 16  # of the L2 cache; about 1 ms of an H200's time
 Candidate = Callable[[], object]
 
 
@@ -30,7 +41,7 @@ def device() -> torch.device:
 
 
 def environment() -> dict[str, Any]:
-    """Processor, driver, clocks, versions and date."""
+    """Processor, driver, versions and date; clocks and power while the GPU multiplies matrices."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -45,8 +56,12 @@ def environment() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         query = "driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+        identity = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        for _ in range(1000):  # an idle GPU lowers its clocks; these outlast the question
+            a @ a
         done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", identity],
             capture_output=True,
             text=True,
             check=False,
@@ -73,7 +88,8 @@ def interleaved(
     Args:
         candidates: what to call, by name.
         rounds: measurements of each; the order shifts by one every round.
-        flush: on CUDA, overwrite the L2 cache before each measurement.
+        flush: on CUDA, overwrite the L2 cache before each measurement, for so long that the host
+            has issued the call when its time begins: what is measured is the GPU's work alone.
 
     Returns:
         For each name the median, lowest and highest seconds; and for each that failed, why.
@@ -88,7 +104,7 @@ def interleaved(
             if on_gpu:
                 torch.cuda.synchronize()
         except Exception as error:  # a peer may fail in its own way; the others go on
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            failed[name] = reason(error)
             if on_gpu:
                 torch.cuda.empty_cache()
     names = [name for name in candidates if name not in failed]
@@ -103,6 +119,11 @@ def interleaved(
     }, failed
 
 
+def reason(error: Exception) -> str:
+    """What a failed peer's row says: kind and first line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def once(call: Candidate, cache: torch.Tensor | None) -> float:
     """Seconds of one call."""
     if not torch.cuda.is_available():
@@ -110,7 +131,8 @@ def once(call: Candidate, cache: torch.Tensor | None) -> float:
         call()
         return time.perf_counter() - began
     if cache is not None:
-        cache.zero_()
+        for _ in range(FLUSHES):
+            cache.zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -129,6 +151,16 @@ def peak_bytes(call: Candidate) -> int | None:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def grouped_bars(axis: Any, groups: list[str], bars: dict[str, dict[str, float]]) -> None:
+    """Bars of every name side by side in each group; ``bars`` are heights by name and group."""
+    width = 0.8 / max(1, len(bars))
+    for place, (name, heights) in enumerate(bars.items()):
+        left = [groups.index(group) + width * place for group in heights]
+        axis.bar(left, list(heights.values()), width, label=name, align="edge")
+    axis.set_xticks([index + 0.4 for index in range(len(groups))])
+    axis.set_xticklabels(groups, fontsize=8)
 
 
 def arguments(description: str, question: str) -> argparse.ArgumentParser:

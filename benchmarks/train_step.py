@@ -276,6 +276,10 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{row['way']:14}{milliseconds:10.1f} ms{speed:12,.0f} tokens/s{mfu}{peak}")
 
 
+def setting(row: dict[str, Any]) -> str:
+    return f"{row['model']}\n{row['context']:,}\n{row['document']:,}"
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Tokens per second, a group of bars for each setting."""
     import matplotlib
@@ -284,21 +288,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     done = [row for row in rows if "failed" not in row]
-    settings = list(dict.fromkeys((r["model"], r["context"], r["document"]) for r in done))
+    settings = list(dict.fromkeys(map(setting, done)))
     ways = list(dict.fromkeys(row["way"] for row in done))
     figure, axis = plt.subplots(figsize=(10, 4))
-    for place, way in enumerate(ways):
-        mine = [row for row in done if row["way"] == way]
-        left = [settings.index((r["model"], r["context"], r["document"])) for r in mine]
-        axis.bar(
-            [x + 0.8 * place / len(ways) for x in left],
-            [row["tokens_per_second"] for row in mine],
-            0.8 / len(ways),
-            label=way,
-            align="edge",
-        )
-    axis.set_xticks([x + 0.4 for x in range(len(settings))])
-    axis.set_xticklabels([f"{m}\n{c:,}\n{d:,}" for m, c, d in settings], fontsize=8)
+    bars = {
+        way: {setting(row): row["tokens_per_second"] for row in done if row["way"] == way}
+        for way in ways
+    }
+    timing.grouped_bars(axis, settings, bars)
     axis.set_xlabel("model, context, tokens a document")
     axis.set_ylabel("tokens/s")
     axis.legend()

@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 FILE = Path(__file__).with_name("attention_configs.json")
 # architecture -> head dimension -> smallest group -> smallest max_seqlen -> fields of TileConfig
 Configs = dict[str, dict[str, dict[str, dict[str, dict[str, int]]]]]
-Entry = TypeVar("Entry")
+# smallest max_seqlen and fields of a TileConfig, ascending
+Entries = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 class TileConfig(NamedTuple):
@@ -39,7 +40,6 @@ class TileConfig(NamedTuple):
     dkdv_stages: int
 
 
-@torch.compiler.assume_constant_result
 def tile_config(device: torch.device, head_dim: int, group: int, max_seqlen: int) -> TileConfig:
     """The entry of a device: nearest head dimension above, nearest group size and length below.
 
@@ -47,22 +47,36 @@ def tile_config(device: torch.device, head_dim: int, group: int, max_seqlen: int
         device: a CUDA device, or the CPU for Triton's interpreter.
         head_dim: size of a head.
         group: query heads a key head.
-        max_seqlen: bound of the segment lengths, known without asking the device.
+        max_seqlen: bound of the segment lengths, known without asking the device. It may change
+            from call to call of a compiled function, which then asks only where the entries part.
 
     Raises:
         ValueError: an architecture or a head dimension without an entry.
     """
+    return config_for(entries_of(device, head_dim, group), max_seqlen)
+
+
+@torch.compiler.assume_constant_result
+def entries_of(device: torch.device, head_dim: int, group: int) -> Entries:
+    """The entries of a device; a compiled function keeps them."""
     if device.type == "cuda":
         architecture = f"sm_{torch.cuda.get_device_capability(device)[0]}0"
     else:
         architecture = "interpreter"
-    return find_config(read_configs(), architecture, head_dim, group, max_seqlen)
+    return find_entries(read_configs(), architecture, head_dim, group)
 
 
-def find_config(
-    configs: Configs, architecture: str, head_dim: int, group: int, max_seqlen: int
-) -> TileConfig:
-    """Look an entry up in the file's content; raises as :func:`tile_config` does."""
+def config_for(entries: Entries, max_seqlen: int) -> TileConfig:
+    """The entry with the largest length up to ``max_seqlen``, or the first."""
+    chosen = entries[0][1]
+    for smallest, entry in entries:
+        if smallest <= max_seqlen:
+            chosen = entry
+    return TileConfig(*chosen)
+
+
+def find_entries(configs: Configs, architecture: str, head_dim: int, group: int) -> Entries:
+    """Look the entries up in the file's content; raises as :func:`tile_config` does."""
     if architecture not in configs:
         raise ValueError(
             f"no tiles for {architecture} in {FILE.name} (it has {', '.join(configs)}); "
@@ -74,13 +88,11 @@ def find_config(
             f"no tiles for head dimension {head_dim} on {architecture} in {FILE.name} (up to "
             f"{max(map(int, configs[architecture]))}); use another backend"
         )
-    lengths = nearest_below(configs[architecture][str(min(dims))], group)
-    return TileConfig(**nearest_below(lengths, max(1, max_seqlen)))
-
-
-def nearest_below(entries: dict[str, Entry], wanted: int) -> Entry:
-    """The entry with the largest key up to ``wanted``; there is one for 1."""
-    return entries[str(max(int(key) for key in entries if int(key) <= wanted))]
+    groups = configs[architecture][str(min(dims))]
+    lengths = groups[str(max(int(size) for size in groups if int(size) <= group))]
+    return tuple(
+        sorted((int(length), tuple(TileConfig(**entry))) for length, entry in lengths.items())
+    )
 
 
 @functools.cache

@@ -26,7 +26,9 @@ def document_block_mask(cu_seqlens: Tensor, tokens: int, window: int | None = No
         visible = (document[query] == document[key]) & (key <= query)
         return visible if window is None else visible & (key > query - window)
 
-    return create_block_mask(sees, None, None, tokens, tokens, device=cu_seqlens.device)
+    make = block_mask_maker(cu_seqlens.is_cuda)
+    mask: BlockMask = make(sees, None, None, tokens, tokens, device=cu_seqlens.device)
+    return mask
 
 
 def flex_document_attention(
@@ -76,6 +78,12 @@ def flex_document_attention(
 def fused_flex_attention(fused: bool) -> Any:
     """FlexAttention's fused kernels, or the function that makes the whole score matrix."""
     return torch.compile(flex_attention, dynamic=False) if fused else flex_attention
+
+
+@functools.cache
+def block_mask_maker(fused: bool) -> Any:
+    """``create_block_mask``, which uncompiled holds a few bytes for every pair of tokens."""
+    return torch.compile(create_block_mask) if fused else create_block_mask
 
 
 @functools.cache

@@ -48,6 +48,9 @@ def make_tiles(
         tokens_k: keys on the packed axis.
         config: sizes of the tiles.
         window: keys a query sees, itself included; None for all. It only changes the order.
+
+    Raises:
+        RuntimeError: a border beyond the tokens, on a GPU as a device-side assertion.
     """
     queries, keys = segments(cu_seqlens_q, tokens_q), segments(cu_seqlens_k, tokens_k)
     rows = tile_table(*queries, *keys, tokens_q, config.rows, 1, window)
@@ -56,7 +59,14 @@ def make_tiles(
 
 
 def segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Starts and lengths ``[S+1]``; the last segment holds the tokens after the last border."""
+    """Starts and lengths ``[S+1]``; the last segment holds the tokens after the last border.
+
+    Borders beyond the axis stop the program, on a GPU without being waited for: the kernels would
+    read and write there.
+    """
+    torch._assert_async(
+        cu_seqlens[-1] <= tokens, f"the last segment border lies beyond the {tokens} tokens"
+    )
     rest = tokens - cu_seqlens[-1:]
     return cu_seqlens, torch.cat([cu_seqlens.diff(), rest])
 

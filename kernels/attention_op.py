@@ -172,7 +172,7 @@ def attention_op(
     from kernels.attention_triton import attention_forward
 
     q, k, v = (with_contiguous_heads(x) for x in (q, k, v))
-    if gluon:
+    if gluon and len(q) and len(k):  # TMA cannot describe a tensor without rows
         from kernels.attention_sm90 import attention_forward_sm90
 
         return attention_forward_sm90(q, k, v, row_tiles, scale, multiprocessors(q.device))
@@ -235,7 +235,7 @@ def attention_backward_op(
         scale,
         window or None,
         softcap,
-        multiprocessors(q.device) if gluon else None,
+        multiprocessors(q.device) if gluon and len(q) and len(k) else None,
     )
 
 

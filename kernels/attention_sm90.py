@@ -244,6 +244,17 @@ def consume(
 
 
 @gluon.jit
+def barriers(COUNT: gl.constexpr):
+    """A ring's full barriers, which wait for bytes, and its empty ones, for both consumers."""
+    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    return full, empty
+
+
+@gluon.jit
 def forward_sm90_kernel(
     q_desc, k_desc, v_desc, out, lse, tiles, tile_count, heads, tokens, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -252,24 +263,13 @@ def forward_sm90_kernel(
 ):  # fmt: skip
     """Barriers and buffers; the work is in ``produce`` and ``consume``."""
     DTYPE: gl.constexpr = q_desc.dtype
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_tile = gl.allocate_shared_memory(DTYPE, [2, 64, D], q_desc.layout)
     k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    # A full barrier completes when its bytes have arrived; an empty one when both consumers have.
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    full, empty = barriers(1)
+    q_full, q_empty = full.index(0), empty.index(0)
+    k_full, k_empty = barriers(STAGES)
+    v_full, v_empty = barriers(STAGES)
     fence_async_shared()
     gl.warp_specialize(
         [

@@ -21,6 +21,7 @@ from kernels.attention_sm90 import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     RAGGED,
+    barriers,
     descriptor,
     ragged_descriptor,
     tile_of,
@@ -190,25 +191,14 @@ def dkdv_sm90_kernel(
 ):  # fmt: skip
     """Barriers and buffers; the work is in ``produce`` and ``consume``."""
     DTYPE: gl.constexpr = q_desc.dtype
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     k_tile = gl.allocate_shared_memory(DTYPE, [2, 64, D], k_desc.layout)
     v_tile = gl.allocate_shared_memory(DTYPE, [2, 64, D], v_desc.layout)
     q_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
     dout_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, D], dout_desc.layout)
-    kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    kv_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    dout_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    # A full barrier completes when its bytes have arrived; an empty one when both consumers have.
-    mbarrier.init(kv_full, count=1)
-    mbarrier.init(kv_empty, count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-        mbarrier.init(dout_full.index(i), count=1)
-        mbarrier.init(dout_empty.index(i), count=2)
+    full, empty = barriers(1)
+    kv_full, kv_empty = full.index(0), empty.index(0)
+    q_full, q_empty = barriers(STAGES)
+    dout_full, dout_empty = barriers(STAGES)
     fence_async_shared()
     gl.warp_specialize(
         [

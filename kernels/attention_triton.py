@@ -70,6 +70,19 @@ def product(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def visible_keys(
+    diagonal, n, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    """Which of the keys from ``n`` on each row of a tile sees: [BLOCK_M, BLOCK_N]."""
+    row = diagonal + tl.arange(0, BLOCK_M)[:, None]
+    column = n + tl.arange(0, BLOCK_N)[None, :]
+    visible = column <= row
+    if HAS_WINDOW:
+        visible = visible & (column > row - window)
+    return visible
+
+
+@triton.jit
 def forward_step(
     acc0,
     acc1,
@@ -108,11 +121,7 @@ def forward_step(
         s = tanh(s * (scale / softcap))
         factor = softcap * LOG2E
     if MASKED:
-        row = diagonal + tl.arange(0, BLOCK_M)[:, None]
-        column = n + tl.arange(0, BLOCK_N)[None, :]
-        visible = column <= row
-        if HAS_WINDOW:
-            visible = visible & (column > row - window)
+        visible = visible_keys(diagonal, n, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
         s = tl.where(visible, s, -float("inf"))
     new = tl.maximum(highest, tl.max(s, 1) * factor)
     anchor = new

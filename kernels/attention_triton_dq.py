@@ -22,6 +22,7 @@ from kernels.attention_triton import (
     store_tile,
     strides,
     tanh,
+    visible_keys,
 )
 
 
@@ -78,11 +79,7 @@ def dq_step(
     s = product(q0, q1, k0, k1, D1, PRECISION)  # [M, N]
     p, slope = probabilities(s, lse[:, None], scale, softcap, HAS_SOFTCAP)
     if MASKED:
-        row = diagonal + tl.arange(0, BLOCK_M)[:, None]
-        column = n + tl.arange(0, BLOCK_N)[None, :]
-        visible = column <= row
-        if HAS_WINDOW:
-            visible = visible & (column > row - window)
+        visible = visible_keys(diagonal, n, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
         p = tl.where(visible, p, 0.0)
     dp = product(do0, do1, v0, v1, D1, PRECISION)
     ds = (p * (dp - delta[:, None]) * slope).to(k0.dtype)

@@ -125,8 +125,9 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit, naming them.
+        RuntimeError: targets outside the vocabulary, on a GPU as a device-side assertion.
     """
-    check_arguments(hidden, weight, targets, bias, token_weight, grad_weight_out)
+    check_arguments(hidden, weight, targets, bias, token_weight, grad_weight_out, softcap)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
     check_backend(backend, hidden)
@@ -220,10 +221,14 @@ def token_losses(
 
     Returns:
         fp32 ``[N]`` losses in nats and fp32 ``[N]`` log-sum-exps, from logits that are not rounded.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`linear_cross_entropy`.
     """
-    check_arguments(hidden, weight, targets, bias, None, None)
+    check_arguments(hidden, weight, targets, bias, None, None, softcap)
     check_backend(backend, hidden)
     counts = targets != ignore_index
+    check_targets(targets, counts, weight.shape[0])
     if backend == "triton":
         from kernels.cross_entropy_triton_forward import forward_only
 
@@ -265,6 +270,9 @@ def linear_cross_entropy_op(
     """Loss, losses and log-sum-exps of the rows, gradients of hidden, weight, bias (or empty)."""
     grads = empty_gradients(hidden, weight, lean, wants_hidden, wants_weight, wants_bias)
     hidden_grad, weight_grad, bias_grad = grads
+    ranks = ranks_of(group)
+    vocabulary = weight.shape[0] * (1 if ranks is None else dist.get_world_size(ranks))
+    check_targets(targets, row_weight != 0, vocabulary)
     options = Options(softcap, z_loss, label_smoothing)
     factors = (row_weight / denominator).to(torch.promote_types(hidden.dtype, torch.float32))
     dx = hidden_grad if wants_hidden else None
@@ -285,7 +293,7 @@ def linear_cross_entropy_op(
             dw,
         )
     else:
-        steps, ranks = steps_of(backend), ranks_of(group)
+        steps = steps_of(backend)
         wanted = Gradients(dx, None, None) if lean else Gradients(dx, dw, db)
         inputs = (hidden, weight, bias, targets, factors)
         learning = wants_hidden or wants_weight or wants_bias
@@ -361,7 +369,15 @@ def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | No
 
     Lean gradients are multiplied in place, so their graph can be walked once only; torch refuses a
     second time. A compiler that traces this plans the memory itself and must see no mutation.
+
+    Raises:
+        RuntimeError: gradients of the gradients are wanted, which would silently be 0.
     """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_cross_entropy can be differentiated once, not with create_graph=True; use "
+            "torch.nn.functional.cross_entropy for higher derivatives"
+        )
     scaled: list[Tensor | None] = []
     for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
         if gradient.dim() == 1 and gradient.numel() == 0:
@@ -424,6 +440,18 @@ def check_backend(backend: str, hidden: Tensor) -> None:
         )
 
 
+def check_targets(targets: Tensor, counts: Tensor, vocabulary: int) -> None:
+    """Stop at a row that counts and whose target is no index, without waiting for a GPU.
+
+    There it is a device-side assertion; the kernels would write outside the row's logits.
+    """
+    inside = (targets >= 0) & (targets < vocabulary)
+    torch._assert_async(
+        (inside | ~counts).all(),
+        f"targets must be ignore_index or indices of the vocabulary, 0 to {vocabulary - 1}",
+    )
+
+
 def check_arguments(
     hidden: Tensor,
     weight: Tensor,
@@ -431,8 +459,11 @@ def check_arguments(
     bias: Tensor | None,
     token_weight: Tensor | None,
     grad_weight_out: Tensor | None,
+    softcap: float,
 ) -> None:
     """Raise ValueError naming the first argument that does not fit the others."""
+    if softcap < 0:
+        raise ValueError(f"softcap={softcap} must be positive, or 0 for none")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {[*hidden.shape]} and weight {[*weight.shape]} must be [N, D] and [V, D]"

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy_triton_steps import capped
+from kernels.cross_entropy_triton_steps import capped, logits_tile
 
 BLOCK_N, BLOCK_V, BLOCK_D = 128, 128, 64
 PROGRAMS = 1024  # wanted; an H200 runs 132 of them at a time
@@ -42,8 +42,6 @@ def forward_kernel(
     share = tl.program_id(1)
     present = rows < N
     target = tl.load(targets + rows, mask=present, other=-1)
-    depth = tl.arange(0, BLOCK_D)
-    x_rows = hidden + rows[:, None].to(tl.int64) * D
     m = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     chosen = tl.zeros((BLOCK_N,), tl.float32)
@@ -51,17 +49,9 @@ def forward_kernel(
     for first in range(share * TILES * BLOCK_V, last, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
         inside = columns < V
-        w_rows = weight + columns[None, :].to(tl.int64) * D
-        z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            deep = start + depth < D
-            x = tl.load(
-                x_rows + start + depth[None, :], mask=present[:, None] & deep[None, :], other=0.0
-            )  # [BLOCK_N, BLOCK_D]
-            w = tl.load(
-                w_rows + start + depth[:, None], mask=deep[:, None] & inside[None, :], other=0.0
-            )  # [BLOCK_D, BLOCK_V]
-            z = tl.dot(x, w, z, input_precision="ieee")
+        z = logits_tile(
+            hidden, weight, rows, columns, present, inside, D, BLOCK_N, BLOCK_V, BLOCK_D
+        )
         z = capped(z, bias, columns, inside, softcap, HAS_BIAS, CAPPED)
         hit = (columns[None, :] == target[:, None]) & inside[None, :]
         chosen += tl.sum(tl.where(hit, z, 0.0), 1)
@@ -93,8 +83,8 @@ def forward_only(
     forward_kernel[(blocks, shares)](
         hidden,
         weight,
-        hidden if bias is None else bias,
-        targets,
+        hidden if bias is None else bias.contiguous(),
+        targets.contiguous(),
         *partial,
         softcap,
         rows,

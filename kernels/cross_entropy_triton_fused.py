@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cross_entropy_triton_steps import logits_tile
+
 BLOCK_N, BLOCK_V, BLOCK_D = 128, 128, 64
 
 
@@ -42,22 +44,8 @@ def fused_exponential_kernel(
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     present = rows < N
     inside = columns < V
-    depth = tl.arange(0, BLOCK_D)
     far = rows.to(tl.int64)
-    z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        deep = start + depth < D
-        x = tl.load(
-            hidden + far[:, None] * D + start + depth[None, :],
-            mask=present[:, None] & deep[None, :],
-            other=0.0,
-        )  # [BLOCK_N, BLOCK_D]
-        w = tl.load(
-            weight + columns[None, :].to(tl.int64) * D + start + depth[:, None],
-            mask=deep[:, None] & inside[None, :],
-            other=0.0,
-        )  # [BLOCK_D, BLOCK_V]
-        z = tl.dot(x, w, z, input_precision="ieee")
+    z = logits_tile(hidden, weight, rows, columns, present, inside, D, BLOCK_N, BLOCK_V, BLOCK_D)
     shift = tl.load(anchor + rows, mask=present, other=float("inf")) + SHIFT
     target = tl.load(targets + rows, mask=present, other=-1)
     exponent = tl.where(inside[None, :], z - shift[:, None], -float("inf"))

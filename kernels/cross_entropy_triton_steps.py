@@ -29,6 +29,36 @@ def capped(raw, bias, columns, inside, softcap, HAS_BIAS: tl.constexpr, CAPPED: 
 
 
 @triton.jit
+def logits_tile(
+    hidden,
+    weight,
+    rows,
+    columns,
+    present,
+    inside,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``hidden[rows] @ weight[columns].T`` in fp32: [BLOCK_N, BLOCK_V], 0 outside the inputs."""
+    depth = tl.arange(0, BLOCK_D)
+    x_rows = hidden + rows[:, None].to(tl.int64) * D
+    w_rows = weight + columns[None, :].to(tl.int64) * D
+    z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        deep = start + depth < D
+        x = tl.load(
+            x_rows + start + depth[None, :], mask=present[:, None] & deep[None, :], other=0.0
+        )  # [BLOCK_N, BLOCK_D]
+        w = tl.load(
+            w_rows + start + depth[:, None], mask=deep[:, None] & inside[None, :], other=0.0
+        )  # [BLOCK_D, BLOCK_V]
+        z = tl.dot(x, w, z, input_precision="ieee")
+    return z
+
+
+@triton.jit
 def statistics_kernel(
     logits,
     bias,
@@ -111,8 +141,8 @@ def statistics(logits: Tensor, bias: Tensor | None, targets: Tensor, options: Op
     result = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
     statistics_kernel[(rows,)](
         logits,
-        logits if bias is None else bias,
-        targets,
+        logits if bias is None else bias.contiguous(),
+        targets.contiguous(),
         *result,
         options.softcap,
         size,
@@ -137,8 +167,8 @@ def gradient(
     rows, size = logits.shape
     gradient_kernel[(rows, triton.cdiv(size, BLOCK_V))](
         logits,
-        logits if bias is None else bias,
-        targets,
+        logits if bias is None else bias.contiguous(),
+        targets.contiguous(),
         lse,
         row_weight,
         options.softcap,

@@ -21,7 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from kernels import attention_sm90 as sm90
 from kernels import attention_sm90_dkdv as dkdv
 from kernels import attention_sm90_dq as dq
-from kernels.attention_config import TileConfig, find_config, read_configs
+from kernels.attention_config import TileConfig, config_for, find_entries, read_configs
 from kernels.attention_layout import FIELDS
 from kernels.attention_triton import forward_kernel, split
 from kernels.attention_triton_dkdv import dkdv_kernel
@@ -158,7 +158,7 @@ def describe(kernel: Any, compiled: Any) -> dict[str, Any]:
 
 
 def main(architecture: str, head_dim: int, group: int, options: bool) -> None:
-    config = find_config(read_configs(), architecture, head_dim, group, 4096)
+    config = config_for(find_entries(read_configs(), architecture, head_dim, group), 4096)
     for kernel, *sizes in kernels_of(config):
         arch = int(architecture.removeprefix("sm_"))
         print(json.dumps(compile_kernel(kernel, arch, head_dim, group, options, tuple(sizes))))

@@ -210,6 +210,16 @@ def op() -> None:
             torch.autograd.grad(compiled.sum(), (q, k, v)), expected, strict=True
         ):
             assert torch.equal(ours, theirs)
+    # Batches differ in their longest segment and may differ in length.
+    changing = torch.compile(
+        lambda q, borders, longest: varlen_attention(q, q, q, borders, longest, backend="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for tokens, longest in ((22, 22), (22, 12), (22, 9000), (25, 13)):
+        x, ends = torch.randn(tokens, 2, 16), torch.tensor([0, 12, tokens], dtype=torch.int32)
+        plain = varlen_attention(x, x, x, ends, longest, backend="triton")
+        assert torch.equal(changing(x, ends, longest), plain), (tokens, longest)
     # A checkpointed block that keeps what the op returns does not run its forward pass again.
     kept = [torch.ops.megadocs.varlen_attention.default]
     context = functools.partial(create_selective_checkpoint_contexts, kept)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import attention_tiles, varlen_attention
-from kernels.attention_config import TileConfig, find_config, read_configs
+from kernels.attention_config import TileConfig, config_for, find_entries, read_configs
 from kernels.attention_layout import make_tiles
 from kernels.attention_triton import split
 
@@ -92,6 +92,14 @@ def test_tables_hold_every_token_once_and_the_longest_loop_first(
         assert costs == sorted(costs, reverse=True)
 
 
+def test_borders_beyond_the_tokens_are_refused() -> None:
+    borders, config = torch.tensor([0, 9], dtype=torch.int32), TileConfig(16, 16, *[16, 4, 2] * 3)
+    with pytest.raises(RuntimeError, match="last segment border lies beyond the 8 tokens"):
+        make_tiles(borders, borders, 8, 9, config)
+    with pytest.raises(RuntimeError, match="beyond the 8 tokens"):
+        make_tiles(borders, borders, 9, 8, config)
+
+
 def visits(tile: list[int], side: int, window: int | None) -> int:
     """Positions of the other axis that somebody in the tile sees, one by one."""
     _, count, _, diagonal, other = tile
@@ -114,17 +122,17 @@ def test_configs_are_found_by_nearest_size_and_missing_ones_are_named() -> None:
     entry = dict.fromkeys(TileConfig._fields, 1)
     long = {"1": entry | {"rows": 2}, "8192": entry | {"rows": 3}}
     configs = {"sm_90": {"64": {"1": {"1": entry}, "4": long}}}
-    assert find_config(configs, "sm_90", 32, 3, 10**6).rows == 1
-    assert find_config(configs, "sm_90", 64, 8, 8191).rows == 2
-    assert find_config(configs, "sm_90", 64, 8, 8192).rows == 3
-    assert find_config(configs, "sm_90", 64, 8, 0).rows == 2
+    assert config_for(find_entries(configs, "sm_90", 32, 3), 10**6).rows == 1
+    assert config_for(find_entries(configs, "sm_90", 64, 8), 8191).rows == 2
+    assert config_for(find_entries(configs, "sm_90", 64, 8), 8192).rows == 3
+    assert config_for(find_entries(configs, "sm_90", 64, 8), 0).rows == 2
     with pytest.raises(ValueError, match=r"no tiles for sm_80.*tune_attention"):
-        find_config(configs, "sm_80", 64, 1, 1)
+        find_entries(configs, "sm_80", 64, 1)
     with pytest.raises(ValueError, match="no tiles for head dimension 128"):
-        find_config(configs, "sm_90", 128, 1, 1)
+        find_entries(configs, "sm_90", 128, 1)
     for architecture in ("sm_80", "sm_90", "sm_100"):
         for head_dim in (64, 96, 128):
-            find_config(read_configs(), architecture, head_dim, 1, 1)
+            find_entries(read_configs(), architecture, head_dim, 1)
 
 
 def test_without_a_gpu_or_an_interpreter_the_backend_says_so() -> None:

@@ -202,7 +202,24 @@ def test_the_op_is_a_good_citizen_of_torch() -> None:
     torch.library.opcheck(add_weight_gradient, (*added, "", "torch"))
 
 
-def test_a_loss_can_be_differentiated_twice_unless_lean() -> None:
+def test_no_rows_are_a_loss_of_zero() -> None:
+    hidden, weight, _, targets = problem(3, 7, 0.0)
+    for memory in ("fast", "lean"):
+        options: dict[str, Any] = {"memory": memory}
+        none = hidden[:0].detach().requires_grad_()
+        loss = linear_cross_entropy(none, weight, targets[:0], **options)
+        assert loss == 0
+        assert not torch.autograd.grad(loss, (none, weight))[1].any()
+
+
+def test_second_derivatives_are_refused() -> None:
+    hidden, weight, _, targets = problem(9, 11, 0.3)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_a_backward_pass_can_be_repeated_unless_lean() -> None:
     hidden, weight, _, targets = problem(9, 11, 0.3)
     loss = linear_cross_entropy(hidden, weight, targets)
     first, again = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
@@ -327,6 +344,7 @@ def test_two_ranks_share_the_vocabulary() -> None:
         ({"bias": torch.zeros(3)}, r"bias \[3\]"),
         ({"token_weight": torch.zeros(3)}, r"token_weight \[3\]"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"softcap": -1.0}, "softcap=-1.0 must be positive"),
         ({"backend": "magic"}, "backend='magic'"),
         ({"backend": "triton"}, "needs CUDA tensors of up to 32 bits, hidden is torch.float64 on"),
         ({"memory": "small"}, "memory='small' must be fast, lean or a number of bytes"),
@@ -338,6 +356,17 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
     hidden, weight, _, targets = problem(5, 7, 0.0)
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**{"hidden": hidden, "weight": weight, "targets": targets} | change)
+
+
+@pytest.mark.parametrize("target", [7, -1])
+def test_targets_outside_the_vocabulary_are_refused(target: int) -> None:
+    hidden, weight, _, targets = problem(5, 7, 0.0)
+    targets[2] = target
+    for loss in (linear_cross_entropy, token_losses):
+        with pytest.raises(RuntimeError, match="indices of the vocabulary, 0 to 6"):
+            loss(hidden, weight, targets)
+    counts = (torch.arange(5) != 2).float()  # a row that does not count may hold anything
+    linear_cross_entropy(hidden, weight, targets, token_weight=counts)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.integers(0, 4))

@@ -90,6 +90,7 @@ x = torch.randn(7, 24, generator=g) * 3
 w = torch.randn(4500, 24, generator=g)  # two ragged tiles
 b = torch.randn(4500, generator=g)
 targets = torch.tensor([0, 4095, 4096, 4499, 17, -100, 17])
+strided = lambda t: torch.stack((t, t.flip(0)), 1)[:, 0]  # a column of a batch
 row_weight = torch.rand(7, generator=g) * (targets >= 0)
 double = [t.double() for t in (x, w, b)]
 for softcap, smoothing, bias in itertools.product((0.0, 5.0), (0.0, 0.1), (False, True)):
@@ -97,12 +98,12 @@ for softcap, smoothing, bias in itertools.product((0.0, 5.0), (0.0, 0.1), (False
     results = []
     for steps, (h, m, v), weights, lean in (
         (TORCH, double, row_weight.double(), False),
-        (TRITON, (x, w, b), row_weight, False),
-        (TRITON, (x, w, b), row_weight, True),
+        (TRITON, (x, w, strided(b)), row_weight, False),
+        (TRITON, (x, w, strided(b)), row_weight, True),
     ):
         v = v if bias else None
         dx, dw, db = torch.full_like(h, torch.nan), torch.zeros_like(m), torch.zeros(4500).to(m)
-        inputs = (steps, h, m, v, targets, weights)
+        inputs = (steps, h, m, v, strided(targets), weights)
         wanted = Gradients(dx, None, None) if lean else Gradients(dx, dw, db)
         losses, lses = sweep_tokens(*inputs, options, 2 * 4500, wanted)
         if lean:
@@ -118,7 +119,8 @@ for rows, vocabulary, softcap, bias in (
     h = torch.randn(rows, 24, generator=g) * 30
     y = torch.randint(vocabulary, (rows,), generator=g)
     m = w[:vocabulary].contiguous()
-    losses, lses = forward_only(h, m, bias, y, softcap)
+    shifted = None if bias is None else strided(bias)
+    losses, lses = forward_only(h, m, shifted, strided(y), softcap)
     inputs = (h.double(), m.double(), None if bias is None else bias.double(), y)
     right = sweep_tokens(TORCH, *inputs, torch.ones(rows), Options(softcap), 10**6, None)
     close(losses, right[0])
