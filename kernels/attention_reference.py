@@ -69,6 +69,6 @@ def reference_attention(
         outputs.append((weights @ values * sees_any).transpose(0, 1))
         lses.append(torch.logsumexp(scores, -1))
     rest = q.shape[0] - covered
-    outputs.append(zeros_from(q, covered, v.shape[2]))
+    outputs.append(zeros_from(q, k, v, covered))
     lses.append(q.new_full((heads, rest), -math.inf))
     return torch.cat(outputs), torch.cat(lses, 1)

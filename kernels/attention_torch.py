@@ -40,15 +40,20 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: 
             q_batch, k_batch, v_batch, is_causal=True, scale=scale, enable_gqa=True
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [count * length, H, Dh]
-    outputs.append(zeros_from(q, start, v.shape[2]))
-    packed = torch.cat(outputs)
+    if start < q.shape[0] or not outputs:
+        outputs.append(zeros_from(q, k, v, start))
+    packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return packed if inverse is None else packed[inverse]
 
 
-def zeros_from(q: Tensor, start: int, size: int) -> Tensor:
-    """Output 0 and gradient 0 for the queries from ``start`` on: ``[Tq - start, Hq, size]``."""
+def zeros_from(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """Output 0 and gradient 0 for the queries from ``start`` on: ``[Tq - start, Hq, Dh]``."""
     rest = q[start:, :, :1]
-    return rest.masked_fill(torch.ones_like(rest, dtype=torch.bool), 0).expand(-1, -1, size)
+    zeros = rest.masked_fill(torch.ones_like(rest, dtype=torch.bool), 0).expand(-1, -1, v.shape[2])
+    if start:
+        return zeros
+    # Nothing else reaches k and v, whose gradients other processes may be waiting for.
+    return zeros + k[:0].sum() + v[:0].sum()
 
 
 @functools.lru_cache(maxsize=8)  # every layer of a model asks for the same borders

@@ -63,6 +63,18 @@ def test_gradients_agree_and_are_zero_after_the_last_border(lengths: list[int], 
         assert ours[sum(lengths) :].eq(0).all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_an_axis_of_padding_alone_still_reaches_keys_and_values(backend: str) -> None:
+    leaves = [x.requires_grad_() for x in inputs([0], extra=3)[:3]]
+    empty = torch.zeros(3, dtype=torch.int32)
+    out = varlen_attention(*leaves, empty, 0, backend=backend)  # type: ignore[call-overload]
+    assert out.eq(0).all()
+    out.sum().backward()
+    for leaf in leaves:  # a gradient that is missing would let the other ranks wait for ever
+        assert leaf.grad is not None
+        assert leaf.grad.eq(0).all()
+
+
 def test_reference_passes_gradcheck() -> None:
     q, k, v, borders = inputs([3, 1, 4], size=4)
     leaves = [x.requires_grad_() for x in (q, k, v)]
