@@ -191,11 +191,16 @@ Key = Callable[[Run], Hashable]
 
 
 def best_by(groups: Iterable[Group], key: Key, name: str = "iid") -> dict[Any, Group]:
-    """The group of least mean loss for each value of ``key``, in sorted order of the values."""
+    """For each value of ``key``, in sorted order, the group of most seeds with the least mean loss.
+
+    A search tries many configurations with one seed and the luckiest of them looks best, so it must
+    not stand against one that was trained with several.
+    """
     found: dict[Any, Group] = {}
     for group in groups:
         value = key(group.first)
-        if value not in found or group.mean(name) < found[value].mean(name):
+        rank = (-len(group.runs), group.mean(name))
+        if value not in found or rank < (-len(found[value].runs), found[value].mean(name)):
             found[value] = group
     return dict(sorted(found.items()))
 

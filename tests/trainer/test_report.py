@@ -266,6 +266,7 @@ def test_the_best_configuration_is_the_best_mean_not_the_luckiest_seed(tmp_path:
         fabricate(tmp_path, "simple", 2, loss, seed=seed)
     for seed in (0, 1):
         fabricate(tmp_path, "simple", 2, 3.1, seed=seed, weight_decay=0.8)
+    fabricate(tmp_path, "simple", 2, 2.9, weight_decay=1.6)  # one seed of a search
     (best,) = best_by(read_study(tmp_path).main, lambda run: run.kind).values()
     assert best.first.config.recipe.weight_decay == 0.8
     assert best.spread() == pytest.approx(np.std(best.losses(), ddof=1))
