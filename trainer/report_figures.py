@@ -51,8 +51,9 @@ def recipe_figures(study: Study) -> list[Drawing | Missing]:
 def describe_setting(study: Study) -> str:
     parameters, mask, context, tokens = study.main_setting
     return (
-        f"{parameters:,} parameters, {tokens:,} real tokens, mask {mask}, context {context}; the best "
-        "mean of the configurations with most seeds, error bars one standard deviation over seeds"
+        f"{parameters:,} parameters, {tokens:,} real tokens, mask {mask}, context {context}; the "
+        "best mean of the configurations with most seeds, error bars one standard deviation over "
+        "the seeds"
     )
 
 
