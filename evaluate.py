@@ -2,8 +2,8 @@
 
 An ensemble of all sizes up to K, for the report's figure over K:
 ``python evaluate.py runs=[...] output=runs/ensembles/stitched.json``.
-More text sets: ``sets=[stitched-g8,data/other/streams/val]``. Tasks, kept in the run's folder for
-the report: ``tasks=[arc_easy,piqa,sciq]``.
+More text sets: ``sets=[arxiv_cs,data/other/streams/val]``; tasks: ``tasks=[arc_easy,piqa,sciq]``.
+Of a single run both are kept in its folder, and the report draws them.
 ``export=FOLDER`` writes a single run in Hugging Face's Llama format instead.
 """
 
@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from trainer.checkpoint import newest_checkpoint
-from trainer.downstream import evaluate_tasks, save_tasks
+from trainer.downstream import SETS, TASKS, evaluate_tasks, keep_scores
 from trainer.ensemble import Mean, evaluate_ensemble
 from trainer.errors import user_errors
 from trainer.export import export_run
@@ -80,15 +80,19 @@ def main(config: DictConfig) -> float | None:
         loss, bits = found.loss["iid"], found.bits_per_byte
         print(f"{name}: {loss:.4f} nats per token, {bits:.4f} bits per byte")
     write_scores(options, scores, sizes)
+    folder = Path(options.runs[0])
+    # What a checkpoint or an ensemble scores is not what the report shows of a run.
+    reported = len(options.runs) == 1 and (folder / "result.json").exists()
+    if options.sets and reported:
+        print(f"written: {keep_scores(folder / SETS, scores['sets'])}")
     if options.tasks:
         scores["tasks"] = evaluate_tasks(
             options.runs[0], options.tasks, options.task_folder, options.task_limit
         )
         for task, metrics in scores["tasks"].items():
             print(f"{task}: " + ", ".join(f"{name} {x:.4g}" for name, x in metrics.items()))
-        folder = Path(options.runs[0])
-        if (folder / "result.json").exists():  # a checkpoint is not what the report shows
-            print(f"written: {save_tasks(folder, scores['tasks'])}")
+        if reported:
+            print(f"written: {keep_scores(folder / TASKS, scores['tasks'])}")
         write_scores(options, scores, sizes)
     return scores["loss"]["iid"]
 

@@ -12,7 +12,9 @@ from trainer.distributed import choose_device
 from trainer.export import export_run
 from trainer.run_folder import write_json
 
-FILE = "tasks.json"  # in a run's folder
+# In a run's folder, for the report.
+TASKS = "tasks.json"
+SETS = "sets.json"
 
 # Accuracy of guessing.
 CHANCE = {
@@ -83,9 +85,8 @@ def evaluate_tasks(
     }
 
 
-def save_tasks(run: Path, scores: dict[str, dict[str, float]]) -> Path:
-    """Keep the scores in a finished run's folder, beside those of other tasks, for the report."""
-    path = run / FILE
+def keep_scores(path: Path, scores: dict[str, Any]) -> Path:
+    """Keep scores in a finished run's folder, beside those of other names, for the report."""
     before = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, before | scores)
     return path

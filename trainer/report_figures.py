@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from trainer import paper
@@ -32,10 +33,13 @@ BARS = "The axis of the bars does not start at zero."
 
 def recipe_figures(study: Study) -> list[Drawing | Missing]:
     """All of them, in the order of the paper."""
-    sets = list(study.runs[0].result["loss"])
-    common = [name for name in sets if all(name in run.result["loss"] for run in study.runs)]
+    sets = dict.fromkeys(name for run in study.runs for name in run.result["loss"])
+    scored = {
+        name: replace(study, runs=[run for run in study.runs if name in run.result["loss"]])
+        for name in sets
+    }
     return [
-        *(by_generations(study, name) for name in common),
+        *(by_generations(part, name) for name, part in scored.items()),
         fixed_hyper_parameters(study),
         by_axis(study, "epochs", "epochs over the real stream (E)"),
         by_axis(study, "mixing_fraction", "mixing fraction (w)"),
@@ -127,7 +131,8 @@ def by_generations(study: Study, name: str) -> Drawing | Missing:
         log_ticks(axes[1], [g for losses in published.values() for g in losses])
         legend(axes[1])
     rows = [row(group, name) for points in lines.values() for group in points.values()]
-    return Drawing(f"loss-by-generations-{name}", title, figure, rows, [describe_setting(study)])
+    file = f"loss-by-generations-{name.replace('/', '-')}"
+    return Drawing(file, title, figure, rows, [describe_setting(study)])
 
 
 def fixed_hyper_parameters(study: Study) -> Drawing | Missing:

@@ -231,12 +231,15 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
         )
     runs = []
     for path in finished:
-        metrics, scores = path / "metrics.jsonl", path / downstream.FILE
+        metrics, scores = path / "metrics.jsonl", path / downstream.TASKS
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         try:
             config = load_config(path / "config.yaml")
             result = json.loads((path / "result.json").read_text())
             tasks = json.loads(scores.read_text()) if scores.exists() else {}
+            sets = path / downstream.SETS
+            result["sets"] = json.loads(sets.read_text()) if sets.exists() else {}
+            result["loss"] |= {name: one["loss"]["iid"] for name, one in result["sets"].items()}
             runs.append(Run(path, config, result, [json.loads(line) for line in lines], tasks))
         except (ValueError, OmegaConfBaseException, YAMLError) as error:
             raise ValueError(
@@ -273,6 +276,14 @@ def check_comparable(runs: Sequence[Run]) -> None:
             check_same_evaluation(
                 str(first.path), first.result["evaluation"], str(run.path), run.result, key
             )
+
+    scored: dict[str, Run] = {}
+    for run in runs:
+        for name, one in run.result["sets"].items():
+            first = scored.setdefault(name, run)
+            for key in ("tokenizer_sha256", "documents"):
+                expected = first.result["sets"][name]["evaluation"]
+                check_same_evaluation(str(first.path), expected, str(run.path), one, key)
 
 
 def check_same_evaluation(

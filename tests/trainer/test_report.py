@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import run_script
 from trainer.config import DataConfig, Mask, ModelConfig, RecipeConfig, TrainConfig, save_config
-from trainer.downstream import save_tasks
+from trainer.downstream import SETS, TASKS, keep_scores
 from trainer.report import answer_data_efficiency, write_report
 from trainer.report_figures import recipe_figures
 from trainer.report_page import Drawing, Missing
@@ -125,8 +125,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for run in read_study(folder).runs:
         if run.config.data.mask is DataConfig().mask and run.real_tokens == REAL_TOKENS:
             right = 0.5 + run.generations / 100 + run.config.seed / 1000
-            save_tasks(run.path, {"sciq": {"acc": right, "acc_stderr": 0.03, "questions": 1000}})
-            save_tasks(run.path, {"piqa": {"acc": 0.6, "acc_stderr": 0.04, "questions": 1838}})
+            keep_scores(
+                run.path / TASKS, {"sciq": {"acc": right, "acc_stderr": 0.03, "questions": 1000}}
+            )
+            keep_scores(
+                run.path / TASKS, {"piqa": {"acc": 0.6, "acc_stderr": 0.04, "questions": 1838}}
+            )
     read_alone(fabricate(folder, "real", 0, 3.2, weight_decay=0.9))
     (folder / "ensembles").mkdir()
     evaluation = {"stream": "val", "documents": 50, "tokens": 9000, "tokenizer_sha256": "f" * 64}
@@ -277,13 +281,31 @@ def test_benchmarks_of_one_seed_and_of_other_questions(tmp_path: Path) -> None:
     both = scores | {"piqa": {"acc": 0.6, "acc_stderr": 0.04, "questions": 100}}
     runs = [fabricate(tmp_path, kind, 2, 3.0) for kind in ("simple", "stitched")]
     for run in runs:
-        save_tasks(run, both)
+        keep_scores(run / TASKS, both)
     write_report(tmp_path, tmp_path / "report")
     row = rows_of(tmp_path / "report" / "benchmark-error.csv")[0]
     assert float(row["uncertainty"]) == pytest.approx(0.05 / 2)
-    save_tasks(runs[0], {"sciq": scores["sciq"] | {"questions": 50}})
+    keep_scores(runs[0] / TASKS, {"sciq": scores["sciq"] | {"questions": 50}})
     with pytest.raises(ValueError, match=r"answered (50|100) questions of sciq"):
         write_report(tmp_path, tmp_path / "report")
+
+
+def test_other_text_sets_are_drawn_and_must_be_the_same(tmp_path: Path) -> None:
+    evaluation = {"documents": 7, "tokenizer_sha256": "f" * 64}
+    runs = [fabricate(tmp_path, kind, 2, 3.0) for kind in ("simple", "stitched")]
+    for place, run in enumerate(runs):
+        keep_scores(
+            run / SETS, {"x/arxiv": {"loss": {"iid": 3.5 + place}, "evaluation": evaluation}}
+        )
+    fabricate(tmp_path, "latent", 2, 3.0)  # not scored
+    text, _ = write_report(tmp_path, tmp_path / "report")
+    assert "x/arxiv" in text
+    rows = rows_of(tmp_path / "report" / "loss-by-generations-x-arxiv.csv")
+    assert [float(row["loss"]) for row in rows] == [3.5, 4.5]
+    other = {"loss": {"iid": 3.0}, "evaluation": evaluation | {"documents": 8}}
+    keep_scores(runs[0] / SETS, {"x/arxiv": other})
+    with pytest.raises(ValueError, match=r"with documents=(7|8)"):
+        read_study(tmp_path)
 
 
 def test_a_student_of_teachers_is_no_real_only_run(tmp_path: Path) -> None:
