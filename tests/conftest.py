@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,14 @@ TINY = [
     "method.max_tokens=10",
     "generator.threads=1",  # pytest-xdist runs a test on each core
 ]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
+    """Return as soon as ``condition`` holds; fail after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def run_script(

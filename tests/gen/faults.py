@@ -3,12 +3,11 @@
 import contextlib
 import http.server
 import json
-import random
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 PASSING = (
@@ -20,13 +19,10 @@ SLOW = 3.0  # seconds a timeout takes; the client under test must give up earlie
 
 
 class Faults(http.server.BaseHTTPRequestHandler):
-    """Passes requests on, after spoiling the first ones, or a random share of them."""
+    """Spoils the first requests, each as its entry of ``faults`` says, and passes on the others."""
 
     upstream: ClassVar[str] = ""
-    faults: ClassVar[list[str]] = []
-    share: ClassVar[float] = 0.0
-    chance: ClassVar[random.Random] = random.Random(0)
-    spoiled: ClassVar[list[str]] = []
+    faults: ClassVar[list[str | None]] = []
     lock = threading.Lock()
 
     def do_GET(self) -> None:
@@ -61,12 +57,7 @@ class Faults(http.server.BaseHTTPRequestHandler):
 
     def next_fault(self) -> str | None:
         with self.lock:
-            fault = self.faults.pop(0) if self.faults else None
-            if fault is None and self.chance.random() < self.share:
-                fault = self.chance.choice(PASSING)
-            if fault:
-                self.spoiled.append(fault)
-        return fault
+            return self.faults.pop(0) if self.faults else None
 
     def forward(self, body: bytes | None) -> None:
         request = urllib.request.Request(
@@ -106,10 +97,9 @@ def finished(text: str, usage: dict[str, int]) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def faulty(upstream: str, faults: list[str], share: float = 0.0, port: int = 0) -> Iterator[str]:
-    """The proxy's URL."""
-    Faults.upstream, Faults.faults, Faults.share = upstream, list(faults), share
-    Faults.chance, Faults.spoiled = random.Random(0), []
+def faulty(upstream: str, faults: Sequence[str | None], port: int = 0) -> Iterator[str]:
+    """The proxy's URL; None in ``faults`` stands for a request that passes."""
+    Faults.upstream, Faults.faults = upstream, list(faults)
     http.server.ThreadingHTTPServer.allow_reuse_address = True
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), Faults) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()

@@ -4,14 +4,13 @@ import csv
 import importlib
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, run_script
+from tests.conftest import REPOSITORY, run_script, wait_until
 
 SWEEP = [
     "--multirun",
@@ -92,10 +91,7 @@ def test_sigterm_reaches_the_jobs_which_save_and_the_next_start_goes_on(
         stderr=subprocess.PIPE,
         text=True,
     ) as launcher:
-        deadline = time.monotonic() + 90
-        while not any(log.stat().st_size for log in tmp_path.glob("*/metrics.jsonl")):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: any(log.stat().st_size for log in tmp_path.glob("*/metrics.jsonl")))
         jobs = psutil.Process(launcher.pid).children()
         launcher.terminate()
         output, errors = launcher.communicate(timeout=60)

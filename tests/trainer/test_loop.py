@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, run_script
+from tests.conftest import REPOSITORY, run_script, wait_until
 from trainer.checkpoint import checkpoints, load_model, read_progress
 from trainer.config import (
     Averaging,
@@ -142,11 +142,8 @@ def test_sigterm_saves_and_the_next_start_goes_on(corpus_root: Path, tmp_path: P
         stderr=subprocess.DEVNULL,
         text=True,
     ) as process:
-        deadline = time.monotonic() + 90
         log = tmp_path / "run" / "metrics.jsonl"
-        while not (log.exists() and log.stat().st_size):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: log.exists() and log.stat().st_size > 0)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
