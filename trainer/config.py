@@ -59,7 +59,7 @@ class RecipeConfig:
     stream: str | None = None  # the synthetic stream mixed in: simple, stitched, latent, ...
     generations: int = 0  # G of the synthetic stream
     mixing_fraction: float = 0.0  # w: share of tokens that is synthetic
-    epochs: float = 16.0  # E: passes over the base stream, if its windows were full
+    epochs: float = 16.0  # E: passes over the base stream
     learning_rate: float = 3e-3
     weight_decay: float = 1.6
     max_generations: int | None = None  # a smaller scale's cap on generations

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.config import Parallel, RuntimeConfig
 from trainer.context_parallel import apply_context_parallel
 from trainer.model import Llama
+
+JOIN_TIMEOUT = timedelta(minutes=10)  # also that of a collective
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,9 @@ def join_ranks(config: RuntimeConfig) -> Iterator[Ranks]:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     store, rank, _ = next(dist.rendezvous("env://"))
-    # After an elastic restart the store still holds the addresses of the processes that died.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    store = unused_part(store, rank, world_size, JOIN_TIMEOUT)
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10)
+        backend, store=store, rank=rank, world_size=world_size, timeout=JOIN_TIMEOUT
     )
     try:
         yield Ranks(
@@ -114,6 +116,38 @@ def join_ranks(config: RuntimeConfig) -> Iterator[Ranks]:
         )
     finally:
         dist.destroy_process_group()
+
+
+def unused_part(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """A part of ``store`` that nothing was written to before these ranks met.
+
+    torchrun keeps its store over elastic restarts, with the addresses of the processes that died,
+    and its restart count differs between nodes: a node counts only what failed on itself. So each
+    rank shows a token nobody used before, and rank 0 answers it with the name of the part.
+
+    Raises:
+        TimeoutError: not all ranks came; names those that are missing.
+    """
+    store.set_timeout(timeout)
+    if rank > 0:
+        token = uuid.uuid4().hex
+        store.set(f"token-{rank}", token)
+        name = store.get(token).decode()
+        store.set(f"{name}-has-{rank}", "")
+        return dist.PrefixStore(name, store)
+
+    name = uuid.uuid4().hex
+    missing = list(range(1, world_size))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"token-{other}"]):  # perhaps that of an earlier attempt
+                store.set(store.get(f"token-{other}").decode(), name)
+        missing = [other for other in missing if not store.check([f"{name}-has-{other}"])]
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {missing} of {world_size} have not joined within {timeout}")
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
 
 
 def context_group(size: int) -> dist.ProcessGroup | None:

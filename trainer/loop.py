@@ -48,7 +48,7 @@ from trainer.memory import choose_recompute, recompute_blocks
 from trainer.meter import Meter
 from trainer.model import Kernels, Llama
 from trainer.optimizer import build_optimizers, set_schedules
-from trainer.plan import Plan, Source, total_steps
+from trainer.plan import Plan, Source
 from trainer.run_folder import claimed, finished_loss, write_json
 from trainer.tracking import Tracker
 
@@ -82,14 +82,7 @@ def train(config: TrainConfig) -> float:
         plan = plan_data(config, streams)
         if ranks.is_main:
             print(describe_data(streams, plan), flush=True)
-        steps = total_steps(
-            streams[0].manifest.tokens,
-            config.data.context_length,
-            config.data.batch_size,
-            config.recipe.epochs,
-            config.recipe.mixing_fraction,
-            config.data.packing.value,
-        )
+        steps = plan.steps(config.recipe.epochs)
 
         # The model.
         runtime = config.runtime

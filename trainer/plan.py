@@ -80,32 +80,6 @@ class Packed:
         return float(self.lengths.sum() / ((len(self.offsets) - 1) * context_length))
 
 
-def total_steps(
-    base_tokens: int,
-    context_length: int,
-    batch_size: int,
-    epochs: float,
-    mixing_fraction: float,
-    packing: str,
-) -> int:
-    """Steps of a run: ``int(steps_per_epoch * E / (1 - w))`` (2603.18534).
-
-    With ``packing=windows`` an epoch is a whole number of steps, as in the paper (777 for its
-    203,867,748 tokens).
-    """
-    steps_per_epoch = base_tokens / (context_length * batch_size)
-    if packing == "windows":
-        steps_per_epoch = int(steps_per_epoch)
-    steps = int(steps_per_epoch * epochs / (1 - mixing_fraction))
-    if steps < 1:
-        raise ValueError(
-            f"{base_tokens} tokens and recipe.epochs={epochs} make less than one step of "
-            f"data.batch_size={batch_size} x data.context_length={context_length} tokens; make "
-            "the batch smaller"
-        )
-    return steps
-
-
 def concatenate_and_cut(lengths: np.ndarray, order: np.ndarray, context_length: int) -> Packed:
     """Documents in ``order`` on one axis, cut every ``context_length`` tokens."""
     ends = lengths[order].cumsum()
@@ -239,6 +213,31 @@ class Plan:
         else:
             packed = pack_whole(lengths, self.context_length, generator)
         return shuffle_windows(packed, generator)
+
+    def steps(self, epochs: float) -> int:
+        """Batches in which the first source is read ``epochs`` times.
+
+        With ``packing=windows`` it is the paper's ``int(int(steps of an epoch) * E / (1 - w))``
+        (2603.18534: 777 steps for its 203,867,748 tokens); the others count the windows they fill.
+        """
+        base = self.sources[0]
+        if self.packing == "windows":
+            per_epoch = self.source_tokens[0] // (self.context_length * self.batch_size)
+            steps = int(per_epoch * epochs / base.share)
+        else:
+            windows = 0.0
+            for index, source in enumerate(self.sources):
+                tokens = epochs * self.source_tokens[0] * (source.share / base.share)
+                per_pass = len(self.packed(index, 0).offsets) - 1
+                windows += tokens / self.source_tokens[index] * per_pass
+            steps = int(windows / self.batch_size)
+        if steps < 1:
+            raise ValueError(
+                f"{self.source_tokens[0]} tokens and recipe.epochs={epochs} make less than one "
+                f"step of data.batch_size={self.batch_size} x "
+                f"data.context_length={self.context_length} tokens; make the batch smaller"
+            )
+        return steps
 
     def windows(self, step: int) -> list[Window]:
         """The windows of batch ``step``, ordered so that equal parts cost equal attention."""

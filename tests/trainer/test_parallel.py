@@ -1,10 +1,10 @@
 """Several processes on gloo: the loss curve of one process, elastic restarts, other rank counts."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from filelock import FileLock
 from torch import multiprocessing
 
-from tests.conftest import REPOSITORY, run_script
+from gen.supervisor import free_port
+from tests.conftest import REPOSITORY, run_script, wait_until
 from trainer.checkpoint import checkpoints, load_model, read_progress
 from trainer.distributed import Ranks
 
@@ -146,48 +147,67 @@ def test_half_precision_differs_by_its_noise_alone(
     torch.testing.assert_close(curve(two), curve(one), atol=5e-3, rtol=0)
 
 
+def kill(process: psutil.Popen) -> None:
+    """SIGKILL a process and all below it."""
+    everything = [process, *process.children(recursive=True)]
+    for each in everything:
+        each.kill()
+    psutil.wait_procs(everything, timeout=30)
+
+
 @pytest.mark.slow
-def test_a_killed_rank_restarts_all_and_another_number_of_ranks_goes_on(
+def test_killed_ranks_and_nodes_restart_and_another_number_of_ranks_goes_on(
     corpus_root: Path, alone: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL for one of four ranks (torchrun restarts them), then for all; one process ends it."""
+    """SIGKILL for a rank of two nodes, for a node, which is replaced, and for all; one goes on."""
     arguments = [*ARGUMENTS, f"data.root={corpus_root}", f"output={tmp_path}"]
-    run = tmp_path / "run"
-    with subprocess.Popen(
-        [
-            *torchrun(4, "--max-restarts=1"),
-            *arguments,
-            "runtime.parallel=fsdp",
-            "tracking.checkpoints=1000",
-        ],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as launcher:
+    run, log = tmp_path / "run", tmp_path / "output"
+    torchrun = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
+        *("--max-restarts=3", "--rdzv-id=test", "--rdzv-backend=c10d"),
+        f"--rdzv-endpoint=localhost:{free_port()}",
+    ]
+    script = ["train.py", *arguments, "runtime.parallel=fsdp", "tracking.checkpoints=1000"]
+    # What README says for several nodes.
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-        def wait_for_checkpoint(after: int) -> int:
-            deadline = time.monotonic() + 120
-            while not checkpoints(run) or read_progress(checkpoints(run)[-1]).step <= after:
-                assert time.monotonic() < deadline
-                assert launcher.poll() is None, launcher.communicate()[0][-3000:]
-                time.sleep(0.02)
-            return read_progress(checkpoints(run)[-1]).step
+    def start_node(is_head: bool) -> psutil.Popen:
+        notice = f"--rdzv-conf=is_host={is_head:d},keep_alive_interval=1,keep_alive_max_attempt=3"
+        with log.open("a") as output:
+            return psutil.Popen(
+                [*torchrun, notice, *script],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=output,
+                stderr=output,
+            )
 
-        first = wait_for_checkpoint(0)
-        ranks = psutil.Process(launcher.pid).children()
-        assert len(ranks) == 4
-        ranks[2].kill()
-        wait_for_checkpoint(first + 1)
-        everything = [
-            psutil.Process(launcher.pid),
-            *psutil.Process(launcher.pid).children(recursive=True),
-        ]
-        for process in everything:
-            process.kill()
-        psutil.wait_procs(everything, timeout=30)
-        output = launcher.communicate()[0]
-    assert re.search(r"resuming .* after step \d+", output)
+    def newest_step() -> int:
+        found = checkpoints(run)
+        return read_progress(found[-1]).step if found else 0
+
+    def wait_for_steps() -> None:
+        before = newest_step()
+
+        def went_on() -> bool:
+            assert all(node.poll() is None for node in nodes), log.read_text()[-3000:]
+            return newest_step() > before + 1
+
+        wait_until(went_on, seconds=180)
+
+    nodes = [start_node(is_head=True), start_node(is_head=False)]
+    try:
+        wait_for_steps()
+        nodes[1].children()[0].kill()
+        wait_for_steps()
+        kill(nodes[1])
+        nodes[1] = start_node(is_head=False)
+        wait_for_steps()
+    finally:
+        for node in nodes:
+            if node.is_running():
+                kill(node)
+    assert len(re.findall(r"resuming .* after step \d+", log.read_text())) >= 2
     last = run_script("train.py", *arguments)
     assert "resuming" in last.stdout
     same_learning(tmp_path, alone)

@@ -15,7 +15,6 @@ from trainer.plan import (
     best_fit,
     pack_whole,
     rank_windows,
-    total_steps,
 )
 
 lengths_lists = st.lists(st.integers(1, 90), min_size=1, max_size=40)
@@ -169,13 +168,37 @@ def test_ranks_share_the_global_batch() -> None:
 
 def test_steps_are_the_papers() -> None:
     def paper(epochs: float, fraction: float) -> int:
-        return total_steps(203_867_748, 4096, 64, epochs, fraction, "windows")
+        real = Source("real", np.full(4, 203_867_748 // 4), 1 - fraction)
+        synthetic = Source("simple", np.array([10**9]), fraction)
+        sources = [real, synthetic] if fraction else [real]
+        return Plan(sources, 4096, 64, "windows", 0).steps(epochs)
 
     assert paper(16, 0) == 12_432
     assert paper(8, 0.75) == 24_864
     assert paper(16, 0.75) == 49_728
-    with pytest.raises(ValueError, match="less than one step"):
-        total_steps(100, 4096, 64, 1, 0, "whole")
+    with pytest.raises(ValueError, match=r"100 tokens and recipe\.epochs=1 make less"):
+        plan_of([100], "whole", context=4096, batch=64).steps(1)
+
+
+@given(
+    st.lists(st.integers(30, 300), min_size=30, max_size=90),
+    st.lists(st.integers(30, 900), min_size=30, max_size=90),
+    st.sampled_from(["whole", "stream"]),
+    st.sampled_from([0.0, 0.5, 0.75]),
+    st.floats(1, 6),
+)
+def test_the_base_stream_is_read_as_often_as_asked(
+    real: list[int], synthetic: list[int], packing: str, fraction: float, epochs: float
+) -> None:
+    """However empty the windows are."""
+    sources = [Source("real", np.array(real), 1 - fraction)]
+    if fraction:
+        sources.append(Source("synthetic", np.array(synthetic), fraction))
+    plan = Plan(sources, 128, 4, packing, 0)
+    windows = len(plan.packed(0, 0).offsets) - 1
+    seen = plan.epochs_seen(plan.steps(epochs))[0]
+    # All but the last step, and what best fit may differ by from epoch to epoch.
+    assert seen == pytest.approx(epochs, rel=0.1, abs=5 / windows)
 
 
 @pytest.mark.parametrize(
