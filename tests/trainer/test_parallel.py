@@ -162,7 +162,7 @@ def test_killed_ranks_and_nodes_restart_and_another_number_of_ranks_goes_on(
     """SIGKILL for a rank of two nodes, for a node, which is replaced, and for all; one goes on."""
     arguments = [*ARGUMENTS, f"data.root={corpus_root}", f"output={tmp_path}"]
     run, log = tmp_path / "run", tmp_path / "output"
-    torchrun = [
+    agent = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
         *("--max-restarts=3", "--rdzv-id=test", "--rdzv-backend=c10d"),
         f"--rdzv-endpoint=localhost:{free_port()}",
@@ -175,7 +175,7 @@ def test_killed_ranks_and_nodes_restart_and_another_number_of_ranks_goes_on(
         notice = f"--rdzv-conf=is_host={is_head:d},keep_alive_interval=1,keep_alive_max_attempt=3"
         with log.open("a") as output:
             return psutil.Popen(
-                [*torchrun, notice, *script],
+                [*agent, notice, *script],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=output,
