@@ -6,8 +6,9 @@
 A step is forward, backward, clipping and AdamW on one micro-batch. Ours: the model and the kernels
 of this project, blocks compiled. ``plain``: the same model with dense SDPA per window (or, with
 several documents a window, FlexAttention) and an unfused loss, compiled likewise. ``hf``: Hugging
-Face's Llama with variable-length FlashAttention and, where installed, Liger's kernels. All are
-timed in turn in one process. MFU counts causal FLOPs inside documents and the head, without
+Face's Llama with variable-length FlashAttention (the flash-attn package's where installed, else
+PyTorch's) and, where installed, Liger's kernels. All are timed in turn in one process, on the same
+weights and optimiser states. MFU counts causal FLOPs inside documents and the head, without
 recomputation, over the GPU's dense bf16 peak.
 """
 
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks import timing
-from kernels import next_token_targets
+from kernels import next_token_targets, varlen_attention
+from kernels.attention_flex import document_block_mask
 from trainer.config import DataConfig, OptimizerConfig, RecipeConfig, TrainConfig
 from trainer.data import PackedBatch
 from trainer.distributed import Ranks
@@ -38,7 +40,12 @@ from trainer.optimizer import build_optimizers
 
 MODELS = Path(__file__).parents[1] / "conf" / "model"
 VOCABULARY = 128_256
-Builder = Callable[[TrainConfig, PackedBatch, Ranks], timing.Candidate]
+DEFAULT = Kernels()
+TOKENS = {
+    "tiny": 4096,
+    "300m": 65_536,
+    "1_5b": 16_384,
+}  # of a micro-batch, where the peers still fit
 GPU = {"models": ["300m", "1_5b"], "contexts": [4096, 32_768, 131_072], "documents": [0, 1200]}
 CPU = {"models": ["tiny"], "contexts": [256], "documents": [0, 60]}
 
@@ -77,65 +84,89 @@ def random_batch(tokens: int, context: int, document: int, vocabulary: int) -> P
     )
 
 
+class Setting:
+    """What all ways of taking the step share: config, batch, weights and optimiser states.
+
+    One set of states leaves room for the activations of the largest model, and gives every way the
+    peak it would have alone.
+    """
+
+    def __init__(self, config: TrainConfig, batch: PackedBatch, ranks: Ranks) -> None:
+        self.config = config
+        self.batch = batch.to(ranks.device)
+        self.ranks = ranks
+        self.dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+        self.weights = Llama(config.model).to(ranks.device)
+        [self.optimizer] = build_optimizers(self.weights, config.optimizer, config.recipe)
+
+    def model(self, kernels: Kernels = DEFAULT) -> Llama:
+        """A model on the shared weights."""
+        with self.ranks.device:
+            model = Llama(self.config.model, 0, self.dtype, kernels)
+        self.share_weights(model)
+        return model
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Replace the weights of ``model`` by the shared ones."""
+        model.load_state_dict(self.weights.state_dict(keep_vars=True), assign=True)
+
+    def step(self, gradients: Callable[[], object]) -> timing.Candidate:
+        """The whole step of a way that computes its gradients by ``gradients``."""
+
+        def step() -> None:
+            self.optimizer.zero_grad(set_to_none=True)  # of a way that ran out of memory
+            gradients()
+            clip_grad_norm_(self.weights.parameters(), self.config.optimizer.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def peak_bytes(self, step: timing.Candidate) -> int | None:
+        """Bytes held at the peak of a step, the fp32 weights and their two moments included."""
+        above = timing.peak_bytes(step)
+        return None if above is None else above + 12 * self.config.model.parameter_count()
+
+
 def ours(
-    config: TrainConfig,
-    batch: PackedBatch,
-    ranks: Ranks,
-    kernels: Kernels,
-    compiled: bool | None = None,
+    setting: Setting, kernels: Kernels = DEFAULT, compiled: bool | None = None
 ) -> timing.Candidate:
     """The trainer's own step; blocks are compiled as it does by itself, or as asked for."""
+    config = setting.config
     config = replace(config, runtime=replace(config.runtime, compile=compiled))
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    model = Llama(config.model, 0, dtype, kernels).to(ranks.device)
-    prepare_blocks(model, config, ranks)
-    optimizers = build_optimizers(model, config.optimizer, config.recipe)
-
-    def step() -> None:
-        accumulate_gradients(model, [batch], ranks)
-        clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return step
+    model = setting.model(kernels)
+    prepare_blocks(model, config, setting.ranks)
+    return setting.step(lambda: accumulate_gradients(model, [setting.batch], setting.ranks))
 
 
-def plain(config: TrainConfig, batch: PackedBatch, ranks: Ranks) -> timing.Candidate:
+def plain(setting: Setting) -> timing.Candidate:
     """The same model in plain PyTorch: library attention, logits in memory."""
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    model = Llama(config.model, 0, dtype).to(ranks.device)
-    attend = library_attention(batch, config.data.context_length, ranks.device)
+    batch, model = setting.batch, setting.model()
+    attend = library_attention(batch, setting.config.data.context_length)
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = attend
     for layer in model.model.layers:
         layer.compile()
-    [optimizer] = build_optimizers(model, config.optimizer, config.recipe)
-    on_device = batch.to(ranks.device)
 
     @torch.compile
     def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = hidden @ weight.to(hidden.dtype).T
-        return F.cross_entropy(logits.float(), on_device.targets)
+        return F.cross_entropy(logits.float(), batch.targets)
 
-    def step() -> None:
-        hidden = model(
-            on_device.input_ids, on_device.positions, on_device.cu_seqlens, on_device.max_seqlen
-        )
+    def gradients() -> None:
+        hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen)
         loss_of(hidden, model.lm_head.weight).backward()
-        clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return setting.step(gradients)
 
 
-def library_attention(batch: PackedBatch, context: int, device: torch.device) -> Any:
+def library_attention(batch: PackedBatch, context: int) -> Any:
     """Causal SDPA of whole windows, or a document mask where windows hold several."""
+    device = batch.input_ids.device
     windows = len(batch.input_ids) // context
     lengths = batch.cu_seqlens.diff()
-    document = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)  # [T]
+    document = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # [T]
     single = len(lengths) == windows
 
     def dense(
@@ -154,13 +185,9 @@ def library_attention(batch: PackedBatch, context: int, device: torch.device) ->
 
     if single or device.type != "cuda":
         return dense
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (document[q] == document[k])
-
-    tokens = len(document)
-    blocks = create_block_mask(visible, None, None, tokens, tokens, device=device)
+    blocks = document_block_mask(batch.cu_seqlens, len(batch.input_ids))
 
     def flex(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Any
@@ -173,7 +200,7 @@ def library_attention(batch: PackedBatch, context: int, device: torch.device) ->
     return flex
 
 
-def hugging_face(config: TrainConfig, batch: PackedBatch, ranks: Ranks) -> timing.Candidate:
+def hugging_face(setting: Setting) -> timing.Candidate:
     """Hugging Face's Llama on the packed axis, with Liger's kernels where they are installed."""
     import transformers
 
@@ -181,7 +208,11 @@ def hugging_face(config: TrainConfig, batch: PackedBatch, ranks: Ranks) -> timin
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    size = config.model
+    attention = "flash_attention_2"
+    if not importlib.util.find_spec("flash_attn"):
+        attention = "varlen"
+        transformers.AttentionInterface.register(attention, packed_attention)
+    size, batch, device = setting.config.model, setting.batch, setting.ranks.device
     shape = transformers.LlamaConfig(
         vocab_size=size.vocab_size,
         hidden_size=size.hidden_size,
@@ -189,35 +220,62 @@ def hugging_face(config: TrainConfig, batch: PackedBatch, ranks: Ranks) -> timin
         num_hidden_layers=size.num_layers,
         num_attention_heads=size.num_heads,
         num_key_value_heads=size.num_kv_heads,
-        max_position_embeddings=config.data.context_length,
+        max_position_embeddings=setting.config.data.context_length,
+        rms_norm_eps=size.norm_eps,
+        rope_theta=size.rope_theta,
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation="flash_attention_2",
+        attn_implementation=attention,
     )
-    model: nn.Module = transformers.LlamaForCausalLM(shape)
-    model.to(ranks.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    on_device = batch.to(ranks.device)
-    ids = on_device.input_ids[None]
-    labels = ids.masked_fill(on_device.positions[None] == 0, -100)  # shifted inside the model
+    with device:
+        model: nn.Module = transformers.LlamaForCausalLM(shape)
+    setting.share_weights(model)
+    packed = {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.positions[None],
+        "labels": batch.input_ids[None].masked_fill(batch.positions[None] == 0, -100),
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+    }
 
-    def step() -> None:
-        with torch.autocast(ranks.device.type, torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels, position_ids=on_device.positions[None]).loss
+    def gradients() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(**packed).loss
         loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return setting.step(gradients)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """PyTorch's variable-length attention as Hugging Face calls it: ``[1, H, T, Dh]`` each."""
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # [T, H, Dh]
+    return varlen_attention(q, k, v, cu_seq_lens_q, max_length_q, scale=scaling)[None], None
 
 
 def measure(
-    name: str, context: int, document: int, tokens: int, names: list[str], rounds: int, ranks: Ranks
+    name: str,
+    context: int,
+    document: int,
+    tokens: int | None,
+    names: list[str],
+    rounds: int,
+    ranks: Ranks,
 ) -> list[dict[str, Any]]:
     """One row for every way to take the step."""
     size = model_config(name, VOCABULARY if ranks.device.type == "cuda" else 4096)
-    tokens = max(tokens // context, 1) * context
+    tokens = max((tokens or TOKENS[name]) // context, 1) * context
     config = TrainConfig(
         data=DataConfig(context_length=context, batch_size=tokens // context),
         recipe=RecipeConfig(),
@@ -225,14 +283,17 @@ def measure(
         optimizer=OptimizerConfig(),
     )
     batch = random_batch(tokens, context, document, size.vocab_size)
-    builders: dict[str, Builder] = {"ours": partial(ours, kernels=Kernels()), "plain": plain}
-    if ranks.device.type != "cuda":
-        builders["ours compiled"] = partial(ours, kernels=Kernels(), compiled=True)
+    setting = Setting(config, batch, ranks)
+    builders: dict[str, Callable[[Setting], timing.Candidate]] = {
+        "ours": ours,
+        "plain": plain,
+        "hf": hugging_face,
+    }
     if ranks.device.type == "cuda":
         builders["ours triton"] = partial(ours, kernels=Kernels("triton", "triton"))
         builders["ours lean"] = partial(ours, kernels=Kernels("triton", "triton", "lean"))
-    if ranks.device.type == "cuda" and importlib.util.find_spec("transformers"):
-        builders["hf"] = hugging_face
+    else:
+        builders["ours compiled"] = partial(ours, compiled=True)
     rows: list[dict[str, Any]] = []
     shape = {"model": name, "context": context, "document": document or context, "tokens": tokens}
     candidates: dict[str, timing.Candidate] = {}
@@ -240,7 +301,7 @@ def measure(
         if names and way not in names:
             continue
         try:
-            candidates[way] = build(config, batch, ranks)
+            candidates[way] = build(setting)
         except Exception as error:  # a peer that is not installed whole must not end the others
             rows.append({**shape, "way": way, "failed": f"{type(error).__name__}: {error}"[:200]})
     times, failed = timing.interleaved(candidates, rounds, flush=False)
@@ -255,7 +316,7 @@ def measure(
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds["median"],
                 "mfu": flops / seconds["median"] / peak if peak else None,
-                "peak_bytes": timing.peak_bytes(candidates[way]),
+                "peak_bytes": setting.peak_bytes(candidates[way]),
             }
         )
     return rows
@@ -312,7 +373,7 @@ def main() -> None:
     parser.add_argument("--contexts", nargs="*", type=int, default=defaults["contexts"])
     parser.add_argument("--documents", nargs="*", type=int, default=defaults["documents"],
                         help="tokens a document; 0: as long as the window")  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=65_536 if place.type == "cuda" else 4096)
+    parser.add_argument("--tokens", type=int, help=f"of a micro-batch; default: {TOKENS}")
     parser.add_argument(
         "--ways", nargs="*", default=[], help="ours, ours triton, ours lean, plain, hf"
     )

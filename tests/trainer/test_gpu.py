@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from benchmarks.train_step import model_config, ours, random_batch
+from benchmarks.train_step import Setting, model_config, ours, random_batch
 from tests.trainer.test_loop import config, metrics
 from trainer.config import (
     DataConfig,
@@ -88,12 +88,9 @@ def test_one_megadoc_of_this_many_tokens_fits(tokens: int, gib: int, device_gib:
     if memory < device_gib << 30:
         pytest.skip(f"the device has {memory >> 30} GiB")
     size = model_config("300m", 128_256)
-    step = ours(
-        steps_of(tokens, tokens, size),
-        random_batch(tokens, tokens, 0, size.vocab_size),
-        Ranks(0, 1, torch.device("cuda")),
-        Kernels(),
-    )
+    batch = random_batch(tokens, tokens, 0, size.vocab_size)
+    ranks = Ranks(0, 1, torch.device("cuda"))
+    step = ours(Setting(steps_of(tokens, tokens, size), batch, ranks))
     torch.cuda.reset_peak_memory_stats()
     step()
     assert torch.cuda.max_memory_allocated() <= gib << 30
