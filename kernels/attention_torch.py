@@ -29,19 +29,21 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: 
     groups, order, inverse = group_by_length(tuple(cu_seqlens.tolist()), q.shape[0])
     if order is not None:
         q, k, v = q[order], k[order], v[order]
-    outputs, start = [], 0
-    for length, count in groups:
-        rows = slice(start, start + length * count)
-        start += length * count
+    # One split has one concatenation as its backward; a slice would add to all of its input.
+    sizes = [length * count for length, count in groups]
+    covered = sum(sizes)
+    parts = zip(*(x.split([*sizes, len(x) - covered]) for x in (q, k, v)), strict=True)
+    outputs = []
+    for (length, count), part in zip(groups, parts, strict=False):  # without the rest
         q_batch, k_batch, v_batch = (
-            x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
+            x.unflatten(0, (count, length)).transpose(1, 2) for x in part
         )  # [count, H, length, Dh]
         out = F.scaled_dot_product_attention(
             q_batch, k_batch, v_batch, is_causal=True, scale=scale, enable_gqa=True
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # [count * length, H, Dh]
-    if start < q.shape[0] or not outputs:
-        outputs.append(zeros_from(q, k, v, start))
+    if covered < q.shape[0] or not outputs:
+        outputs.append(zeros_from(q, k, v, covered))
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return packed if inverse is None else packed[inverse]
 
