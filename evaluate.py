@@ -50,6 +50,11 @@ def main(config: DictConfig) -> float | None:
     for name, asked in (("export", options.export), ("tasks", options.tasks)):
         if asked and len(options.runs) != 1:
             raise ValueError(f"{name} needs exactly one run, not {len(options.runs)}")
+    if taken := {"iid", "short", "long"}.intersection(options.sets):
+        raise ValueError(
+            f"sets={sorted(taken)} are the report's names for parts of the validation stream; "
+            "give the folder instead, such as sets=[data/mine/streams/long]"
+        )
     if options.export:
         export_run(options.runs[0], Path(options.export))
         print(f"{options.runs[0]} written to {options.export}")

@@ -123,8 +123,8 @@ def train(config: TrainConfig) -> float:
             stop_step=steps,
         )
         began = time.monotonic()
-        evaluate_every = max(1, steps // config.tracking.evaluations)
-        save_every = max(1, steps // config.tracking.checkpoints)
+        evaluate_every = math.ceil(steps / config.tracking.evaluations)
+        save_every = math.ceil(steps / config.tracking.checkpoints)
 
         with (
             StopSignal(ranks) as stop,

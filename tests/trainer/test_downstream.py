@@ -37,6 +37,9 @@ def test_sets_and_members(corpus_root: Path, run: Path, tmp_path: Path) -> None:
     assert abs(stitched.kind_tokens[0] - real.stream.manifest.tokens) <= len(real.stream)
     assert np.isfinite(stitched.kind_loss).all()
 
+    refused = run_script("evaluate.py", f"runs=[{run}]", "sets=[long]", check=False)
+    assert "sets=['long'] are the report's names for parts" in refused.stderr
+
 
 def test_tasks_of_lm_eval(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
