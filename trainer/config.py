@@ -28,7 +28,7 @@ class Mask(enum.Enum):
 
 
 class Packing(enum.Enum):
-    """How documents become windows; see ``trainer/plan.py``."""
+    """How documents become windows; see ``trainer/packing.py``."""
 
     whole = "whole"  # documents stay whole; re-shuffled and re-packed each epoch
     stream = "stream"  # re-shuffled, concatenated and cut each epoch

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from trainer.config import Mask
 from trainer.mds import MegadocStream
-from trainer.plan import Plan, Window, rank_windows
+from trainer.packing import Window
+from trainer.plan import Plan, rank_windows
 
 NO_TARGET = -100
 PREFETCHED_STEPS = 4

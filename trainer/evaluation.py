@@ -22,7 +22,7 @@ from trainer.data import NO_TARGET, PackedBatch, pack, segment_bounds
 from trainer.distributed import Ranks
 from trainer.mds import MegadocStream
 from trainer.model import Llama
-from trainer.plan import concatenate_and_cut, pack_whole
+from trainer.packing import concatenate_and_cut, pack_whole
 
 BATCH_TOKENS = 16_384  # tokens in one forward pass
 BUCKETS = 24  # positions up to 2 ** 23

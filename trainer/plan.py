@@ -6,8 +6,8 @@ number of workers see the same batches. Every document of a source is used once 
 twice, and no token is dropped.
 
 Packing
-    ``whole``    each epoch: documents re-shuffled and re-packed by best fit; only documents longer
-                 than the context are cut, into full windows and a remainder.
+    ``whole``    each epoch: documents re-shuffled and fitted together; only documents longer than
+                 the context are cut, into full windows and a rest.
     ``stream``   each epoch: documents re-shuffled, concatenated and cut; no window has a gap.
     ``windows``  the paper's way: documents concatenated and cut once, windows permuted each epoch.
 
@@ -26,11 +26,9 @@ from functools import lru_cache
 
 import numpy as np
 
-VERSION = 1  # part of the hash: raise it when the same inputs give another order
+from trainer.packing import Packed, Window, concatenate_and_cut, pack_whole, shuffle_windows
 
-# Sorting key noise of best-fit decreasing: enough to pack differently each epoch, little enough to
-# stay dense.
-SHUFFLE_NOISE = 0.25
+VERSION = 2  # part of the hash: raise it when the same inputs give another order
 
 
 @dataclass(frozen=True)
@@ -40,126 +38,6 @@ class Source:
     name: str
     lengths: np.ndarray  # int64 [N], tokens of each document
     share: float  # share of the tokens of every batch
-
-
-@dataclass(frozen=True)
-class Window:
-    """The pieces of one training sequence, all from one source."""
-
-    source: int
-    documents: np.ndarray  # int64 [P], index in the source
-    starts: np.ndarray  # int64 [P], first token of the piece in its document
-    lengths: np.ndarray  # int64 [P], tokens of the piece
-
-    @property
-    def tokens(self) -> int:
-        return int(self.lengths.sum())
-
-
-@dataclass(frozen=True)
-class Packed:
-    """All windows of one epoch of one source; window i holds pieces ``offsets[i]:offsets[i+1]``."""
-
-    documents: np.ndarray  # int64 [P]
-    starts: np.ndarray  # int64 [P]
-    lengths: np.ndarray  # int64 [P]
-    offsets: np.ndarray  # int64 [W+1]
-
-    @property
-    def window_tokens(self) -> np.ndarray:
-        """int64 ``[W]``."""
-        ends = np.concatenate(([0], self.lengths.cumsum()))
-        return np.diff(ends[self.offsets])
-
-    def window(self, source: int, index: int) -> Window:
-        pieces = slice(self.offsets[index], self.offsets[index + 1])
-        return Window(source, self.documents[pieces], self.starts[pieces], self.lengths[pieces])
-
-    def density(self, context_length: int) -> float:
-        """Share of the windows' places that hold a token."""
-        return float(self.lengths.sum() / ((len(self.offsets) - 1) * context_length))
-
-
-def concatenate_and_cut(lengths: np.ndarray, order: np.ndarray, context_length: int) -> Packed:
-    """Documents in ``order`` on one axis, cut every ``context_length`` tokens."""
-    ends = lengths[order].cumsum()
-    total = int(ends[-1])
-    cuts = np.arange(context_length, total, context_length)
-    borders = np.unique(np.concatenate(([0], ends, cuts)))
-    starts = borders[:-1]
-    place = np.searchsorted(ends, starts, side="right")
-    document_starts = ends[place] - lengths[order][place]
-    windows = -(-total // context_length)
-    offsets = np.searchsorted(starts, np.arange(windows + 1) * context_length)
-    return Packed(order[place], starts - document_starts, np.diff(borders), offsets)
-
-
-def pack_whole(lengths: np.ndarray, context_length: int, generator: np.random.Generator) -> Packed:
-    """Best fit in noisily decreasing order; longer documents give full windows and a remainder."""
-    full = lengths // context_length  # [N] full windows of each document
-    rest = lengths % context_length  # [N]
-    long_documents = np.repeat(np.arange(len(lengths)), full)
-    first = np.repeat(full.cumsum() - full, full)
-    long_starts = (np.arange(len(long_documents)) - first) * context_length
-
-    documents = np.flatnonzero(rest)
-    noise = generator.uniform(1 - SHUFFLE_NOISE, 1 + SHUFFLE_NOISE, len(documents))
-    documents = documents[np.argsort(-rest[documents] * noise, kind="stable")]
-    bins = best_fit(rest[documents], context_length)  # [len(documents)] window of each piece
-    by_bin = np.argsort(bins, kind="stable")
-    documents, bins = documents[by_bin], bins[by_bin]
-
-    windows = int(bins[-1]) + 1 if len(bins) else 0
-    offsets = np.concatenate(
-        (
-            np.arange(len(long_documents)),
-            len(long_documents) + np.searchsorted(bins, np.arange(windows + 1)),
-        )
-    )
-    return Packed(
-        np.concatenate((long_documents, documents)),
-        np.concatenate((long_starts, full[documents] * context_length)),
-        np.concatenate((np.full(len(long_documents), context_length), rest[documents])),
-        offsets,
-    )
-
-
-def best_fit(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Window of each piece when every piece goes where the least room is left.
-
-    The open windows are kept by remaining room; one integer's bits say which rooms exist, so a
-    piece costs a shift and a lookup instead of a search over the windows.
-    """
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r: some window has r tokens left
-    chosen = np.empty(len(sizes), dtype=np.int64)
-    windows = 0
-    for index, size in enumerate(sizes.tolist()):
-        fitting = rooms >> size
-        if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            window = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, window = capacity, windows
-            windows += 1
-        chosen[index] = window
-        left = room - size
-        if left:
-            if not by_room[left]:
-                rooms |= 1 << left
-            by_room[left].append(window)
-    return chosen
-
-
-def shuffle_windows(packed: Packed, generator: np.random.Generator) -> Packed:
-    """The same windows in random order."""
-    order = generator.permutation(len(packed.offsets) - 1)
-    counts = np.diff(packed.offsets)[order]
-    offsets = np.concatenate(([0], counts.cumsum()))
-    pieces = np.repeat(packed.offsets[:-1][order] - offsets[:-1], counts) + np.arange(offsets[-1])
-    return Packed(packed.documents[pieces], packed.starts[pieces], packed.lengths[pieces], offsets)
 
 
 class Plan:

@@ -12,7 +12,8 @@ from tests.trainer.conftest import StreamMaker
 from trainer.config import Mask
 from trainer.data import NO_TARGET, BatchLoader, PackedBatch, SegmentBounds, pack, segment_bounds
 from trainer.mds import MegadocStream
-from trainer.plan import Plan, Source, Window
+from trainer.packing import Window
+from trainer.plan import Plan, Source
 
 CONTEXT = 24
 NAMES = itertools.count()
