@@ -96,7 +96,8 @@ class Setting:
         self.batch = batch.to(ranks.device)
         self.ranks = ranks
         self.dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        self.weights = Llama(config.model).to(ranks.device)
+        with ranks.device:  # where random numbers take no time
+            self.weights = Llama(config.model)
         [self.optimizer] = build_optimizers(self.weights, config.optimizer, config.recipe)
 
     def model(self, kernels: Kernels = DEFAULT) -> Llama:
