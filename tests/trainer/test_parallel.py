@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -17,7 +19,7 @@ from torch import multiprocessing
 from gen.supervisor import free_port
 from tests.conftest import REPOSITORY, run_script, wait_until
 from trainer.checkpoint import checkpoints, load_model, read_progress
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, unused_part
 
 ARGUMENTS = [
     "recipe=stitched",
@@ -225,6 +227,22 @@ def test_flags_are_counted_over_the_ranks(tmp_path: Path) -> None:
     multiprocessing.start_processes(
         agree, (str(tmp_path / "store"),), nprocs=2, start_method="fork"
     )
+
+
+def test_ranks_meet_in_a_store_with_remains_of_earlier_attempts() -> None:
+    store = dist.HashStore()
+
+    def meet(rank: int) -> dist.Store:
+        return unused_part(store, rank, 3, timedelta(seconds=20))
+
+    for _ in range(3):  # attempts
+        with ThreadPoolExecutor(3) as pool:
+            parts = list(pool.map(meet, range(3)))
+        assert not any(part.check(["key"]) for part in parts)
+        parts[0].set("key", "here")
+        assert {part.get("key") for part in parts} == {b"here"}
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] of 3 have not joined"):
+        unused_part(store, 0, 3, timedelta(seconds=0.2))
 
 
 def test_ranks_that_do_not_fit(corpus_root: Path, tmp_path: Path) -> None:
