@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -48,6 +49,7 @@ from trainer.memory import choose_recompute, recompute_blocks
 from trainer.meter import Meter
 from trainer.model import Kernels, Llama
 from trainer.optimizer import build_optimizers, set_schedules
+from trainer.packing import pack_whole
 from trainer.plan import Plan, Source
 from trainer.run_folder import claimed, finished_loss, write_json
 from trainer.tracking import Tracker
@@ -244,13 +246,27 @@ def describe_data(streams: list[MegadocStream], plan: Plan) -> str:
             f"{stream.manifest.name}: {len(stream):,} samples, {stream.manifest.tokens:,} tokens, "
             f"windows {density:.1%} full"
         )
-        if density < FULL:
-            lines.append(
-                "  Few documents fit together. A longer data.context_length with a smaller "
-                "data.batch_size\n  fills the windows and costs no attention beyond a document; "
-                "data.packing=stream cuts documents instead."
-            )
+        if plan.packing == "whole" and density < FULL:
+            lines.append(how_to_fill(stream.lengths, plan))
     return "\n".join(lines)
+
+
+def how_to_fill(lengths: np.ndarray, plan: Plan) -> str:
+    """What makes the windows of these documents fuller."""
+    advice = "a longer data.context_length with a smaller data.batch_size fills the windows"
+    for factor in (2, 4, 8):
+        longer = factor * plan.context_length
+        density = pack_whole(lengths, longer, np.random.default_rng(0)).density(longer)
+        if density >= FULL and plan.batch_size % factor == 0:
+            advice = (
+                f"data.context_length={longer} data.batch_size={plan.batch_size // factor} makes "
+                f"windows {density:.1%} full"
+            )
+            break
+    return (
+        f"  Few documents fit together: {advice} and,\n  unless data.mask=none, costs no "
+        "attention beyond a document; data.packing=stream cuts documents instead."
+    )
 
 
 def describe_kernels(model: Llama, device: torch.device) -> str:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.loop import how_to_fill
 from trainer.packing import Window, fill_windows, pack_whole
 from trainer.plan import Plan, Source, balanced_order, rank_windows
 
@@ -140,11 +141,15 @@ def test_realistic_lengths_pack_to_99_percent(mean: int, deviation: float) -> No
 
 
 def test_whole_megadocs_fill_long_windows_to_99_percent() -> None:
-    """G=32 megadocs of about 22,600 tokens: alone they leave a third of 32k, in 512k nothing."""
+    """G=32 megadocs of about 22,600 tokens: alone they leave a sixth of 32k, in 128k nothing."""
     generator = np.random.default_rng(0)
     lengths = generator.lognormal(np.log(22_600), 0.3, 5000).astype(np.int64)
-    assert pack_whole(lengths, 32_768, generator).density(32_768) < 0.85
-    assert pack_whole(lengths, 524_288, generator).density(524_288) >= 0.99
+    plan = Plan([Source("stitched", lengths, 1.0)], 32_768, 64, "whole", 0)
+    assert plan.density()[0] < 0.85
+    assert "data.context_length=65536 data.batch_size=32 makes windows 9" in how_to_fill(
+        lengths, plan
+    )
+    assert pack_whole(lengths, 131_072, generator).density(131_072) >= 0.99
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=8, max_size=8))
