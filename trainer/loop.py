@@ -253,20 +253,17 @@ def describe_data(streams: list[MegadocStream], plan: Plan) -> str:
 
 def how_to_fill(lengths: np.ndarray, plan: Plan) -> str:
     """What makes the windows of these documents fuller."""
-    advice = "a longer data.context_length with a smaller data.batch_size fills the windows"
     for factor in (2, 4, 8):
         longer = factor * plan.context_length
         density = pack_whole(lengths, longer, np.random.default_rng(0)).density(longer)
         if density >= FULL and plan.batch_size % factor == 0:
-            advice = (
-                f"data.context_length={longer} data.batch_size={plan.batch_size // factor} makes "
-                f"windows {density:.1%} full"
+            return (
+                f"  Few documents fit together: data.context_length={longer} "
+                f"data.batch_size={plan.batch_size // factor} fills {density:.1%} and,\n  unless "
+                "data.mask=none, costs no attention beyond a document; data.packing=stream cuts "
+                "documents instead."
             )
-            break
-    return (
-        f"  Few documents fit together: {advice} and,\n  unless data.mask=none, costs no "
-        "attention beyond a document; data.packing=stream cuts documents instead."
-    )
+    return "  Few documents fit together; data.packing=stream cuts them to fill the windows."
 
 
 def describe_kernels(model: Llama, device: torch.device) -> str:

@@ -146,9 +146,8 @@ def test_whole_megadocs_fill_long_windows_to_99_percent() -> None:
     lengths = generator.lognormal(np.log(22_600), 0.3, 5000).astype(np.int64)
     plan = Plan([Source("stitched", lengths, 1.0)], 32_768, 64, "whole", 0)
     assert plan.density()[0] < 0.85
-    assert "data.context_length=65536 data.batch_size=32 makes windows 9" in how_to_fill(
-        lengths, plan
-    )
+    advice = how_to_fill(lengths, plan)
+    assert "data.context_length=65536 data.batch_size=32 fills 9" in advice
     assert pack_whole(lengths, 131_072, generator).density(131_072) >= 0.99
 
 
