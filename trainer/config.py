@@ -199,6 +199,7 @@ class TrainConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0  # initialisation (the data order has data.seed)
+    initial_weights: str | None = None  # Hugging Face Llama folder to start from; null: random
     output: str = "runs"  # folder that holds the run folders
     name: str | None = None  # run folder; null: recipe and a hash of the config
 
@@ -302,6 +303,8 @@ class TrainConfig:
         learnt = to_dict(self)
         for key in ("runtime", "tracking", "output", "name"):
             learnt.pop(key)
+        if self.initial_weights is None:
+            learnt.pop("initial_weights")  # runs have the names they had before there was this key
         learnt["recipe"]["generations"] = self.recipe.used_generations
         learnt["recipe"].pop("max_generations")
         learnt["data"].pop("micro_batch_size")

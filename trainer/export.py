@@ -1,17 +1,19 @@
-"""Hugging Face Llama folders: export of a trained run, import of the same."""
+"""Hugging Face Llama folders: export of a trained run, and weights to start from."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from trainer.checkpoint import load_model, newest_checkpoint, read_progress
 from trainer.config import TrainConfig
-from trainer.model import Llama, ModelConfig
+from trainer.model import Llama
 
 SHARD_BYTES = 4 << 30
 
@@ -101,39 +103,69 @@ def save_shards(state: dict[str, torch.Tensor], folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def import_model(folder: Path) -> Llama:
-    """Read a Llama folder, exported here or elsewhere, for continued pre-training.
+def load_hugging_face(model: Llama, folder: Path, tokenizer: Path) -> None:
+    """Give ``model`` the weights of a Llama folder, exported here or elsewhere.
+
+    Args:
+        model: on the CPU.
+        folder: with ``config.json`` and safetensors.
+        tokenizer: ``tokenizer.json`` of the corpus; compared with the folder's where both exist.
 
     Raises:
-        FileNotFoundError: the folder holds no safetensors.
-        ValueError: the model is not a plain Llama.
+        FileNotFoundError: the folder holds no config or no safetensors.
+        ValueError: the model is not a plain Llama, or has another shape or tokenizer.
     """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"initial_weights={folder} holds no config.json of a Llama")
     content = json.loads((folder / "config.json").read_text())
-    unsupported = {
-        "model_type": content.get("model_type") != "llama",
-        "rope_scaling": content.get("rope_scaling") is not None,
-        "attention_bias": bool(content.get("attention_bias")),
-    }
-    for key, is_unsupported in unsupported.items():
-        if is_unsupported:
-            raise ValueError(f"{folder}/config.json: {key}={content.get(key)} is not supported")
-    config = ModelConfig(
-        hidden_size=content["hidden_size"],
-        intermediate_size=content["intermediate_size"],
-        num_layers=content["num_hidden_layers"],
-        num_heads=content["num_attention_heads"],
-        num_kv_heads=content.get("num_key_value_heads", content["num_attention_heads"]),
-        vocab_size=content["vocab_size"],
-        rope_theta=content.get("rope_theta", 10_000.0),
-        norm_eps=content["rms_norm_eps"],
-    )
+    theirs = llama_shape(content, folder)
+    wanted = {key: value for key, value in theirs.items() if getattr(model.config, key) != value}
+    if wanted:
+        asked = " ".join(f"model.{key}={value}" for key, value in wanted.items())
+        raise ValueError(f"initial_weights={folder} has another shape than model=...; add {asked}")
+    own = folder / "tokenizer.json"
+    if own.exists() and tokenizer.exists() and vocabulary(own) != vocabulary(tokenizer):
+        raise ValueError(
+            f"initial_weights={folder} was trained with another tokenizer than {tokenizer}; write "
+            f"the corpus with tokenizer=file tokenizer.path={own}"
+        )
     state: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
     if not state:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors files")
+        raise FileNotFoundError(f"initial_weights={folder} holds no *.safetensors files")
     if content.get("tie_word_embeddings"):
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    model = Llama(config)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    return model
+
+
+def llama_shape(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields of :class:`ModelConfig` that a Llama's ``config.json`` fixes."""
+    head_dim = content["hidden_size"] // content["num_attention_heads"]
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    unsupported = {
+        "model_type": content.get("model_type") != "llama",
+        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "attention_bias": bool(content.get("attention_bias")),
+        "mlp_bias": bool(content.get("mlp_bias")),
+        "hidden_act": content.get("hidden_act", "silu") != "silu",
+        "head_dim": (content.get("head_dim") or head_dim) != head_dim,
+    }
+    for key, is_unsupported in unsupported.items():
+        if is_unsupported:
+            raise ValueError(f"{folder}/config.json: {key}={content.get(key)} is not supported")
+    return {
+        "hidden_size": content["hidden_size"],
+        "intermediate_size": content["intermediate_size"],
+        "num_layers": content["num_hidden_layers"],
+        "num_heads": content["num_attention_heads"],
+        "num_kv_heads": content.get("num_key_value_heads", content["num_attention_heads"]),
+        "vocab_size": content["vocab_size"],
+        "rope_theta": content.get("rope_theta", rope.get("rope_theta", 10_000.0)),
+        "norm_eps": content["rms_norm_eps"],
+    }
+
+
+def vocabulary(tokenizer: Path) -> dict[str, int]:
+    """Number of every token."""
+    return Tokenizer.from_file(str(tokenizer)).get_vocab()

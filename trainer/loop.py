@@ -43,6 +43,7 @@ from trainer.distillation import Teachers
 from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
 from trainer.errors import NonFiniteLossError
 from trainer.evaluation import evaluate_model
+from trainer.export import load_hugging_face
 from trainer.guard import StepGuard
 from trainer.mds import MegadocStream, check_same_tokenizer
 from trainer.memory import choose_recompute, recompute_blocks
@@ -90,6 +91,9 @@ def train(config: TrainConfig) -> float:
         runtime = config.runtime
         kernels = Kernels(runtime.attention, runtime.loss, runtime.loss_memory)
         model = Llama(config.model, config.seed, compute_dtype(runtime, ranks.device), kernels)
+        if config.initial_weights is not None and not checkpoints(run_dir):
+            tokenizer = Path(config.data.root) / "tokenizer" / "tokenizer.json"
+            load_hugging_face(model, Path(config.initial_weights), tokenizer)
         model.to(ranks.device)
         prepare_blocks(model, config, ranks)
         wrapped = parallelize(model, ranks, config.runtime)

@@ -86,7 +86,11 @@ def differences(earlier: TrainConfig, config: TrainConfig) -> str:
         return items
 
     old, new = flat(earlier.learnt()), flat(config.learnt())
-    return ", ".join(f"{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key])
+    return ", ".join(
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in old | new
+        if old.get(key) != new.get(key)
+    )
 
 
 def write_json(path: Path, content: object) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from trainer.config import (
     RuntimeConfig,
     TrackingConfig,
     TrainConfig,
+    load_config,
 )
 from trainer.ensemble import (
     Mean,
@@ -28,9 +30,10 @@ from trainer.ensemble import (
     mean_probability_losses,
 )
 from trainer.evaluation import evaluation_batches, position_bucket
-from trainer.export import export_run, import_model
+from trainer.export import export_run, load_hugging_face
 from trainer.loop import train
 from trainer.mds import MegadocStream
+from trainer.model import Llama
 from trainer.report import write_report
 
 
@@ -199,10 +202,60 @@ def test_export_gives_the_same_logits_in_transformers(runs: Path, tmp_path: Path
         hidden = ours(ids, torch.arange(len(ids)), borders, len(ids))
         expected = theirs(ids[None]).logits[0]
     torch.testing.assert_close(hidden @ ours.lm_head.weight.T, expected, atol=1e-4, rtol=1e-4)
-    back = import_model(tmp_path / "out").state_dict()
-    assert all(torch.equal(back[name], value) for name, value in ours.state_dict().items())
     with pytest.raises(ValueError, match="is not empty"):
         export_run(runs / "a", tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_transformers_wrote_are_read(tied: bool, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+    )
+    theirs = LlamaForCausalLM(shape)
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours = Llama(ModelConfig(64, 96, 2, 4, 2, 300))
+    load_hugging_face(ours, tmp_path, tmp_path / "none" / "tokenizer.json")
+    ids, borders = torch.arange(20), torch.tensor([0, 20], dtype=torch.int32)
+    with torch.no_grad():
+        logits = ours(ids, torch.arange(20), borders, 20) @ ours.lm_head.weight.T
+        torch.testing.assert_close(logits, theirs(ids[None]).logits[0], atol=1e-5, rtol=1e-4)
+
+
+def test_training_starts_from_exported_weights(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    export_run(runs / "a", folder)
+    first = load_config(runs / "a" / "config.yaml")
+    recipe = replace(first.recipe, learning_rate=1e-12)
+    again = replace(
+        first, recipe=recipe, output=str(tmp_path), name=None, initial_weights=str(folder)
+    )
+    assert again.identity() != replace(again, initial_weights=None).identity()
+    loss = json.loads((runs / "a" / "result.json").read_text())["loss"]["iid"]
+    assert train(again) == pytest.approx(loss, abs=1e-6)
+
+    wider = replace(again, model=replace(first.model, intermediate_size=96))
+    with pytest.raises(ValueError, match=r"another shape .* add model\.intermediate_size=64"):
+        train(wider)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["content"] = "<eot>"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="trained with another tokenizer than"):
+        train(replace(again, seed=7))
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"llama"', '"qwen2"')
+    )
+    with pytest.raises(ValueError, match="model_type=qwen2 is not supported"):
+        train(replace(again, seed=7))
 
 
 def test_the_report_holds_every_run(runs: Path, tmp_path: Path) -> None:
