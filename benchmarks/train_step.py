@@ -41,11 +41,6 @@ from trainer.optimizer import build_optimizers
 MODELS = Path(__file__).parents[1] / "conf" / "model"
 VOCABULARY = 128_256
 DEFAULT = Kernels()
-TOKENS = {
-    "tiny": 4096,
-    "300m": 65_536,
-    "1_5b": 16_384,
-}  # of a micro-batch, where the peers still fit
 GPU = {"models": ["300m", "1_5b"], "contexts": [4096, 32_768, 131_072], "documents": [0, 1200]}
 CPU = {"models": ["tiny"], "contexts": [256], "documents": [0, 60]}
 
@@ -57,6 +52,13 @@ def model_config(name: str, vocabulary: int) -> ModelConfig:
     assert isinstance(built, ModelConfig)
     built.vocab_size = vocabulary
     return built
+
+
+def micro_batch_tokens(name: str, device: torch.device) -> int:
+    """Tokens of a micro-batch of a model, few enough for the peers' logits and activations."""
+    if device.type == "cpu":
+        return 4096
+    return {"600m": 32_768, "1_5b": 16_384}.get(name, 65_536)
 
 
 def random_batch(tokens: int, context: int, document: int, vocabulary: int) -> PackedBatch:
@@ -276,7 +278,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for every way to take the step."""
     size = model_config(name, VOCABULARY if ranks.device.type == "cuda" else 4096)
-    tokens = max((tokens or TOKENS[name]) // context, 1) * context
+    tokens = max((tokens or micro_batch_tokens(name, ranks.device)) // context, 1) * context
     config = TrainConfig(
         data=DataConfig(context_length=context, batch_size=tokens // context),
         recipe=RecipeConfig(),
@@ -374,7 +376,7 @@ def main() -> None:
     parser.add_argument("--contexts", nargs="*", type=int, default=defaults["contexts"])
     parser.add_argument("--documents", nargs="*", type=int, default=defaults["documents"],
                         help="tokens a document; 0: as long as the window")  # fmt: skip
-    parser.add_argument("--tokens", type=int, help=f"of a micro-batch; default: {TOKENS}")
+    parser.add_argument("--tokens", type=int, help="of a micro-batch; default: by model")
     parser.add_argument(
         "--ways", nargs="*", default=[], help="ours, ours triton, ours lean, plain, hf"
     )

@@ -26,7 +26,7 @@ from gen.routing import Routing, ServersLost
 from gen.servers import GeneratorConfig, Servers, embedded_server, serving
 from gen.store import GenerationStore
 from gen.supervisor import ServerFailed, SupervisedServer, free_port
-from tests.conftest import REPOSITORY, TINY, run_script
+from tests.conftest import REPOSITORY, TINY, run_script, wait_until
 from tests.gen import faults
 from tests.gen.faults import PASSING, POISON, Faults, faulty
 
@@ -295,10 +295,7 @@ def test_a_killed_job_leaves_no_server_behind(tmp_path: Path) -> None:
         group = int(job.stdout.readline())
         os.killpg(group, 0)
         job.kill()
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{group}").exists():  # the guard ends last
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not Path(f"/proc/{group}").exists(), seconds=30)  # the guard ends last
     with pytest.raises(ProcessLookupError):
         os.killpg(group, 0)
 

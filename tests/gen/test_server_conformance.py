@@ -24,6 +24,7 @@ from gen.routing import Routing
 from gen.server_metrics import parse_load
 from gen.servers import GeneratorConfig, check_model, serving
 from gen.tokenizer import TokenizerConfig, train_bpe
+from tests.conftest import wait_until
 
 pytestmark = pytest.mark.server
 WORDS = [
@@ -178,10 +179,7 @@ def test_a_request_that_is_given_up_stops_running(target: Target) -> None:
         return seen
 
     assert with_client(target, give_up) > 0
-    deadline = time.monotonic() + 20
-    while running() > 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: running() == 0, seconds=20)
 
 
 def test_the_prompts_of_siblings_come_from_the_cache(target: Target, tmp_path: Path) -> None:

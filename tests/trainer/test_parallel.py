@@ -39,14 +39,13 @@ ARGUMENTS = [
 ]
 
 
-def torchrun(processes: int, *options: str) -> list[str]:
+def torchrun(processes: int) -> list[str]:
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={processes}",
-        *options,
         "train.py",
     ]
 
