@@ -15,12 +15,12 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from trainer.checkpoint import newest_checkpoint
-from trainer.downstream import SETS, TASKS, evaluate_tasks, keep_scores
-from trainer.ensemble import Mean, evaluate_ensemble
 from trainer.errors import user_errors
-from trainer.export import export_run
-from trainer.run_folder import write_json
+from trainer.evaluation.downstream import SETS, TASKS, evaluate_tasks, keep_scores
+from trainer.evaluation.ensemble import Mean, evaluate_ensemble
+from trainer.run.checkpoint import newest_checkpoint
+from trainer.run.export import export_run
+from trainer.run.run_dir import write_json
 
 
 @dataclass

@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.errors import user_errors
-from trainer.report import answer_data_efficiency, write_report
+from trainer.study.report import answer_data_efficiency, write_report
 
 
 @dataclass

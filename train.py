@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import trainer
-from trainer.config import TrainConfig
+from trainer.config.schema import TrainConfig
 from trainer.errors import NonFiniteLossError, user_errors
 from trainer.loop import train
 

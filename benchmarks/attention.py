@@ -26,9 +26,9 @@ from torch import Tensor
 
 from benchmarks import timing
 from kernels import attention_tiles, varlen_attention
-from kernels.attention_config import TileConfig, tile_config
-from kernels.attention_flash import HAS_GQA
-from kernels.attention_flex import document_block_mask, fused_flex_attention
+from kernels.attention.flash import HAS_GQA
+from kernels.attention.flex import document_block_mask, fused_flex_attention
+from kernels.attention.tile_config import TileConfig, tile_config
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Heads = tuple[int, int, int]  # query heads, key heads, head dimension

@@ -49,7 +49,7 @@ def floor(hidden: Tensor, weight: Tensor) -> None:
 
 def anchored(hidden: Tensor, weight: Tensor, targets: Tensor, fused: bool) -> None:
     """The anchored kernels themselves, by cuBLAS and a pass or with the exponential fused."""
-    from kernels.cross_entropy_triton import anchored_cross_entropy
+    from kernels.cross_entropy.triton.anchored import anchored_cross_entropy
 
     row_weight = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
     gradients = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)

@@ -34,13 +34,13 @@ from typing import Any
 
 import httpx
 
-from gen.corpus import Document
-from gen.generation import run_job
+from gen.corpus.documents import Document
+from gen.corpus.tokenizer import TokenizerConfig, train_bpe
+from gen.generations.job import run_job
+from gen.generations.sessions import Session
 from gen.prompts import MethodConfig
-from gen.server_metrics import ServerLoad, parse_load
-from gen.servers import GeneratorConfig, serving
-from gen.sessions import Session
-from gen.tokenizer import TokenizerConfig, train_bpe
+from gen.serving.load import ServerLoad, parse_load
+from gen.serving.servers import GeneratorConfig, serving
 
 SYSTEM = "Answer with the requested text alone, without remarks about it."
 PROMPT = "Document:\n{text}\n\nRewrite the document above in other words. Keep every fact."

@@ -29,14 +29,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from benchmarks import timing
 from kernels import next_token_targets, varlen_attention
-from kernels.attention_flex import document_block_mask
-from trainer.config import DataConfig, OptimizerConfig, RecipeConfig, TrainConfig
-from trainer.data import PackedBatch
-from trainer.distributed import Ranks
-from trainer.flops import attention_pairs, peak_flops, training_flops
+from kernels.attention.flex import document_block_mask
+from trainer.config.schema import DataConfig, OptimizerConfig, RecipeConfig, TrainConfig
+from trainer.data.batches import PackedBatch
 from trainer.loop import accumulate_gradients, prepare_blocks
-from trainer.model import Attention, Kernels, Llama, ModelConfig
-from trainer.optimizer import build_optimizers
+from trainer.model.flops import attention_pairs, peak_flops, training_flops
+from trainer.model.llama import Attention, Kernels, Llama, ModelConfig
+from trainer.optim.optimizer import build_optimizers
+from trainer.parallel.ranks import Ranks
 
 MODELS = Path(__file__).parents[1] / "conf" / "model"
 VOCABULARY = 128_256

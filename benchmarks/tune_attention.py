@@ -20,8 +20,8 @@ import torch
 
 from benchmarks import timing
 from benchmarks.attention import lognormal
-from kernels.attention_config import FILE, TileConfig, read_configs
-from kernels.attention_layout import make_tiles
+from kernels.attention.tile_config import FILE, TileConfig, read_configs
+from kernels.attention.tile_scheduler import make_tiles
 
 # By the smallest max_seqlen that the tiles are for.
 PACKS = {1: lognormal(32_768), 8192: [32_768]}
@@ -53,9 +53,9 @@ class Kernels:
 
     def candidate(self, kernel: str, config: TileConfig) -> timing.Candidate:
         """One launch of one kernel; its tables are made here."""
-        from kernels.attention_triton import attention_forward
-        from kernels.attention_triton_dkdv import key_gradients
-        from kernels.attention_triton_dq import query_gradient
+        from kernels.attention.triton.dkdv import key_gradients
+        from kernels.attention.triton.dq import query_gradient
+        from kernels.attention.triton.forward import attention_forward
 
         tokens = len(self.q)
         tiles = make_tiles(self.borders, self.borders, tokens, tokens, config)

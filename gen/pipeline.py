@@ -9,17 +9,23 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from gen.corpus import CorpusConfig, Document, build_documents, load_split
-from gen.files import only_one
-from gen.generation import run_job
+from gen.corpus.documents import CorpusConfig, Document, build_documents, load_split
+from gen.corpus.tokenizer import (
+    TokenizerConfig,
+    TokenizerManifest,
+    build_tokenizer,
+    cut_to_tokens,
+    encode,
+)
+from gen.generations.job import run_job
+from gen.generations.sessions import Session
+from gen.generations.status import status
+from gen.generations.store import GenerationStore
+from gen.megadocs.streams import StreamConfig, build_stream
 from gen.prompts import MethodConfig
-from gen.quality import QualityConfig, ReportConfig
-from gen.servers import GeneratorConfig, serving
-from gen.sessions import Session
-from gen.status import status
-from gen.store import GenerationStore
-from gen.streams import StreamConfig, build_stream
-from gen.tokenizer import TokenizerConfig, TokenizerManifest, build_tokenizer, cut_to_tokens, encode
+from gen.quality.gates import QualityConfig, ReportConfig
+from gen.serving.servers import GeneratorConfig, serving
+from trainer.files import only_one
 
 TASKS = ("all", "corpus", "generate", "streams", "status", "report")
 
@@ -164,7 +170,7 @@ def quality_report(config: GenerateConfig, root: Path) -> str:
     Raises:
         FileNotFoundError: there are no documents or no generations yet.
     """
-    from gen.quality_report import write_quality_report  # takes a second to import
+    from gen.quality.report import write_quality_report  # takes a second to import
 
     documents = list(load_split(root, "train"))
     store = GenerationStore.of_method(

@@ -1,9 +1,9 @@
 """Tensors in, tensors out: document-masked attention and fused linear cross-entropy."""
 
-from kernels.attention import varlen_attention
-from kernels.attention_op import attention_tiles
-from kernels.cross_entropy import linear_cross_entropy, token_losses
-from kernels.targets import next_token_targets
+from .attention.interface import varlen_attention
+from .attention.op import attention_tiles
+from .cross_entropy.interface import linear_cross_entropy, token_losses
+from .targets import next_token_targets
 
 __all__ = [
     "attention_tiles",

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from gen.megadocs.streams import StreamConfig, build_stream
 from gen.pipeline import GenerateConfig, prepare_corpus
-from gen.quality import QualityConfig
-from gen.streams import StreamConfig, build_stream
+from gen.quality.gates import QualityConfig
 from tests.conftest import run_script
-from trainer.config import (
+from trainer.config.schema import (
     DataConfig,
     Mask,
     ModelConfig,
@@ -18,8 +18,8 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.loop import train
-from trainer.report import answer_data_efficiency, write_report
-from trainer.report_runs import read_study
+from trainer.study.report import answer_data_efficiency, write_report
+from trainer.study.runs import read_study
 
 BUDGETS = (800, 1600, None)
 

@@ -19,16 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from kernels.attention import automatic_backend
-from trainer.averaging import WeightAverage
-from trainer.checkpoint import (
-    Checkpointer,
-    Progress,
-    checkpoints,
-    load_checkpoint,
-    read_progress,
-)
-from trainer.config import (
+from kernels.attention.interface import automatic_backend
+from trainer.config.schema import (
     Averaging,
     Dtype,
     Parallel,
@@ -37,23 +29,31 @@ from trainer.config import (
     TrainConfig,
     to_dict,
 )
-from trainer.context_parallel import split_batch
-from trainer.data import BatchLoader, PackedBatch
-from trainer.distillation import Teachers
-from trainer.distributed import Ranks, join_ranks, last_backward, parallelize
+from trainer.data.batches import BatchLoader, PackedBatch
+from trainer.data.mds import MegadocStream, check_same_tokenizer
+from trainer.data.packing import pack_whole
+from trainer.data.plan import Plan, Source
 from trainer.errors import NonFiniteLossError
-from trainer.evaluation import evaluate_model
-from trainer.export import load_hugging_face
-from trainer.guard import StepGuard
-from trainer.mds import MegadocStream, check_same_tokenizer
-from trainer.memory import choose_recompute, recompute_blocks
-from trainer.meter import Meter
-from trainer.model import Kernels, Llama
-from trainer.optimizer import build_optimizers, set_schedules
-from trainer.packing import pack_whole
-from trainer.plan import Plan, Source
-from trainer.run_folder import claimed, finished_loss, write_json
-from trainer.tracking import Tracker
+from trainer.evaluation.losses import evaluate_model
+from trainer.model.llama import Kernels, Llama
+from trainer.optim.averaging import WeightAverage
+from trainer.optim.bad_steps import StepGuard
+from trainer.optim.optimizer import build_optimizers, set_schedules
+from trainer.parallel.activation_checkpointing import choose_recompute, recompute_blocks
+from trainer.parallel.context_parallel import split_batch
+from trainer.parallel.ranks import Ranks, join_ranks, last_backward, parallelize
+from trainer.run.checkpoint import (
+    Checkpointer,
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    read_progress,
+)
+from trainer.run.distillation import Teachers
+from trainer.run.export import load_hugging_face
+from trainer.run.metrics import Meter
+from trainer.run.run_dir import claimed, finished_loss, write_json
+from trainer.run.trackers import Tracker
 
 FULL = 0.97  # density of the windows below which we say how to raise it
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 from tokenizers import Tokenizer
 
-from gen.servers import GeneratorConfig, embedded_server
-from gen.tokenizer import TokenizerConfig, train_bpe
+from gen.corpus.tokenizer import TokenizerConfig, train_bpe
+from gen.serving.servers import GeneratorConfig, embedded_server
 
 CONTEXT_LENGTH = 512
 

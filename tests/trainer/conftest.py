@@ -1,4 +1,4 @@
-"""Small MDS streams in the format of ``gen/streams.py``."""
+"""Small MDS streams in the format of ``gen/megadocs/streams.py``."""
 
 import json
 from collections.abc import Callable
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from streaming import MDSWriter
 
-from gen.streams import COLUMNS
-from trainer.mds import MegadocStream
+from gen.megadocs.streams import COLUMNS
+from trainer.data.mds import MegadocStream
 
 VOCABULARY = 97
 EOS = 0

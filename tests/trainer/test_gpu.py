@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.train_step import Setting, model_config, ours, random_batch
 from tests.trainer.test_loop import config, metrics
-from trainer.config import (
+from trainer.config.schema import (
     DataConfig,
     Dtype,
     ModelConfig,
@@ -18,10 +18,10 @@ from trainer.config import (
     RuntimeConfig,
     TrainConfig,
 )
-from trainer.distributed import Ranks
 from trainer.loop import accumulate_gradients, prepare_blocks, train
-from trainer.model import Kernels, Llama
-from trainer.optimizer import build_optimizers
+from trainer.model.llama import Kernels, Llama
+from trainer.optim.optimizer import build_optimizers
+from trainer.parallel.ranks import Ranks
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, run_script, wait_until
-from trainer.checkpoint import checkpoints, load_model, read_progress
-from trainer.config import (
+from trainer.config.schema import (
     Averaging,
     BadStep,
     DataConfig,
@@ -33,13 +32,14 @@ from trainer.config import (
     TrackingConfig,
     TrainConfig,
 )
-from trainer.distributed import Ranks
+from trainer.data.mds import MegadocStream
 from trainer.errors import NonFiniteLossError
-from trainer.evaluation import Scores, evaluate_model
+from trainer.evaluation.losses import Scores, evaluate_model
 from trainer.loop import train
-from trainer.mds import MegadocStream
-from trainer.run_folder import claimed
-from trainer.tracking import environment
+from trainer.parallel.ranks import Ranks
+from trainer.run.checkpoint import checkpoints, load_model, read_progress
+from trainer.run.run_dir import claimed
+from trainer.run.trackers import environment
 
 STITCHED = RecipeConfig("stitched", "real", "stitched", 2, 0.75, 4, 3e-3, 0.4)
 ARGUMENTS = [

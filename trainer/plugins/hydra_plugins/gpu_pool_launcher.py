@@ -30,8 +30,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from trainer.config import TrainConfig
-from trainer.run_folder import finished_loss
+from trainer.config.schema import TrainConfig
+from trainer.run.run_dir import finished_loss
 
 
 @dataclass

@@ -23,9 +23,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from trainer.config import TrainConfig
-from trainer.run_folder import finished_loss, write_json
-from trainer.star_search import Certificate, Grid, Place, StarSearch
+from trainer.config.schema import TrainConfig
+from trainer.run.run_dir import finished_loss, write_json
+from trainer.study.star_search import Certificate, Grid, Place, StarSearch
 
 
 @dataclass

@@ -1,0 +1,326 @@
+"""Reading documents: formats, duplicates, the held-out split, the token budget."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from trainer.files import read_json, replace_file, write_json
+
+SCHEMA = pa.schema(
+    [("id", pa.string()), ("text", pa.string()), ("split", pa.string()), ("metadata", pa.string())]
+)
+BATCH_ROWS = 1000
+SOURCE = ("format", "path", "subset", "split")  # of the config: where documents come from
+
+
+@dataclass
+class CorpusConfig:
+    """Where the real documents come from."""
+
+    format: str = "pydoc"  # pydoc, text, jsonl, parquet or huggingface
+    path: str | None = None  # folder, file, or the name of a Hugging Face dataset
+    pattern: str = "*.txt"  # text: which files of the folder
+    text_column: str = "text"
+    id_column: str | None = None  # null: a hash of the text
+    subset: str | None = None  # huggingface: configuration name
+    split: str = "train"  # huggingface
+    held_out: float = 0.05  # share of the documents for validation, chosen by a hash of the id
+    max_documents: int | None = None  # read no more than this many
+    max_characters: int | None = None  # leave longer documents out, counted
+    token_budget: int | None = None  # exact number of training tokens; the last document is cut
+
+
+@dataclass(frozen=True)
+class Document:
+    """One real text."""
+
+    id: str
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text_hash(self) -> str:
+        """Tells from which text a generation was made."""
+        return hash_text(self.text)
+
+
+def hash_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def read_documents(config: CorpusConfig) -> Iterator[Document]:
+    """All documents of the source as they are, in its order.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: unknown format, a file that is not UTF-8, a missing column.
+    """
+    readers: dict[str, Callable[[CorpusConfig], Iterator[Document]]] = {
+        "pydoc": read_pydoc,
+        "text": read_text_files,
+        "jsonl": read_jsonl,
+        "parquet": read_parquet,
+        "huggingface": read_huggingface,
+    }
+    if config.format not in readers:
+        raise ValueError(f"corpus.format={config.format} is not one of {', '.join(readers)}")
+    return readers[config.format](config)
+
+
+def read_pydoc(config: CorpusConfig) -> Iterator[Document]:
+    """The Python language reference's topics, which every CPython carries."""
+    from pydoc_data.topics import topics
+
+    for name, text in topics.items():
+        yield Document(name, text.strip())
+
+
+def read_text_files(config: CorpusConfig) -> Iterator[Document]:
+    """Every matching file of a folder is a document; its path below the folder is its id."""
+    root = source_path(config)
+    for path in sorted(root.rglob(config.pattern)) if root.is_dir() else [root]:
+        if path.is_file():
+            yield Document(str(path.relative_to(root) if root.is_dir() else path.name), utf8(path))
+
+
+def utf8(path: Path) -> str:
+    """The text of a file, or an error that says where it stops being UTF-8."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}; "
+            f"convert it (iconv -f latin1 -t utf-8) or leave it out with corpus.pattern"
+        ) from error
+
+
+def read_jsonl(config: CorpusConfig) -> Iterator[Document]:
+    """One JSON object a line, in ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` files."""
+    for path in matching_files(config, (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")):
+        with open_text(path) as lines:
+            for number in range(1, 1 << 62):
+                try:
+                    line = lines.readline()
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path} is not UTF-8 near line {number}: {error}") from error
+                if not line:
+                    break
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+                yield from_record(record, config, f"{path}, line {number}")
+
+
+def open_text(path: Path) -> IO[str]:
+    """A UTF-8 text file, decompressed by its ending."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".zst":
+        import zstandard
+
+        stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
+        return io.TextIOWrapper(stream, encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def read_parquet(config: CorpusConfig) -> Iterator[Document]:
+    """Rows of Parquet files, a batch at a time."""
+    for path in matching_files(config, (".parquet",)):
+        for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS):
+            for record in batch.to_pylist():
+                yield from_record(record, config, str(path))
+
+
+def read_huggingface(config: CorpusConfig) -> Iterator[Document]:
+    """A Hugging Face dataset, streamed; ``path`` is a hub name or a local folder."""
+    from datasets import load_dataset
+
+    if config.path is None:
+        raise ValueError("corpus.path must name a Hugging Face dataset or a local folder")
+    rows = load_dataset(config.path, config.subset, split=config.split, streaming=True)
+    for record in rows:
+        yield from_record(record, config, f"dataset {config.path}")
+
+
+def source_path(config: CorpusConfig) -> Path:
+    if config.path is None:
+        raise ValueError(f"corpus.format={config.format} needs corpus.path")
+    path = Path(config.path)
+    if not path.exists():
+        raise FileNotFoundError(f"corpus.path={path} does not exist")
+    return path
+
+
+def matching_files(config: CorpusConfig, endings: tuple[str, ...]) -> list[Path]:
+    """The file itself, or the files of a folder with one of ``endings``."""
+    path = source_path(config)
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.name.endswith(endings))
+    if not files:
+        raise FileNotFoundError(f"corpus.path={path} holds no file ending in {', '.join(endings)}")
+    return files
+
+
+def from_record(record: Any, config: CorpusConfig, where: str) -> Document:
+    """A document from a row; other columns become metadata."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is not a JSON object but {str(record)[:60]!r}")
+    missing = [
+        column
+        for column in (config.text_column, config.id_column)
+        if column is not None and column not in record
+    ]
+    if missing:
+        raise ValueError(
+            f"{where} has no column {missing[0]!r} (it has {', '.join(sorted(record))}); "
+            "set corpus.text_column or corpus.id_column"
+        )
+    text = record[config.text_column] or ""
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {config.text_column!r} is not a text but {str(text)[:60]!r}")
+    try:
+        identity = hash_text(text) if config.id_column is None else str(record[config.id_column])
+        (text + identity).encode()
+    except UnicodeEncodeError as error:  # JSON can escape one half of a character
+        raise ValueError(
+            f"{where}: the text or id holds half of a surrogate pair at character {error.start}, "
+            "which no file can hold; mend or remove it"
+        ) from error
+    used = (config.text_column, config.id_column)
+    return Document(identity, text, {key: record[key] for key in record if key not in used})
+
+
+def is_held_out(document_id: str, share: float) -> bool:
+    """Whether a document is for validation: a hash of its id, so the split never moves."""
+    digest = hashlib.blake2b(document_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def build_documents(config: CorpusConfig, root: Path) -> dict[str, Any]:
+    """Write ``root/documents/{train,val}.parquet`` and their manifest, unless they are current.
+
+    Returns:
+        The manifest: how many documents were read, kept, empty, duplicate, too long, held out.
+
+    Raises:
+        ValueError: nothing is left, two different texts have one id, or the documents that are
+            there come from another source.
+    """
+    folder = root / "documents"
+    wanted = {**config.__dict__, "token_budget": None}
+    if (folder / "manifest.json").exists():
+        manifest = read_json(folder / "manifest.json")
+        if manifest["config"] == wanted and manifest["source"] == fingerprint(config):
+            return manifest
+        different = [
+            f"corpus.{key}: {manifest['config'].get(key)} -> {wanted[key]}"
+            for key in SOURCE
+            if manifest["config"].get(key) != wanted[key]
+        ]
+        if different:
+            raise ValueError(
+                f"{folder} was built from another corpus ({'; '.join(different)}). Name that one, "
+                "use another root=..., or delete that folder to put these documents in its place"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = dict.fromkeys(("read", "empty", "duplicate", "too_long", "train", "val"), 0)
+    characters = 0
+    texts_seen: set[bytes] = set()
+    text_by_id: dict[str, bytes] = {}
+    content = hashlib.sha256()
+    with (
+        replace_file(folder / "train.parquet") as train,
+        replace_file(folder / "val.parquet") as val,
+        pq.ParquetWriter(train, SCHEMA) as train_writer,
+        pq.ParquetWriter(val, SCHEMA) as val_writer,
+    ):
+        writers = {"train": train_writer, "val": val_writer}
+        waiting: dict[str, list[dict[str, str]]] = {"train": [], "val": []}
+        for document in tqdm(read_documents(config), desc="documents", unit="doc", leave=False):
+            if counts["read"] == config.max_documents:
+                break
+            counts["read"] += 1
+            text_hash = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+            if not document.text.strip():
+                counts["empty"] += 1
+                continue
+            if text_hash in texts_seen:
+                counts["duplicate"] += 1
+                continue
+            if config.max_characters and len(document.text) > config.max_characters:
+                counts["too_long"] += 1
+                continue
+            if document.id in text_by_id:
+                raise ValueError(
+                    f"two documents with different texts have the id {document.id!r}; choose "
+                    "another corpus.id_column, or null for a hash of the text"
+                )
+            texts_seen.add(text_hash)
+            text_by_id[document.id] = text_hash
+            split = "val" if is_held_out(document.id, config.held_out) else "train"
+            counts[split] += 1
+            characters += len(document.text)
+            content.update(document.id.encode() + text_hash)
+            waiting[split].append(
+                {
+                    "id": document.id,
+                    "text": document.text,
+                    "split": split,
+                    "metadata": json.dumps(document.metadata, default=str),
+                }
+            )
+            if len(waiting[split]) == BATCH_ROWS:
+                writers[split].write_table(pa.Table.from_pylist(waiting[split], SCHEMA))
+                waiting[split].clear()
+        for split, rows in waiting.items():
+            writers[split].write_table(pa.Table.from_pylist(rows, SCHEMA))
+            if not counts[split]:
+                raise ValueError(
+                    f"no {split} document is left: {counts['read']} read, {counts['empty']} empty, "
+                    f"{counts['duplicate']} duplicates, {counts['too_long']} longer than "
+                    f"corpus.max_characters; corpus.held_out={config.held_out} decides the split"
+                )
+        # Only now: what cannot be read leaves the documents that are there as they are.
+        (folder / "manifest.json").unlink(missing_ok=True)
+    manifest = {
+        "counts": counts,
+        "characters": characters,
+        "content": content.hexdigest(),
+        "source": fingerprint(config),
+        "config": wanted,
+    }
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def fingerprint(config: CorpusConfig) -> str:
+    """Changes when the source's files do (names, sizes, times); hub datasets have only a name."""
+    path = Path(config.path) if config.path else None
+    if path is None or not path.exists():
+        return f"{config.format}:{config.path}"
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def load_split(root: Path, split: str) -> Iterator[Document]:
+    """The documents of ``train`` or ``val`` in corpus order."""
+    for batch in pq.ParquetFile(root / "documents" / f"{split}.parquet").iter_batches(BATCH_ROWS):
+        for row in batch.to_pylist():
+            yield Document(row["id"], row["text"], json.loads(row["metadata"]))

@@ -1,0 +1,147 @@
+"""The tokenizer of a corpus folder: trained on it, a file, or one from the hub."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from trainer.files import read_json, replace_file, write_json
+
+
+@dataclass
+class TokenizerConfig:
+    """Which tokenizer the streams are written with."""
+
+    kind: str = "bpe"  # bpe (byte-level, trained on the training documents), file, or hub
+    path: str | None = None  # file: a tokenizers JSON file; hub: a model name
+    vocab_size: int = 4096  # bpe
+    eos_token: str = "<|endoftext|>"  # ends every document; must be in the vocabulary
+
+
+@dataclass(frozen=True)
+class TokenizerManifest:
+    """What the streams record of the tokenizer."""
+
+    sha256: str
+    vocab_size: int
+    eos_token: str
+    eos_id: int
+
+
+def build_tokenizer(
+    config: TokenizerConfig, root: Path, texts: Iterable[str]
+) -> tuple[Tokenizer, TokenizerManifest]:
+    """Write ``root/tokenizer/`` unless the same one is there, and load it.
+
+    A tokenizer that exists is never replaced by another, because streams and checkpoints depend on
+    it.
+
+    Raises:
+        ValueError: another tokenizer is there, or the end-of-text token is unknown.
+        FileNotFoundError: ``tokenizer.path`` is not there.
+    """
+    folder = root / "tokenizer"
+    if (folder / "manifest.json").exists():
+        found = read_json(folder / "manifest.json")["config"]
+        if found != asdict(config):
+            raise ValueError(
+                f"{folder} holds another tokenizer ({found}) than asked for ({asdict(config)}); "
+                "use another root=..., or delete that folder and root/streams to start over"
+            )
+        return load_tokenizer(root)
+    if config.kind == "bpe":
+        tokenizer = train_bpe(texts, config)
+    elif config.kind == "file":
+        if config.path is None or not Path(config.path).is_file():
+            raise FileNotFoundError(f"tokenizer.path={config.path} is not a tokenizer JSON file")
+        tokenizer = Tokenizer.from_file(config.path)
+    elif config.kind == "hub":
+        try:
+            tokenizer = Tokenizer.from_pretrained(str(config.path))
+        except Exception as error:
+            raise ValueError(
+                f"tokenizer.path={config.path} could not be had from the hub ({error}); on a "
+                "machine without network use tokenizer=file"
+            ) from error
+    else:
+        raise ValueError(f"tokenizer.kind={config.kind} is not one of bpe, file, hub")
+    eos_id = tokenizer.token_to_id(config.eos_token)
+    if eos_id is None:
+        raise ValueError(
+            f"the tokenizer has no token {config.eos_token!r}; set tokenizer.eos_token to the one "
+            "that ends a document"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with replace_file(folder / "tokenizer.json") as file:
+        tokenizer.save(str(file))
+    manifest = TokenizerManifest(
+        hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
+        tokenizer.get_vocab_size(),
+        config.eos_token,
+        eos_id,
+    )
+    write_json(folder / "manifest.json", {**asdict(manifest), "config": asdict(config)})
+    return load_tokenizer(root)
+
+
+def load_tokenizer(root: Path) -> tuple[Tokenizer, TokenizerManifest]:
+    """The tokenizer of a corpus folder.
+
+    Text that looks like a special token is encoded as ordinary text.
+    """
+    content = read_json(root / "tokenizer" / "manifest.json")
+    content.pop("config")
+    tokenizer = Tokenizer.from_file(str(root / "tokenizer" / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, TokenizerManifest(**content)
+
+
+def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """Byte-level byte-pair encoding with GPT-2's word borders; loses nothing of any text."""
+    if config.vocab_size < 257:
+        raise ValueError(
+            f"tokenizer.vocab_size={config.vocab_size} must be at least 257: 256 bytes and the "
+            "end-of-text token"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[config.eos_token],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def cut_to_tokens(tokenizer: Tokenizer, text: str, tokens: int) -> str:
+    """The longest prefix of ``text`` that encodes to exactly ``tokens`` tokens, or fewer.
+
+    A prefix may merge differently than the whole text did, so the exact count is searched for
+    around the token's border.
+    """
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    if len(encoding.ids) <= tokens:
+        return text
+    if tokens <= 0:
+        return ""
+    border = encoding.offsets[tokens][0]
+    for end in (*range(border, min(border + 32, len(text))), *range(border - 1, 0, -1)):
+        prefix = text[:end]
+        if len(tokenizer.encode(prefix, add_special_tokens=False).ids) == tokens:
+            return prefix
+    return text[:border]

@@ -1,0 +1,438 @@
+"""The generation job: what is missing, asked for in an order that shares prompt prefixes, stored.
+
+The generations of one document travel together, so the server computes its prompt once. Everything
+that is finished is on the disk a few seconds later; a job that was killed asks only for what is
+missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from gen.client.chat import (
+    ChatClient,
+    Completion,
+    ConnectionsLost,
+    GenerationFailed,
+    PromptTooLong,
+)
+from gen.client.concurrency import AdaptiveLimit, Slots
+from gen.client.fitting import SHORTEN, fit, latent_fields, rephrase_fields, shorten
+from gen.client.routing import Routing
+from gen.corpus.documents import Document
+from gen.generations.sessions import Session
+from gen.generations.store import Generation, GenerationStore, drop_leftovers, owns
+from gen.megadocs.split import split_text
+from gen.prompts import MethodConfig, sibling_seed
+from gen.serving.load import read_load
+from gen.serving.servers import GeneratorConfig, Servers
+from trainer.files import write_json
+
+FLUSH_ROWS = 512
+LOOK_EVERY = 2.0  # seconds between looks at the servers' queues
+
+
+@dataclass(frozen=True)
+class Work:
+    """The missing generations of one document, in the order in which they are asked for."""
+
+    document: Document
+    indices: list[int]
+    fields: Callable[[int], dict[str, str]]  # the template's fields of a generation
+
+
+@dataclass
+class Lane:
+    """One server with its documents and the requests it may have at once."""
+
+    url: str
+    slots: Slots
+    limit: AdaptiveLimit
+    works: list[Work] = field(default_factory=list)
+    shows_queue: bool = True
+
+    def finished(self, seconds: float, tokens: int) -> None:
+        """Learn from a request where the server shows no queue."""
+        if not self.shows_queue and self.slots.full:
+            self.slots.resize(self.limit.observe_request(seconds, tokens))
+
+
+@dataclass
+class Job:
+    """One method over all documents."""
+
+    method: MethodConfig
+    config: GeneratorConfig
+    store: GenerationStore
+    tokenizer: Tokenizer
+    session: Session
+    servers: Servers
+    client: ChatClient
+    bar: tqdm
+    failures: dict[str, str] = field(default_factory=dict)
+    unsaved: list[Generation] = field(default_factory=list)
+    fits: dict[tuple[str, int], tuple[dict[str, str], bool]] = field(default_factory=dict)
+
+    async def run(self, works: list[Work]) -> None:
+        """Generate everything in ``works``; failures of requests are collected, not raised.
+
+        Raises:
+            ServersLost: no server is left; what was generated is stored.
+            OSError: the disk is full; what was stored stays.
+        """
+        lanes = self.lanes(works)
+        try:
+            async with self.client, asyncio.TaskGroup() as background:
+                helpers = [background.create_task(self.save_regularly())]
+                if self.config.adaptive:
+                    helpers.append(background.create_task(self.adapt(lanes)))
+                async with asyncio.TaskGroup() as group:
+                    for lane in lanes:
+                        group.create_task(self.feed(lane, group))
+                for helper in helpers:
+                    helper.cancel()
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
+        finally:
+            self.bar.close()
+            self.save()
+
+    def lanes(self, works: list[Work]) -> list[Lane]:
+        """The works by the server that each document sticks to."""
+        most, adaptive = self.config.concurrency, self.config.adaptive
+        lanes = {}
+        for url in self.servers.urls:
+            limit = AdaptiveLimit(
+                most, self.config.siblings_in_flight, limit=0 if adaptive else most
+            )
+            lanes[url] = Lane(url, Slots(limit.limit), limit)
+        for work in works:
+            lanes[self.client.routing.order(work.document.id)[0]].works.append(work)
+        return list(lanes.values())
+
+    async def feed(self, lane: Lane, group: asyncio.TaskGroup) -> None:
+        """Open documents one after the other, each when the open ones leave a slot free."""
+        for work in lane.works:
+            await lane.slots.acquire()
+            group.create_task(self.document(lane, work))
+
+    async def document(self, lane: Lane, work: Work) -> None:
+        """All generations of a document, after one request has put its prompt into the cache.
+
+        Begins with one slot; siblings that run at the same time wait for slots of their own.
+        """
+        queue = iter(work.indices)
+        size = min(self.config.siblings_in_flight, len(work.indices))
+        try:
+            if size > 1 and self.config.warm_up:
+                await self.warm_up(work, queue)
+            elif size > 1:
+                await self.one(lane, work, next(queue), queue)
+        except BaseException:
+            lane.slots.release()
+            raise
+
+        async def worker(has_slot: bool) -> None:
+            if not has_slot:
+                await lane.slots.acquire()
+            try:
+                for index in queue:
+                    await self.one(lane, work, index, queue)
+                    await lane.slots.yield_if_fewer()
+            finally:
+                lane.slots.release()
+
+        async with asyncio.TaskGroup() as siblings:
+            for number in range(size):
+                siblings.create_task(worker(number == 0))
+        for index in (0, *work.indices):
+            self.fits.pop((work.document.id, index), None)
+
+    async def one(self, lane: Lane, work: Work, index: int, queue: Iterator[int]) -> None:
+        """One generation, and what is learned from it; ``queue`` holds the siblings to come."""
+        began = time.monotonic()
+        try:
+            answer = await self.generate(work, index)
+        except GenerationFailed as error:
+            self.fail(work, index, str(error))
+            if isinstance(error, ConnectionsLost):
+                self.fail_all(work, queue, str(error))
+        else:
+            lane.finished(time.monotonic() - began, answer.completion_tokens)
+            self.bar.update()
+        self.bar.set_postfix(self.speed(), refresh=False)
+
+    async def warm_up(self, work: Work, queue: Iterator[int]) -> None:
+        """Put the document's prompt into the server's cache: one token of the first sibling."""
+        index = work.indices[0]
+        try:
+            fields, _ = await self.fitted(work, index)
+            self.count(await self.ask(work.document.id, index, fields, max_tokens=1))
+        except ConnectionsLost as error:
+            self.fail_all(work, queue, str(error))
+        except GenerationFailed:
+            pass  # the siblings will say what is wrong, or a shorter document helps them
+
+    def fail(self, work: Work, index: int, problem: str) -> None:
+        """Note a generation that this call does not make."""
+        self.failures[f"{work.document.id}#{index}"] = problem
+        self.session.failed += 1
+        self.bar.update()
+
+    def fail_all(self, work: Work, queue: Iterator[int], problem: str) -> None:
+        """Give up the siblings to come of a document whose prompt seems to kill servers."""
+        for index in queue:
+            self.fail(work, index, f"not tried after: {problem}")
+
+    async def fitted(self, work: Work, index: int) -> tuple[dict[str, str], bool]:
+        """The fields of a prompt that fits, and whether the document was cut for it.
+
+        Rephrases of a document have the same one, so it is looked for once.
+        """
+        key = (work.document.id, index if self.method.latent else 0)
+        if key not in self.fits:
+            self.fits[key] = await fit(
+                self.client,
+                self.method,
+                self.config.context_length,
+                work.document.id,
+                index,
+                work.fields(index),
+            )
+        return self.fits[key]
+
+    async def generate(self, work: Work, index: int) -> Completion:
+        """One generation, its document cut as far as the context demands."""
+        document_id = work.document.id
+        fields, truncated = await self.fitted(work, index)
+        while True:
+            try:
+                answer = await self.ask(document_id, index, fields, self.method.max_tokens)
+                break
+            except PromptTooLong:
+                shorter = shorten(fields, SHORTEN)
+                if shorter == fields:
+                    raise
+                fields, truncated = shorter, True
+        self.count(answer)
+        self.keep(work.document, index, answer, truncated)
+        return answer
+
+    async def ask(
+        self, document_id: str, index: int, fields: dict[str, str], max_tokens: int
+    ) -> Completion:
+        """Send one request."""
+        method = self.method
+        return await self.client.chat(
+            document_id,
+            method.messages(index, **fields),
+            template=method.chat,
+            max_tokens=max_tokens,
+            temperature=method.temperature,
+            top_p=method.top_p,
+            seed=sibling_seed(self.config.seed, document_id, method.name, index),
+        )
+
+    def count(self, answer: Completion) -> None:
+        """Add a request to the session."""
+        self.session.requests += 1
+        self.session.prompt_tokens += answer.prompt_tokens
+        self.session.cached_tokens += answer.cached_tokens
+
+    def keep(self, document: Document, index: int, answer: Completion, truncated: bool) -> None:
+        """Note a finished generation; it reaches the disk with the next flush."""
+        method = self.method
+        self.session.generations += 1
+        self.session.completion_tokens += answer.completion_tokens
+        self.unsaved.append(
+            Generation(
+                document.id,
+                method.name,
+                index,
+                answer.text,
+                self.config.model,
+                method.version,
+                method.temperature,
+                method.top_p,
+                method.max_tokens,
+                sibling_seed(self.config.seed, document.id, method.name, index),
+                answer.finish_reason,
+                answer.prompt_tokens,
+                answer.completion_tokens,
+                answer.cached_tokens,
+                truncated,
+                document.text_hash,
+            )
+        )
+        if len(self.unsaved) >= FLUSH_ROWS:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is finished as one part, and how far the session is."""
+        if self.unsaved:
+            self.store.append(self.unsaved, self.config.writer)
+            self.unsaved = []
+            self.store.merge(self.config.writer, self.config.merge_parts)
+        self.session.retries = self.client.retries
+        self.session.restarts = self.servers.restarts()
+        self.session.save(self.store.folder)
+
+    async def save_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.flush_seconds)
+            self.save()
+
+    async def adapt(self, lanes: list[Lane]) -> None:
+        """Keep the queue of each server that shows one short and never empty."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            for lane in lanes:
+                try:
+                    load = await read_load(self.client.http, lane.url)
+                except (aiohttp.ClientError, TimeoutError):
+                    continue  # a server that is down is the routing's matter
+                lane.shows_queue = load is not None
+                if load is not None:
+                    limit = lane.limit.observe_queue(load.waiting, lane.slots.taken)
+                    lane.slots.resize(limit)
+
+    def speed(self) -> dict[str, str]:
+        """Tokens per second and the cached share of the prompts, for the progress bar."""
+        seconds = time.time() - self.session.began
+        return {
+            "tok/s": f"{self.session.completion_tokens / seconds:.0f}",
+            "cached": f"{self.session.cached_share:.0%}",
+        }
+
+
+def first_error(errors: BaseExceptionGroup) -> BaseException:
+    """The first single exception in nested groups."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def missing_works(
+    method: MethodConfig,
+    config: GeneratorConfig,
+    store: GenerationStore,
+    documents: list[Document],
+    tokenizer: Tokenizer,
+) -> tuple[list[Work], int]:
+    """This writer's documents that lack generations, in corpus order, and how many it owes in all.
+
+    The cuts of a document are asked for from the last to the first: the last one's prompt begins
+    with all the text that stands before any other cut.
+    """
+    works, expected = [], 0
+    for document, done in zip(documents, store.done(documents), strict=True):
+        if not owns(document.id, config.writer, config.writers):
+            continue
+        if method.latent:
+            pieces = split_text(document.text, method.generations + 1, tokenizer)
+            wanted = range(len(pieces) - 2, -1, -1)
+            fields = latent_fields(pieces)
+        else:
+            wanted = range(method.generations)
+            fields = rephrase_fields(document.text)
+        expected += len(wanted)
+        indices = [index for index in wanted if index not in done]
+        if indices:
+            works.append(Work(document, indices, fields))
+    return works, expected
+
+
+def run_job(
+    method: MethodConfig,
+    config: GeneratorConfig,
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    root: Path,
+    serve: Callable[[GeneratorConfig, Path], contextlib.AbstractContextManager[Servers]],
+) -> Session:
+    """Generate what is missing of ``method`` and return what this call did.
+
+    Raises:
+        ValueError: settings differ from those of the store, or another job holds it.
+        GenerationFailed: some generations failed after all attempts; the rest is stored.
+        ServersLost: no server is left; what was generated until then is stored.
+        OSError: the disk is full; what was stored stays.
+    """
+    method.check()
+    config.check()
+    store = GenerationStore.of_method(root, method.name, method.generations, method.latent)
+    store.claim(
+        {
+            "method": method.name,
+            "prompt_version": method.version,
+            "system": method.system,
+            "prompt": method.prompt,
+            "variants": method.variants,
+            "model": config.model,
+            "temperature": method.temperature,
+            "top_p": method.top_p,
+            "max_tokens": method.max_tokens,
+            "seed": config.seed,
+            # Cuts fall on borders of tokens: another tokenizer makes other ones.
+            **({"vocabulary": hash_of_vocabulary(tokenizer)} if method.latent else {}),
+        }
+    )
+    failures = store.folder / f"failures-{config.writer:03d}.json"
+    with store.lock(config.writer, config.writers):
+        if config.writers == 1:
+            drop_leftovers(store.folder)
+        works, expected = missing_works(method, config, store, documents, tokenizer)
+        missing = sum(len(work.indices) for work in works)
+        session = Session(
+            config.writer, config.writers, expected, expected - missing, config.gpus_used
+        )
+        if not works:
+            failures.unlink(missing_ok=True)
+            return session
+        with serve(config, root / "generations" / f"server-{config.writer}.log") as servers:
+            session.began = time.time()
+            routing = Routing(servers.urls, config.outage_seconds, servers.failure)
+            client = ChatClient(
+                routing,
+                config.model,
+                config.concurrency * len(servers.urls),
+                config.timeout,
+                config.attempts,
+                config.api_key,
+            )
+            bar = tqdm(total=missing, desc=store.folder.name, unit="text", dynamic_ncols=True)
+            job = Job(method, config, store, tokenizer, session, servers, client, bar)
+            asyncio.run(job.run(works))
+        failures.unlink(missing_ok=True)
+        if job.failures:
+            write_json(failures, job.failures)
+            raise GenerationFailed(describe_failures(job.failures, failures))
+    return session
+
+
+def hash_of_vocabulary(tokenizer: Tokenizer) -> str:
+    content = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def describe_failures(failures: dict[str, str], path: Path) -> str:
+    """How many generations of which documents failed, and what to do."""
+    names = sorted({key.rsplit("#", 1)[0] for key in failures})
+    return (
+        f"{len(failures)} generations of {len(names)} documents failed "
+        f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); the first: "
+        f"{next(iter(failures.values()))}. All of them: {path}. What succeeded is "
+        "stored; the same command tries the rest again"
+    )

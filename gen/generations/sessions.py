@@ -1,0 +1,63 @@
+"""What every call of a generation job did, beside its store: progress, speed, cost."""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from trainer.files import read_json, write_json
+
+
+@dataclass
+class Session:
+    """One call of one writer; rewritten with every part, so a killed call leaves its last state."""
+
+    writer: int
+    writers: int
+    expected: int  # generations this writer owes, those of earlier sessions included
+    present: int  # of these, when the session began
+    gpus: int
+    began: float = field(default_factory=time.time)  # seconds since the epoch
+    now: float = field(default_factory=time.time)
+    host: str = field(default_factory=socket.gethostname)
+    generations: int = 0
+    completion_tokens: int = 0
+    prompt_tokens: int = 0  # of all requests, warm-ups included
+    cached_tokens: int = 0  # of these, from the server's cache
+    requests: int = 0
+    retries: int = 0
+    restarts: int = 0
+    failed: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return max(1e-9, self.now - self.began)
+
+    @property
+    def cached_share(self) -> float:
+        """Share of prompt tokens that the server had in its cache."""
+        return self.cached_tokens / max(1, self.prompt_tokens)
+
+    def save(self, store_folder: Path) -> None:
+        """Write ``sessions/<began>-<writer>.json``."""
+        self.now = time.time()
+        folder = store_folder / "sessions"
+        folder.mkdir(exist_ok=True)
+        write_json(folder / f"{self.began:.3f}-{self.writer:03d}.json", asdict(self))
+
+
+def read_sessions(store_folder: Path) -> list[Session]:
+    """All sessions of a store, oldest first."""
+    paths = (store_folder / "sessions").glob("*.json")
+    return sorted((Session(**read_json(path)) for path in paths), key=lambda one: one.began)
+
+
+def latest_of_writers(sessions: list[Session]) -> list[Session]:
+    """The latest session of each writer of the present division of the work."""
+    if not sessions:
+        return []
+    writers = sessions[-1].writers
+    latest = {one.writer: one for one in sessions if one.writers == writers}
+    return [latest[writer] for writer in sorted(latest)]

@@ -1,0 +1,84 @@
+"""What is done, missing and failed, at what speed and cost, told from the stores alone."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from gen.generations.sessions import Session, latest_of_writers, read_sessions
+from gen.generations.store import GenerationStore
+from trainer.files import read_json
+
+ACTIVE = 120.0  # seconds since its last part after which a session no longer counts as running
+COLUMNS = ["document_id", "index", "completion_tokens", "finish_reason"]
+
+
+def status(root: Path) -> str:
+    """A few lines for every store below ``root``."""
+    folders = sorted((root / "generations").glob("*/manifest.json"))
+    if not folders:
+        return f"{root}: no generations yet"
+    return "\n".join(store_status(GenerationStore(folder.parent)) for folder in folders)
+
+
+def store_status(store: GenerationStore) -> str:
+    """Done, missing, failed, tokens, cached share, speed, time left and cost of one store."""
+    sessions = read_sessions(store.folder)
+    latest = latest_of_writers(sessions)
+    expected = sum(session.expected for session in latest)
+    # Files of an earlier division of the work tell of what has been tried again since.
+    files = [store.folder / f"failures-{session.writer:03d}.json" for session in latest]
+    failed = sum(len(read_json(path)) for path in files if path.exists())
+    if not store.parts():
+        return f"{store.folder}: empty" + (f" of {expected:,} generations" if expected else "")
+    table = store.read(COLUMNS)
+    # An edited document has generations of its old text as well.
+    done = table.group_by(["document_id", "index"]).aggregate([]).num_rows
+    documents = pc.count_distinct(table["document_id"]).as_py()
+    generated = pc.sum(table["completion_tokens"]).as_py()
+    cut = pc.sum(pc.equal(table["finish_reason"], "length")).as_py()
+    lines = [
+        f"{store.folder}: {done:,} generations of {documents:,} documents, {generated:,} tokens, "
+        f"{cut / table.num_rows:.0%} cut off by their length limit"
+    ]
+    if latest:
+        lines.append(f"  {progress(done, expected, failed, latest)}")
+        lines.append(f"  {speed_and_cost(sessions, latest, generated, expected - done)}")
+    return "\n".join(lines)
+
+
+def progress(done: int, expected: int, failed: int, latest: list[Session]) -> str:
+    """Done and missing of what all writers owe."""
+    missing = max(0, expected - done)
+    text = f"{done / max(1, expected):.1%} done, {missing:,} missing, {failed:,} failed"
+    absent = set(range(latest[0].writers)) - {session.writer for session in latest}
+    if absent:
+        names = ", ".join(map(str, sorted(absent)))
+        text += f"; writers that have not begun and are not counted: {names} of {latest[0].writers}"
+    return text
+
+
+def speed_and_cost(
+    sessions: list[Session], latest: list[Session], generated: int, missing: int
+) -> str:
+    """Cached share, tokens a second, time left at that speed, GPU-hours."""
+    prompt = sum(session.prompt_tokens for session in sessions)
+    cached = sum(session.cached_tokens for session in sessions)
+    speed = sum(session.completion_tokens / session.seconds for session in latest)
+    rate = sum(session.generations / session.seconds for session in latest)
+    newest = max(session.now for session in latest)
+    running = datetime.datetime.now().timestamp() - newest < ACTIVE
+    parts = [
+        f"{cached / max(1, prompt):.1%} of {prompt:,} prompt tokens from the cache",
+        f"{speed:,.0f} tokens/s {'now' if running and missing > 0 else 'in the last session'}",
+    ]
+    if missing > 0 and rate > 0:
+        parts.append(f"{datetime.timedelta(seconds=round(missing / rate))} left at that speed")
+    hours = sum(session.seconds * session.gpus for session in sessions) / 3600
+    parts.append(f"{sum(session.seconds for session in sessions) / 3600:.2f} hours")
+    if hours:
+        parts.append(f"{hours:.2f} GPU-hours, {generated / hours:,.0f} tokens per GPU-hour")
+    restarts = sum(session.restarts for session in sessions)
+    return ", ".join(parts) + f", {len(sessions)} sessions, {restarts} server restarts"

@@ -1,0 +1,340 @@
+"""Generations on disk: append-only Parquet parts, each complete or not there.
+
+A part is written under a temporary name, synced and renamed; many small ones are merged. The keys
+that are present are the state of a job, so it resumes by asking what is missing. Rows of one key
+can be written only once: a lock keeps a second writer out, and several writers (one per node) share
+a store by owning disjoint documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gen.corpus.documents import Document
+from trainer.files import read_json, replace_file, write_json
+
+SCHEMA = pa.schema(
+    [
+        ("document_id", pa.string()),
+        ("method", pa.string()),
+        ("index", pa.int32()),
+        ("text", pa.large_string()),
+        ("model", pa.string()),
+        ("prompt_version", pa.string()),
+        ("temperature", pa.float32()),
+        ("top_p", pa.float32()),
+        ("max_tokens", pa.int32()),
+        ("seed", pa.int64()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
+        ("cached_tokens", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("created_at", pa.float64()),
+        ("text_hash", pa.string()),  # null in parts that were written before it was kept
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One text a model wrote for a document; the key is (document_id, text_hash, index)."""
+
+    document_id: str
+    method: str
+    index: int
+    text: str
+    model: str
+    prompt_version: str  # hash of the system message and the prompt template
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+    finish_reason: str  # stop, or length where it was cut off
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # prompt tokens the server had in its cache
+    truncated: bool  # the document was cut to fit the generator's context
+    text_hash: str | None = None  # of the document; one that was edited needs new generations
+    created_at: float = field(default_factory=time.time)  # seconds since the epoch
+
+
+class GenerationStore:
+    """The generations of one method in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def of_method(
+        cls, root: Path, method: str, generations: int, latent: bool = False
+    ) -> GenerationStore:
+        """The store of a method; thoughts belong to the cuts of one G, so each G has a folder."""
+        name = f"{method}-g{generations}" if latent else method
+        return cls(root / "generations" / name)
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Create the store, or check that it was written with the same settings.
+
+        What an older version did not write down is not compared.
+
+        Raises:
+            ValueError: another prompt, model or sampling wrote it; names the differences.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            write_json(manifest, settings)
+            return
+        found = read_json(manifest)
+        different = [
+            f"{key}: {difference(found[key], settings.get(key))}"
+            for key in sorted(found)
+            if found[key] != settings.get(key)
+        ]
+        if different:
+            raise ValueError(
+                f"{self.folder} was written with other settings ({'; '.join(different)}). "
+                "Generations of one method must be alike: use the old settings, another root=..., "
+                "or delete that folder"
+            )
+
+    @contextlib.contextmanager
+    def lock(self, writer: int, writers: int) -> Iterator[None]:
+        """Keep other jobs from writing the same documents.
+
+        Raises:
+            ValueError: another job holds the lock.
+        """
+        with (
+            (self.folder / "store.lock").open("a+") as whole,
+            (self.folder / f"writer-{writer}-of-{writers}.lock").open("w") as part,
+        ):
+            try:
+                together(whole, writers)
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another job is writing {self.folder}; wait for it, or split the work with "
+                    "generator.writer=0 generator.writers=2 and generator.writer=1 ..."
+                ) from None
+            yield
+
+    def parts(self) -> list[Path]:
+        """Complete parts in a fixed order, without those that a merged part has replaced."""
+        found = sorted(
+            (writer, first, -last, path)
+            for path in self.folder.glob("part-*.parquet")
+            for writer, first, last in [numbers_of(path)]
+        )
+        kept: list[Path] = []
+        covered = (-1, -1)  # writer and last number of the part before
+        for writer, first, negative_last, path in found:
+            if (writer, first) > covered:
+                kept.append(path)
+                covered = (writer, -negative_last)
+        return kept
+
+    def append(self, rows: list[Generation], writer: int) -> None:
+        """Write ``rows`` as a new part and sync it to the disk.
+
+        Raises:
+            OSError: the disk is full; the store is as it was before.
+        """
+        # One above the highest, not the count: a part that was deleted must not be followed by
+        # one that replaces another.
+        last = (numbers_of(path)[2] for path in self.folder.glob(f"part-{writer:03d}-*.parquet"))
+        number = 1 + max(last, default=-1)
+        table = pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
+        self.write_part(self.folder / f"part-{writer:03d}-{number:06d}.parquet", table)
+
+    def write_part(self, path: Path, table: pa.Table) -> None:
+        """Write one part atomically."""
+        with replace_file(path) as unfinished:
+            try:
+                pq.write_table(table, unfinished, compression="zstd")
+            except OSError as error:
+                raise OSError(
+                    f"could not write a part of {self.folder}: {error}; what was written before "
+                    "is complete: make room and run the same command again"
+                ) from error
+
+    def merge(self, writer: int, count: int) -> None:
+        """Replace a writer's small parts by one where there are ``count`` of them.
+
+        The merged part's name tells which numbers it replaces, and from the moment it is there
+        those are ignored: wherever this is killed, every row is read once.
+        """
+        prefix = f"part-{writer:03d}-"
+        current = [path for path in self.parts() if path.name.startswith(prefix)]
+        replaced = set(self.folder.glob(f"{prefix}*.parquet")) - set(current)
+        for path in replaced:  # left by a merge that was killed
+            path.unlink()
+        small = [path for path in current if "-" not in path.stem.removeprefix(prefix)]
+        if len(small) < count:
+            return
+        table = pa.concat_tables([read_part(path, None) for path in small])
+        first, last = numbers_of(small[0])[1], numbers_of(small[-1])[2]
+        self.write_part(self.folder / f"{prefix}{first:06d}-{last:06d}.parquet", table)
+        for path in small:
+            path.unlink()
+
+    def done(self, documents: Sequence[Document]) -> list[set[int]]:
+        """Indices that are present of each document, made from the text it has now."""
+        present: list[set[int]] = [set() for _ in documents]
+        if self.parts():
+            keys = self.read(["document_id", "text_hash", "index"])
+            for place, index in zip(
+                places_of(keys, documents).tolist(), keys["index"].to_pylist(), strict=True
+            ):
+                if place >= 0:
+                    present[place].add(index)
+        return present
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """All generations; a job may be writing meanwhile.
+
+        Raises:
+            FileNotFoundError: nothing was generated yet.
+            ValueError: a part is corrupted.
+        """
+        if not self.parts():
+            raise FileNotFoundError(
+                f"{self.folder} holds no generations; make them with generate.py first"
+            )
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # merged since it was listed
+                return pa.concat_tables([read_part(part, columns) for part in self.parts()])
+
+    def fingerprint(self) -> str:
+        """Changes when generations are added, not when parts are merged."""
+        rows: dict[int, int] = defaultdict(int)
+        times: dict[int, set[float]] = defaultdict(set)
+        for part in self.parts():
+            writer, footer = numbers_of(part)[0], pq.read_metadata(part)
+            rows[writer] += footer.num_rows
+            for group in range(footer.num_row_groups):
+                created = footer.row_group(group).column(SCHEMA.get_field_index("created_at"))
+                times[writer] |= {created.statistics.min, created.statistics.max}
+        state = [(writer, rows[writer], min(times[writer]), max(times[writer])) for writer in rows]
+        return hashlib.sha256(repr(sorted(state)).encode()).hexdigest()[:16]
+
+
+def places_of(rows: pa.Table, documents: Sequence[Document]) -> np.ndarray:
+    """Place of the document of each row: int64 ``[rows]``, -1 where it is gone or was edited.
+
+    Args:
+        rows: of a store, with ``document_id`` and ``text_hash``.
+        documents: in corpus order.
+    """
+    places = {
+        (document.id, text_hash): place
+        for place, document in enumerate(documents)
+        for text_hash in (document.text_hash, None)
+    }
+    keys = zip(rows["document_id"].to_pylist(), rows["text_hash"].to_pylist(), strict=True)
+    return np.array([places.get(key, -1) for key in keys], dtype=np.int64)
+
+
+def numbers_of(part: Path) -> tuple[int, int, int]:
+    """Writer, first and last number of a part from its name."""
+    writer, *numbers = (int(piece) for piece in part.stem.split("-")[1:])
+    return writer, numbers[0], numbers[-1]
+
+
+def read_part(part: Path, columns: list[str] | None) -> pa.Table:
+    """Read one part.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is corrupted.
+    """
+    try:
+        return pq.read_table(part, columns=columns, schema=SCHEMA)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{part} is corrupted ({error}); delete it and run generate.py again, which "
+            "makes only what is missing"
+        ) from error
+
+
+def difference(before: object, after: object, context: int = 30) -> str:
+    """How two values differ; of long texts only the surroundings of the first difference."""
+    texts = before, after
+    if not all(isinstance(text, str) and len(text) > 2 * context for text in texts):
+        return f"{before!r} -> {after!r}"
+    first, second = str(before), str(after)
+    pairs = enumerate(zip(first, second, strict=False))
+    shorter = min(len(first), len(second))
+    same = next((place for place, (one, other) in pairs if one != other), shorter)
+    start = max(0, same - context)
+    cut = [text[start : same + context] for text in (first, second)]
+    return f"at character {same}: {cut[0]!r} -> {cut[1]!r}"
+
+
+def together(lock: TextIO, writers: int) -> None:
+    """:func:`divide`, again while others that begin at the same moment hold the lock alone.
+
+    Raises:
+        BlockingIOError: a job that divides it otherwise holds the lock.
+    """
+    for _ in range(10 if writers > 1 else 1):
+        try:
+            return divide(lock, writers)
+        except BlockingIOError:
+            time.sleep(random.uniform(0.0, 0.2))
+    raise BlockingIOError
+
+
+def divide(lock: TextIO, writers: int) -> None:
+    """Take a store's lock together with those that divide the work by the same number.
+
+    Whoever is first writes the number; others may share the lock if theirs is the same.
+
+    Raises:
+        BlockingIOError: a job that divides it otherwise holds the lock.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if writers == 1:
+            raise
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock.seek(0)
+        if lock.read() != str(writers):
+            raise BlockingIOError from None
+        return
+    lock.seek(0)
+    lock.truncate()
+    lock.write(str(writers))
+    lock.flush()
+    if writers > 1:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def owns(document_id: str, writer: int, writers: int) -> bool:
+    """Whether a document belongs to this writer: a hash, so any order and any set agrees."""
+    digest = hashlib.blake2b(document_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % writers == writer
+
+
+def drop_leftovers(folder: Path) -> None:
+    """Remove temporary files of killed jobs; call it with the lock held."""
+    for leftover in folder.glob(".part-*.tmp"):
+        os.unlink(leftover)

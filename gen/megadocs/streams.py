@@ -1,0 +1,305 @@
+"""Megadocs become MDS streams: one megadoc a sample, a manifest beside the shards.
+
+A stream folder is built under a temporary name and renamed when it is complete, so a folder with a
+``manifest.json`` is finished and a killed build leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from gen.corpus.documents import Document
+from gen.corpus.tokenizer import TokenizerManifest, encode
+from gen.generations.store import GenerationStore
+from gen.megadocs.assembly import (
+    REAL,
+    TEXT_COLUMNS,
+    THOUGHT,
+    Generations,
+    Megadoc,
+    latent,
+    real_documents,
+    simple,
+    stitched,
+)
+from gen.quality.gates import QualityConfig, gates, select, strip_preamble
+from gen.quality.table import columns_of, quality_table
+from trainer.files import read_json, replace_folder
+
+FORMAT = 2  # of the samples and the manifest; a change rebuilds the streams
+COLUMNS = {
+    "id": "str",
+    "tokens": "ndarray:uint32",
+    "member_ends": "ndarray:uint32",
+    "member_kinds": "ndarray:uint8",
+    "provenance": "json",
+}
+BATCH = 256  # megadocs tokenized together
+SYNTHETIC = ("simple", "stitched", "latent")
+PLAIN = ("rephrase", "latent")  # methods that streams do not name: the paper's
+
+
+@dataclass
+class StreamConfig:
+    """How megadocs are put together."""
+
+    generations: list[int] = field(default_factory=list)  # G of the streams; empty: the method's
+    # Text between the members of a megadoc; null is the end-of-text token, which the evidence says
+    # the paper used.
+    separator: str | None = None
+    real_document: str = "last"  # last, first or absent
+    # Around a latent thought. The paper's delimiters are not known; these are what the public
+    # re-implementation uses.
+    open_thought: str = "<think>"
+    close_thought: str = "</think>"
+    shuffle_seed: int = 0  # order of the simple stream
+    shard_bytes: int = 1 << 26
+
+    def check(self) -> None:
+        """Raise ValueError for an unknown option or an impossible number."""
+        if self.real_document not in ("last", "first", "absent"):
+            raise ValueError(
+                f"streams.real_document={self.real_document} is not one of last, first, absent"
+            )
+        if any(generations < 1 for generations in self.generations):
+            raise ValueError(f"streams.generations={self.generations} must all be at least 1")
+
+
+def stream_name(kind: str, method: str, generations: int, config: StreamConfig) -> str:
+    """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-faq-real-first``, ..."""
+    if kind not in SYNTHETIC:
+        return kind
+    variant = {"last": "", "first": "-real-first", "absent": "-no-real"}[config.real_document]
+    style = "" if method in PLAIN else f"-{method}"
+    return f"{kind}-g{generations}{style}" + ("" if kind == "latent" else variant)
+
+
+def build_stream(
+    kind: str,
+    method: str,
+    generations: int,
+    documents: list[Document],
+    documents_hash: str,
+    tokenizer: Tokenizer,
+    vocabulary: TokenizerManifest,
+    config: StreamConfig,
+    quality: QualityConfig,
+    root: Path,
+) -> dict[str, Any]:
+    """Write ``root/streams/<name>`` unless it is current.
+
+    Args:
+        kind: ``real``, ``val``, ``simple``, ``stitched`` or ``latent``.
+        method: whose generations; ignored for ``real`` and ``val``.
+        generations: G; ignored for ``real`` and ``val``.
+        documents: training documents (``val``: the held-out ones) in corpus order.
+        documents_hash: identity of those documents.
+        tokenizer: of the corpus.
+        vocabulary: its manifest.
+        config: separators, order, shards.
+        quality: which generations are left out.
+        root: corpus folder.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: G is larger than what was generated, or an option is unknown.
+        OSError: the disk is full; nothing half-written stays.
+    """
+    config.check()
+    name = stream_name(kind, method, generations, config)
+    folder = root / "streams" / name
+    store = None
+    if kind in SYNTHETIC:
+        store = GenerationStore.of_method(root, method, generations, kind == "latent")
+    identity = {
+        "format": FORMAT,
+        "kind": kind,
+        "method": method if store else None,
+        "generations": generations if store else 0,
+        "config": {**asdict(config), "generations": None},
+        "documents": documents_hash,
+        "tokenizer_sha256": vocabulary.sha256,
+        "generated": store.fingerprint() if store else None,
+        "quality": {**asdict(quality), "processes": None} if store else None,
+    }
+    config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    if (folder / "manifest.json").exists():
+        manifest = read_json(folder / "manifest.json")
+        if manifest["config_hash"] == config_hash:
+            print(f"{folder}: up to date", flush=True)
+            return manifest
+    judged: dict[str, Any] = {}
+    chosen = None
+    if store is not None:
+        chosen = Generations(store.read(TEXT_COLUMNS), documents, generations, str(store.folder))
+        judged = select_generations(chosen, store, documents, documents_hash, quality)
+    megadocs = assemble(kind, documents, chosen, tokenizer, config)
+    try:
+        with replace_folder(folder) as unfinished:
+            statistics = write_shards(megadocs, unfinished, tokenizer, vocabulary, config, name)
+            manifest = {
+                **identity,
+                "name": name,
+                **statistics,
+                "judged": judged,
+                "vocab_size": vocabulary.vocab_size,
+                "eos_id": vocabulary.eos_id,
+                "members_are_documents": kind != "latent",
+                "config_hash": config_hash,
+            }
+            (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    except OSError as error:
+        raise OSError(
+            f"could not write the stream {folder}: {error}; nothing half-written was left, "
+            "make room and run the same command again"
+        ) from error
+    print(
+        f"{folder}: {manifest['samples']} samples, {manifest['tokens']:,} tokens "
+        f"({manifest['synthetic_tokens']:,} synthetic){describe_judged(judged)}",
+        flush=True,
+    )
+    return manifest
+
+
+def select_generations(
+    generations: Generations,
+    store: GenerationStore,
+    documents: list[Document],
+    documents_hash: str,
+    quality: QualityConfig,
+) -> dict[str, Any]:
+    """Drop what the quality gates say from ``generations``; returns the counts for the manifest."""
+    table = quality_table(store, documents, documents_hash, quality.processes)
+    columns = columns_of(table.filter(pc.less(table["index"], generations.count)))
+    failed = gates(columns, quality)
+    selection = select(failed, quality)
+    strip = quality.preamble == "strip"
+    generations.select(selection.kept, strip_preamble if strip else None)
+    return {
+        "generations": len(selection.kept),
+        "kept": int(selection.kept.sum()),
+        "failed": selection.failed,
+        "dropped": selection.dropped,
+        "stripped": int((failed["preamble"] & selection.kept).sum()) if strip else 0,
+    }
+
+
+def describe_judged(judged: dict[str, Any]) -> str:
+    """What the quality gates found, for the line about a stream."""
+    if not judged:
+        return ""
+    found = [f"{count:,} {gate}" for gate, count in judged["failed"].items() if count]
+    left_out = judged["generations"] - judged["kept"]
+    return (
+        f"; of {judged['generations']:,} generations {left_out:,} left out; "
+        f"gates: {', '.join(found) or 'none failed'}"
+    )
+
+
+def assemble(
+    kind: str,
+    documents: list[Document],
+    generations: Generations | None,
+    tokenizer: Tokenizer,
+    config: StreamConfig,
+) -> Iterator[Megadoc]:
+    """The megadocs of a stream in their stored order."""
+    if generations is None:
+        return real_documents(documents)
+    if kind == "simple":
+        return simple(documents, generations, config.real_document != "absent", config.shuffle_seed)
+    if kind == "stitched":
+        return stitched(documents, generations, config.real_document)
+    if kind == "latent":
+        return latent(documents, generations, tokenizer, config.open_thought, config.close_thought)
+    raise ValueError(f"unknown stream {kind!r}; known: real, val, {', '.join(SYNTHETIC)}")
+
+
+def write_shards(
+    megadocs: Iterator[Megadoc],
+    folder: Path,
+    tokenizer: Tokenizer,
+    vocabulary: TokenizerManifest,
+    config: StreamConfig,
+    name: str,
+) -> dict[str, int]:
+    """Tokenize and write the samples, then read their count back; returns token statistics."""
+    from streaming import LocalDataset, MDSWriter  # takes seconds to import
+
+    separator = encode(tokenizer, [config.separator])[0] if config.separator is not None else None
+    lengths: list[int] = []
+    member_lengths: list[int] = []
+    text_bytes = real_tokens = 0
+    with (
+        MDSWriter(out=str(folder), columns=COLUMNS, size_limit=config.shard_bytes) as writer,
+        tqdm(desc=name, unit="megadoc", leave=False) as bar,
+    ):
+        for batch in batches(megadocs):
+            texts = [member.text for megadoc in batch for member in megadoc.members]
+            encoded = iter(encode(tokenizer, texts))
+            text_bytes += sum(len(text.encode()) for text in texts)
+            for megadoc in batch:
+                tokens: list[int] = []
+                ends: list[int] = []
+                one_text = any(member.kind == THOUGHT for member in megadoc.members)
+                if config.separator is not None and not one_text:
+                    text_bytes += len(config.separator.encode()) * (len(megadoc.members) - 1)
+                for place, member in enumerate(megadoc.members):
+                    tokens.extend(next(encoded))
+                    if place == len(megadoc.members) - 1:
+                        tokens.append(vocabulary.eos_id)
+                    elif not one_text:
+                        tokens.extend([vocabulary.eos_id] if separator is None else separator)
+                    ends.append(len(tokens))
+                    if member.kind == REAL:
+                        real_tokens += ends[-1] - (ends[-2] if place else 0)
+                writer.write(sample(megadoc, tokens, ends))
+                lengths.append(len(tokens))
+                member_lengths.extend(np.diff([0, *ends]).tolist())
+            bar.update(len(batch))
+    np.save(folder / "lengths.npy", np.array(lengths, dtype=np.uint32))
+    np.save(folder / "member_lengths.npy", np.array(member_lengths, dtype=np.uint32))
+    written = len(LocalDataset(str(folder)))
+    if written != len(lengths):
+        raise OSError(f"{len(lengths)} samples were written but {written} can be read back")
+    total = sum(lengths)
+    return {
+        "samples": len(lengths),
+        "tokens": total,
+        "real_tokens": real_tokens,
+        "synthetic_tokens": total - real_tokens,
+        "bytes": text_bytes,
+    }
+
+
+def batches(megadocs: Iterator[Megadoc]) -> Iterator[list[Megadoc]]:
+    """Groups that are tokenized together."""
+    while batch := list(itertools.islice(megadocs, BATCH)):
+        yield batch
+
+
+def sample(megadoc: Megadoc, tokens: list[int], ends: list[int]) -> dict[str, Any]:
+    """One MDS sample."""
+    return {
+        "id": megadoc.id,
+        "tokens": np.array(tokens, dtype=np.uint32),
+        "member_ends": np.array(ends, dtype=np.uint32),
+        "member_kinds": np.array([member.kind for member in megadoc.members], dtype=np.uint8),
+        "provenance": {
+            "document_id": megadoc.document_id,
+            "members": [[member.kind, member.index] for member in megadoc.members],
+        },
+    }

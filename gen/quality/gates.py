@@ -1,0 +1,215 @@
+"""What can be wrong with a generation: gates that are counted, and drop only where told to.
+
+Every text is measured once; a gate compares a measure with a threshold, so thresholds and policies
+can change without measuring again. A dropped generation stays in its store.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gen.quality.language import other_language
+
+# Gates in the order in which they are blamed: a generation counts as dropped by its first one.
+GATES = (
+    "empty",
+    "refusal",
+    "language",
+    "repetition",
+    "duplicate",
+    "copy",
+    "preamble",
+    "length",
+)
+POLICIES = ("keep", "drop")
+HEAD = 300  # characters in which an answer refuses
+
+# One character of a script written without spaces counts as a word.
+WORD = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
+    r"|[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]+"
+)
+REFUSAL = re.compile(
+    r"\b(?:i(?:'m| am) (?:sorry|unable|not able)\b|i apologi[sz]e\b"
+    r"|i (?:cannot|can't|can not|won't|will not) (?:\w+ ){0,2}"
+    r"(?:assist|help|fulfil\w*|comply|provide|generate|create|write|rewrite|rephrase|continue)\b"
+    r"|as an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"|(?:please provide|you (?:haven't|have not|did not|didn't) provided?)"
+    r" (?:me )?(?:with )?(?:the|a|any|your) (?:\w+ )?(?:text|document|article|passage)\b)",
+    re.IGNORECASE,
+)
+# A first line that talks about the answer instead of being it, up to its colon or line end.
+PREAMBLE = re.compile(
+    r"\A[\s*#>_]*"
+    r"(?:(?:sure|certainly|of course|absolutely|okay|ok|great)\b[^\n:]{0,60}[!.,:][ \t]*)?"
+    r"(?:"
+    r"(?:here(?:'s| is| are)|below (?:is|are)|the following (?:is|are))\b[^\n:]{0,120}"
+    r"(?:rephras|rewrit|rewrote|paraphras|version|article|summary|text|document|passage|answer"
+    r"|response|thoughts?|table|tutorial|question|faq)[^\n:]{0,80}[*_]*:[*_]*[ \t]*\n*"
+    r"|(?:the )?(?:rephrased|rewritten|paraphrased|revised)"
+    r" (?:\w+ ){0,2}(?:article|text|document|version|passage)[*_]*(?::[*_]*[ \t]*\n*|\n+)"
+    r")",
+    re.IGNORECASE,
+)
+AGREEMENT = re.compile(
+    r"\A\s*(?:sure|certainly|of course|absolutely)[!.,][^\n]{0,120}(?::|\n)\s*", re.IGNORECASE
+)
+
+
+@dataclass
+class QualityConfig:
+    """Policies and thresholds; ``keep`` counts a generation, ``drop`` leaves it out of streams."""
+
+    empty: str = "drop"  # no letter and no digit
+    refusal: str = "keep"  # "I cannot ...", "As an AI ...", "Please provide the text"
+    language: str = "keep"  # another script or language than its document
+    repetition: str = "keep"  # compresses too well, or repeats its own n-grams
+    duplicate: str = "keep"  # nearly a sibling of lower index
+    copy: str = "keep"  # nearly its document
+    preamble: str = "keep"  # "Here is a rephrased version:"; may also be strip: the line is cut off
+    length: str = "keep"  # cut off by max_tokens
+    compression: float = 0.2  # repetition: zlib bytes per byte, below
+    repetition_words: int = 200  # shorter texts are judged by their n-grams alone
+    repeated_ngrams: float = 0.35  # repetition: share of 4-grams seen before in the text, above
+    copied_ngrams: float = 0.8  # copy: share of 8-grams that are in the document, above
+    similarity: float = 0.8  # duplicate: Jaccard index of the 5-grams, above
+    processes: int | None = None  # that measure; null: all cores for a large store
+
+    def check(self) -> None:
+        """Raise ValueError for an unknown policy or an impossible threshold."""
+        for gate in GATES:
+            allowed = (*POLICIES, "strip") if gate == "preamble" else POLICIES
+            if getattr(self, gate) not in allowed:
+                raise ValueError(
+                    f"quality.{gate}={getattr(self, gate)} is not one of {', '.join(allowed)}"
+                )
+        for name in ("compression", "repeated_ngrams", "copied_ngrams", "similarity"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"quality.{name}={getattr(self, name)} must be in [0, 1]")
+
+
+@dataclass
+class ReportConfig:
+    """What the quality report shows."""
+
+    samples: int = 10  # documents, drawn at random, beside their generations
+    siblings: int = 4  # generations shown of each
+    examples: int = 3  # generations shown of each gate
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Measures of one generation, the columns of a quality table."""
+
+    index: int
+    words: int
+    empty: bool
+    refusal: bool
+    language: bool
+    preamble: bool
+    length: bool
+    compression: float  # zlib bytes per byte
+    repeated: float  # share of 4-grams that occurred before
+    copied: float  # share of 8-grams that occur in the document
+    similarity: float  # largest Jaccard index of 5-grams with a sibling of lower index
+
+
+def ngrams(words: Sequence[str], size: int) -> list[int]:
+    """Hashes of all runs of ``size`` words; of the whole text where it is shorter."""
+    if len(words) < size:
+        return [hash(tuple(words))] if words else []
+    return [hash(run) for run in zip(*(words[start:] for start in range(size)), strict=False)]
+
+
+def measure(source: str, siblings: Sequence[tuple[int, str, str]]) -> list[Measures]:
+    """Measure the generations of one document.
+
+    Args:
+        source: the document's text.
+        siblings: (index, text, finish reason) of its generations, in ascending order of index.
+    """
+    source_ngrams = set(ngrams(WORD.findall(source.lower()), 8))
+    measured: list[Measures] = []
+    earlier: list[set[int]] = []
+    for index, text, finish_reason in siblings:
+        words = WORD.findall(text.lower())
+        content = text.encode()
+        quadruples, octuples = ngrams(words, 4), ngrams(words, 8)
+        quintuples = set(ngrams(words, 5))
+        measured.append(
+            Measures(
+                index=index,
+                words=len(words),
+                empty=not any(character.isalnum() for character in text),
+                refusal=REFUSAL.search(text[:HEAD]) is not None,
+                language=other_language(source, text),
+                preamble=strip_preamble(text) != text,
+                length=finish_reason == "length",
+                compression=len(zlib.compress(content)) / max(1, len(content)),
+                repeated=(len(quadruples) - len(set(quadruples))) / max(1, len(quadruples)),
+                copied=sum(run in source_ngrams for run in octuples) / max(1, len(octuples)),
+                similarity=max((jaccard(quintuples, other) for other in earlier), default=0.0),
+            )
+        )
+        earlier.append(quintuples)
+    return measured
+
+
+def jaccard(first: set[int], second: set[int]) -> float:
+    """Size of the intersection over that of the union; 0 for two empty sets."""
+    shared = len(first & second)
+    return shared / max(1, len(first) + len(second) - shared)
+
+
+def strip_preamble(text: str) -> str:
+    """The text without a first line that only announces it; the text itself where there is none.
+
+    A text that would be left empty is returned whole.
+    """
+    for pattern in (PREAMBLE, AGREEMENT):
+        found = pattern.match(text)
+        if found and text[found.end() :].strip():
+            return text[found.end() :].lstrip()
+    return text
+
+
+def gates(columns: dict[str, np.ndarray], config: QualityConfig) -> dict[str, np.ndarray]:
+    """Which generations fail which gate: one bool array [rows] a gate."""
+    long_enough = columns["words"] >= config.repetition_words
+    return {
+        "empty": columns["empty"],
+        "refusal": columns["refusal"],
+        "language": columns["language"],
+        "repetition": (long_enough & (columns["compression"] < config.compression))
+        | (columns["repeated"] > config.repeated_ngrams),
+        "duplicate": columns["similarity"] > config.similarity,
+        "copy": columns["copied"] > config.copied_ngrams,
+        "preamble": columns["preamble"],
+        "length": columns["length"],
+    }
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the gates did to some generations."""
+
+    kept: np.ndarray  # bool [rows]
+    failed: dict[str, int]  # by gate; a generation may fail several
+    dropped: dict[str, int]  # by the first dropping gate it failed
+
+
+def select(failed: dict[str, np.ndarray], config: QualityConfig) -> Selection:
+    """Apply the policies."""
+    kept = np.ones(len(failed["empty"]), dtype=bool)
+    dropped: dict[str, int] = {}
+    for gate in GATES:
+        if getattr(config, gate) == "drop":
+            dropped[gate] = int((failed[gate] & kept).sum())
+            kept &= ~failed[gate]
+    return Selection(kept, {gate: int(failed[gate].sum()) for gate in GATES}, dropped)

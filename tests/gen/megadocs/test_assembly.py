@@ -1,0 +1,102 @@
+"""The four kinds of stream from documents and generations."""
+
+from collections import Counter
+
+import pyarrow as pa
+import pytest
+
+from gen.corpus.documents import Document
+from gen.corpus.tokenizer import TokenizerConfig, train_bpe
+from gen.generations.store import SCHEMA
+from gen.megadocs.assembly import (
+    REAL,
+    REPHRASE,
+    TEXT_COLUMNS,
+    THOUGHT,
+    Generations,
+    latent,
+    simple,
+    stitched,
+)
+
+DOCUMENTS = [
+    Document(f"d{i}", f"Real text {i}, long enough to be cut into pieces.") for i in range(7)
+]
+
+
+def table(count: int, skip: tuple[str, int] | None = None) -> pa.Table:
+    rows = [
+        {"document_id": document.id, "index": index, "text": f"{document.id}/{index}"}
+        for index in reversed(range(count))  # stored in any order
+        for document in DOCUMENTS
+        if (document.id, index) != skip
+    ]
+    rows.append({"document_id": "unknown", "index": 0, "text": "of another corpus"})
+    edited = {"document_id": "d0", "index": 0, "text": "of an older text", "text_hash": "another"}
+    return pa.Table.from_pylist(
+        [*rows, edited], pa.schema([(name, SCHEMA.field(name).type) for name in TEXT_COLUMNS])
+    )
+
+
+def test_stitched_puts_the_real_document_where_it_is_asked_for() -> None:
+    generations = Generations(table(4), DOCUMENTS, 3, "store")
+    for place, kinds in (
+        ("last", [REPHRASE, REPHRASE, REPHRASE, REAL]),
+        ("first", [REAL, REPHRASE, REPHRASE, REPHRASE]),
+        ("absent", [REPHRASE, REPHRASE, REPHRASE]),
+    ):
+        megadocs = list(stitched(DOCUMENTS, generations, place))
+        assert [megadoc.id for megadoc in megadocs] == [document.id for document in DOCUMENTS]
+        for megadoc in megadocs:
+            assert [member.kind for member in megadoc.members] == kinds
+            rephrases = [m.text for m in megadoc.members if m.kind == REPHRASE]
+            assert rephrases == [f"{megadoc.id}/{index}" for index in range(3)]
+
+
+def test_simple_holds_the_same_members_as_stitched_in_a_global_shuffle() -> None:
+    generations = Generations(table(4), DOCUMENTS, 4, "store")
+    shuffled = list(simple(DOCUMENTS, generations, True, seed=0))
+    together = [m.text for d in stitched(DOCUMENTS, generations, "last") for m in d.members]
+    assert all(len(megadoc.members) == 1 for megadoc in shuffled)
+    texts = [megadoc.members[0].text for megadoc in shuffled]
+    assert Counter(texts) == Counter(together)
+    assert texts != together
+    assert len({megadoc.id for megadoc in shuffled}) == len(shuffled)
+    again = [megadoc.id for megadoc in simple(DOCUMENTS, generations, True, seed=0)]
+    assert again == [megadoc.id for megadoc in shuffled]
+    assert sum(m.members[0].kind == REAL for m in simple(DOCUMENTS, generations, False, 0)) == 0
+
+
+def test_smaller_g_is_a_subset_of_larger_g() -> None:
+    def texts(count: int) -> set[str]:
+        generations = Generations(table(8), DOCUMENTS, count, "store")
+        megadocs = stitched(DOCUMENTS, generations, "absent")
+        return {member.text for megadoc in megadocs for member in megadoc.members}
+
+    assert texts(4) < texts(8)
+
+
+def test_latent_keeps_the_whole_document_in_order() -> None:
+    tokenizer = train_bpe([d.text for d in DOCUMENTS], TokenizerConfig(vocab_size=300))
+    generations = Generations(table(3), DOCUMENTS, 3, "store")
+    for megadoc, document in zip(
+        latent(DOCUMENTS, generations, tokenizer, "<think>", "</think>"), DOCUMENTS, strict=True
+    ):
+        kinds = [member.kind for member in megadoc.members]
+        assert kinds == [REAL, THOUGHT, REAL, THOUGHT, REAL, THOUGHT, REAL]
+        assert "".join(m.text for m in megadoc.members if m.kind == REAL) == document.text
+        assert megadoc.members[1].text == f"<think>{document.id}/0</think>"
+
+
+def test_a_generation_that_is_there_twice_is_refused() -> None:
+    rows = table(4)
+    with pytest.raises(ValueError, match=r"store holds generation 3 of 'd0' twice \(1 such"):
+        Generations(pa.concat_tables([rows, rows.slice(0, 1)]), DOCUMENTS, 4, "store")
+
+
+def test_g_larger_than_generated_is_refused_with_counts() -> None:
+    with pytest.raises(ValueError, match=r"7 of 7 documents have fewer than G=9 .* with 8\)"):
+        list(stitched(DOCUMENTS, Generations(table(8), DOCUMENTS, 9, "store"), "last"))
+    gap = Generations(table(8, skip=("d3", 2)), DOCUMENTS, 4, "store")
+    with pytest.raises(ValueError, match=r"1 of 7 documents .* 'd3' with 3"):
+        list(simple(DOCUMENTS, gap, True, 0))

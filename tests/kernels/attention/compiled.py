@@ -1,0 +1,171 @@
+"""Compile every attention kernel for an architecture, without a GPU, and print what it needs.
+
+``python -m tests.kernels.attention.compiled sm_90 128 GROUP [options]`` prints one JSON line a
+kernel; ``python -m tests.kernels.attention.compiled gluon 128`` those of the Gluon kernels.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from kernels.attention.sm90 import dkdv, dq
+from kernels.attention.sm90 import forward as sm90
+from kernels.attention.tile_config import TileConfig, config_for, find_entries, read_configs
+from kernels.attention.tile_scheduler import FIELDS
+from kernels.attention.triton.dkdv import dkdv_kernel
+from kernels.attention.triton.dq import dq_kernel
+from kernels.attention.triton.forward import forward_kernel, split
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {"lse": "*fp32", "dlse": "*fp32", "delta": "*fp32", "tiles": "*i32"}
+TYPES |= dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), "*bf16")
+TYPES |= {"scale": "fp32", "softcap": "fp32"}
+
+
+def kernels_of(config: TileConfig) -> list[tuple[Any, int, int, int, int]]:
+    """Kernel, BLOCK_M, BLOCK_N, warps, stages."""
+    c = config
+    return [
+        (forward_kernel, c.rows, c.forward_step, c.forward_warps, c.forward_stages),
+        (dq_kernel, c.rows, c.dq_step, c.dq_warps, c.dq_stages),
+        (dkdv_kernel, c.dkdv_step, c.columns, c.dkdv_warps, c.dkdv_stages),
+    ]
+
+
+def compile_kernel(
+    kernel: Any, arch: int, head_dim: int, group: int, options: bool, sizes: tuple[int, ...]
+) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory and the PTX's wgmma count of one kernel."""
+    block_m, block_n, warps, stages = sizes
+    constants = {
+        "HEADS": 16,
+        "KEY_HEADS": 16 // group,
+        "GROUP": group,
+        **split(head_dim),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "HAS_WINDOW": options,
+        "HAS_SOFTCAP": options,
+        "PRECISION": "tf32",
+        "FIELDS": FIELDS,
+    }
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    signature = {
+        name: "constexpr" if name in constants else TYPES.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = [
+        i
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.endswith(("_row", "_head"))
+    ]
+    source = ASTSource(
+        kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    target = GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source, target, {"num_warps": warps, "num_stages": stages})
+    return describe(kernel, compiled)
+
+
+def descriptor(*block: int) -> str:
+    """The type of a host descriptor of bf16 tiles."""
+    layout = gl.NVMMASharedLayout.get_default_for([*block], gl.bfloat16)
+    return f"tensordesc<bf16{[*block]},{layout!r}>"
+
+
+def gluon_kernels(head_dim: int) -> list[tuple[Any, dict[str, Any], dict[str, str]]]:
+    """The kernels for sm_90 that exist for a head dimension: their constants and types."""
+    tile, step = descriptor(64, head_dim), descriptor(1, 1, dkdv.BLOCK_M, head_dim)
+    keys = descriptor(1, 1, dq.BLOCK_N[head_dim], head_dim)
+    found: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
+        (
+            sm90.forward_sm90_kernel,
+            {"BLOCK_N": sm90.BLOCK_N, "STAGES": sm90.STAGES[head_dim]},
+            {
+                "q_desc": tile,
+                "k_desc": descriptor(sm90.BLOCK_N, head_dim),
+                "v_desc": descriptor(1, 1, sm90.BLOCK_N, head_dim),
+            },
+        ),
+        (
+            dq.dq_sm90_kernel,
+            {"BLOCK_N": dq.BLOCK_N[head_dim], "STAGES": dq.STAGES},
+            {"q_desc": tile, "dout_desc": tile, "k_desc": keys, "v_desc": keys},
+        ),
+    ]
+    if head_dim in dkdv.HEAD_DIMS:
+        constants = {"BLOCK_M": dkdv.BLOCK_M, "STAGES": dkdv.STAGES}
+        types = {"q_desc": step, "dout_desc": step, "k_desc": tile, "v_desc": tile}
+        found.append((dkdv.dkdv_sm90_kernel, constants, types))
+    return found
+
+
+def compile_gluon(
+    kernel: Any, head_dim: int, constants: dict[str, Any], types: dict[str, str]
+) -> dict[str, Any]:
+    """As :func:`compile_kernel`, with the registers that warps ask for and the waits."""
+    constants = constants | {
+        "GROUP": 2,
+        "D": head_dim,
+        "FIELDS": FIELDS,
+        "RAGGED": sm90.RAGGED,
+        "CONSUMER_REGISTERS": sm90.CONSUMER_REGISTERS,
+        "PRODUCER_REGISTERS": sm90.PRODUCER_REGISTERS,
+    }
+    types = TYPES | types | {"scale_log2": "fp32"}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    source = GluonASTSource(
+        kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4})
+    ptx = compiled.asm["ptx"]
+    return describe(kernel, compiled) | {
+        "waits": re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx),
+        "setmaxnreg": sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
+    }
+
+
+def describe(kernel: Any, compiled: Any) -> dict[str, Any]:
+    """What ``cuobjdump`` and the PTX say of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    number = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "kernel": kernel.__name__,
+        "registers": number["REG"],
+        "spilled": number["STACK"] + number["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+    }
+
+
+def main(architecture: str, head_dim: int, group: int, options: bool) -> None:
+    config = config_for(find_entries(read_configs(), architecture, head_dim, group), 4096)
+    for kernel, *sizes in kernels_of(config):
+        arch = int(architecture.removeprefix("sm_"))
+        print(json.dumps(compile_kernel(kernel, arch, head_dim, group, options, tuple(sizes))))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "gluon":
+        for kernel, constants, types in gluon_kernels(int(sys.argv[2])):
+            print(json.dumps(compile_gluon(kernel, int(sys.argv[2]), constants, types)))
+        sys.exit()
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["options"])

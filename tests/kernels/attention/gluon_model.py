@@ -1,0 +1,280 @@
+"""A model of one Hopper multiprocessor that runs the Gluon kernels' own source on a CPU.
+
+It stands in for ``kernels.attention.sm90.gluon_compat``. Warps of a specialised region are threads;
+barriers have arrivals, bytes and phases; a TMA copy first spoils its target with NaN and arrives
+later, in any order; who arrives at a barrier stalls so that others go ahead; a matrix product
+compares its operands when it is issued and when it is waited for. So a wait that is missing shows
+as NaN, a buffer that is given back too early as a changed operand, and a wrong phase as a deadlock.
+Registers, layouts and instructions are not modelled: the compile-only tests look at those.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DEADLOCK_SECONDS = 30
+BARRIER = "barrier"
+machine = SimpleNamespace(program=0, programs=1, changed=threading.Condition(), failed=False)
+pending = threading.local()  # products that this warpgroup has issued
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all arrivals and all announced bytes have come."""
+
+    def __init__(self) -> None:
+        self.count = self.arrivals = self.bytes = self.phase = 0
+
+    def update(self, arrivals: int, size: int) -> None:
+        with machine.changed:
+            self.arrivals -= arrivals
+            self.bytes += size
+            assert self.arrivals >= 0, "more arrivals than the barrier was made for"
+            if self.arrivals == 0 and self.bytes == 0:
+                self.phase ^= 1
+                self.arrivals = self.count
+                machine.changed.notify_all()
+
+    def wait(self, phase: int) -> None:
+        with machine.changed:
+            done = machine.changed.wait_for(
+                lambda: self.phase != int(phase) or machine.failed, DEADLOCK_SECONDS
+            )
+            if machine.failed or not done:
+                raise RuntimeError("deadlock: a barrier's phase did not end")
+
+
+class Barriers:
+    def __init__(self, count: int) -> None:
+        self.barriers = [Barrier() for _ in range(count)]
+
+    def index(self, i: Any) -> Barrier:
+        return self.barriers[int(i)]
+
+
+class Shared:
+    """Shared memory: a view that products and copies use."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self.dtype = data.dtype
+
+    def index(self, i: Any) -> Shared:
+        return Shared(self.data[int(i)])
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.data.permute(order))
+
+    def reshape(self, shape: list[int]) -> Shared:
+        return Shared(self.data.view(shape))
+
+
+class Pointer:
+    def __init__(self, data: Tensor, offset: Any = 0) -> None:
+        self.data, self.offset = data, offset
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.data, self.offset + offset)
+
+
+class TensorDescriptor:
+    """What TMA knows of a tensor; coordinates outside its shape read 0."""
+
+    def __init__(
+        self, base: Tensor, shape: list[int], strides: list[int], block: list[int], layout: Any
+    ) -> None:
+        self.base, self.shape, self.strides, self.block = base, shape, strides, block
+        self.dtype, self.layout = base.dtype, layout
+        self.block_type = SimpleNamespace(nbytes=int(np.prod(block)) * base.element_size())
+        self.memory = torch.empty(0, dtype=base.dtype).set_(base.untyped_storage())
+
+    def read(self, corner: list[Any]) -> Tensor:
+        address = np.zeros([1] * len(self.block), np.uint64)
+        inside = np.ones([1] * len(self.block), bool)
+        for axis, (start, size) in enumerate(zip(corner, self.block, strict=True)):
+            place = [1] * len(self.block)
+            place[axis] = size
+            at = (int(start) + np.arange(size)).reshape(place)
+            inside = inside & (at >= 0) & (at < self.shape[axis])
+            # The address wraps around as it does in the machine.
+            stride = np.uint64(self.strides[axis])
+            with np.errstate(over="ignore"):
+                address = address + at.astype(np.int64).astype(np.uint64) * stride
+        address = np.where(inside, address + np.uint64(self.base.storage_offset()), 0)
+        values = self.memory[torch.from_numpy(address.astype(np.int64))]
+        return torch.where(torch.from_numpy(inside), values, 0)
+
+
+def tma_load(desc: TensorDescriptor, corner: list[Any], barrier: Barrier, target: Shared) -> None:
+    target.data.fill_(torch.nan)
+    place = [int(x) for x in corner]
+    threading.Thread(target=copy, args=(desc, place, barrier, target), daemon=True).start()
+
+
+def copy(desc: TensorDescriptor, corner: list[int], barrier: Barrier, target: Shared) -> None:
+    stall()
+    target.data.copy_(desc.read(corner))
+    barrier.update(0, -desc.block_type.nbytes)
+
+
+def stall() -> None:
+    """Let others go ahead."""
+    time.sleep(4e-3 * random.random())
+
+
+def arrive(barrier: Barrier) -> None:
+    barrier.update(1, 0)
+    stall()
+
+
+class Product:
+    """An asynchronous product; its operands must not change until it is waited for."""
+
+    def __init__(self, a: Any, b: Shared, acc: Any, use_acc: bool) -> None:
+        self.operands = [x for x in (a, b) if isinstance(x, Shared)]
+        self.issued = [x.data.clone() for x in self.operands]
+        left = self.issued[0] if isinstance(a, Shared) else a
+        self.result = left @ self.issued[-1] + (acc if use_acc else 0)
+        self.value: Tensor | None = None
+
+    def finish(self) -> None:
+        for now, then in zip(self.operands, self.issued, strict=True):
+            assert torch.equal(now.data.nan_to_num(), then.nan_to_num()), "overwritten while read"
+        self.value = self.result
+
+
+def warpgroup_mma(
+    a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False
+) -> Product:
+    assert is_async
+    issued = Product(a, b, acc, use_acc)
+    pending.list = [*getattr(pending, "list", []), issued]
+    return issued
+
+
+def warpgroup_mma_wait(outstanding: int, deps: list[Any]) -> Any:
+    while len(pending.list) > outstanding:
+        pending.list.pop(0).finish()
+    values = [x.value if isinstance(x, Product) and x.value is not None else x for x in deps]
+    return values if len(values) > 1 else values[0]
+
+
+def fence_async_shared() -> None:
+    """Nothing to order here."""
+
+
+def warp_specialize(parts: list[Any], warps: list[int], registers: list[int]) -> None:
+    failures: list[BaseException] = []
+
+    def run(function: Any, arguments: Any) -> None:
+        try:
+            function(*arguments)
+            assert not getattr(pending, "list", []), "a product that nobody has waited for"
+        except BaseException as error:
+            failures.append(error)
+            with machine.changed:
+                machine.failed = True
+                machine.changed.notify_all()
+
+    threads = [threading.Thread(target=run, args=part) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def allocate_shared_memory(dtype: Any, shape: list[int], layout: Any) -> Any:
+    if layout == BARRIER:
+        return Barriers(shape[0]) if len(shape) > 1 else Barrier()
+    return Shared(torch.full(shape, torch.nan, dtype=dtype))
+
+
+def start_barrier(barrier: Barrier, count: int) -> None:
+    barrier.count = barrier.arrivals = count
+
+
+def load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
+    if mask is None:
+        return pointer.data[pointer.offset]
+    at, mask = torch.broadcast_tensors(pointer.offset, mask)
+    return torch.where(mask, pointer.data[torch.where(mask, at, 0)], other)
+
+
+def store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
+    at, value, mask = torch.broadcast_tensors(pointer.offset, value, mask)
+    pointer.data[at[mask]] = value[mask]
+
+
+class Kernel:
+    """``kernel[(programs,)](...)`` runs the programs one after the other."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+            wrapped = [Pointer(x.view(-1)) if isinstance(x, Tensor) else x for x in arguments]
+            machine.programs, machine.failed = grid[0], False
+            for machine.program in range(grid[0]):
+                self.function(*wrapped, **constants)
+
+        return launch
+
+
+def pair(function: Any) -> Any:
+    return lambda a, b: function(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def nothing(*arguments: Any, **options: Any) -> None:
+    """Layouts do not exist here."""
+
+
+gluon = SimpleNamespace(jit=Kernel)
+mbarrier = SimpleNamespace(
+    MBarrierLayout=lambda: BARRIER,
+    init=start_barrier,
+    wait=lambda barrier, phase: barrier.wait(phase),
+    arrive=arrive,
+    expect=lambda barrier, size: barrier.update(1, size),
+)
+gl = SimpleNamespace(
+    program_id=lambda axis: torch.tensor(machine.program),
+    num_programs=lambda axis: torch.tensor(machine.programs),
+    minimum=pair(torch.minimum),
+    maximum=pair(torch.maximum),
+    where=torch.where,
+    max=lambda x, axis: x.amax(axis),
+    sum=lambda x, axis: x.sum(axis),
+    exp2=torch.exp2,
+    log2=torch.log2,
+    load=load,
+    store=store,
+    arange=lambda start, end, layout: torch.arange(start, end),
+    full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+    zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+    convert_layout=lambda x, layout: x,
+    static_range=range,
+    allocate_shared_memory=allocate_shared_memory,
+    warp_specialize=warp_specialize,
+    SliceLayout=nothing,
+    BlockedLayout=nothing,
+    DotOperandLayout=nothing,
+    NVMMADistributedLayout=nothing,
+    NVMMASharedLayout=SimpleNamespace(get_default_for=nothing),
+    float32=torch.float32,
+    int64=torch.int64,
+    bfloat16=torch.bfloat16,
+    float16=torch.float16,
+)

@@ -1,0 +1,178 @@
+"""The Gluon forward kernel: run on a model of the machine, compiled, and, on an sm_90 GPU, run."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import varlen_attention
+from kernels.attention.reference import reference_attention
+from kernels.attention.sm90 import forward as attention_sm90
+from kernels.attention.tile_config import TileConfig
+from kernels.attention.tile_scheduler import Tiles, make_tiles
+from tests.kernels.attention import gluon_model
+from tests.kernels.attention.test_triton import random_pack, results, run
+
+SOURCES = Path(__file__).parents[3] / "kernels/attention/sm90"
+CONFIG = TileConfig(128, 128, *[64, 8, 2] * 3)
+
+
+@pytest.fixture(scope="module")
+def modelled() -> dict[str, ModuleType]:
+    """The Gluon kernels from their own source, with the model in Gluon's place."""
+    modules = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "kernels.attention.sm90.gluon_compat", gluon_model)
+        for name in ("forward", "dq", "dkdv"):
+            full_name = f"kernels.attention.sm90.{name}"
+            spec = importlib.util.spec_from_file_location(full_name, SOURCES / f"{name}.py")
+            assert spec is not None
+            assert spec.loader is not None
+            modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(modules[name])
+            patch.setitem(sys.modules, full_name, modules[name])
+    return modules
+
+
+def borders_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "lengths_k", "extra", "heads", "size", "programs"),
+    [
+        ([600], None, 0, (1, 1), 64, 1),  # the rings go round
+        ([130, 0, 1, 300], None, 20, (4, 2), 64, 3),
+        ([127, 128, 129], None, 0, (2, 1), 128, 2),
+        ([100, 20, 200], [300, 0, 150], 5, (1, 1), 128, 2),  # some queries see no key
+        ([10, 10, 80, 80], [136, 137, 142, 143], 0, (1, 1), 64, 1),  # around whole steps
+        ([1] * 5, None, 3, (2, 2), 64, 4),
+    ],
+)
+def test_on_the_model_of_the_machine(
+    modelled: dict[str, ModuleType],
+    lengths: list[int],
+    lengths_k: list[int] | None,
+    extra: int,
+    heads: tuple[int, int],
+    size: int,
+    programs: int,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = lengths_k or lengths
+    q, dout = torch.randn(2, sum(lengths) + extra, heads[0], size, generator=generator)
+    k, v = torch.randn(2, sum(keys) + extra, heads[1], size, generator=generator)
+    borders, borders_k = borders_of(lengths), borders_of(keys)
+    tiles = make_tiles(borders, borders_k, len(q), len(k), CONFIG)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, expected_lse = reference_attention(
+        leaves[0], leaves[1], leaves[2], borders, borders_k, 0.1
+    )
+    dlse = torch.randn(expected_lse.shape, generator=generator)
+    seen = expected_lse.isfinite()
+    loss = (expected * dout).sum() + (torch.where(seen, expected_lse, 0) * dlse).sum()
+    gradients = torch.autograd.grad(loss, leaves)
+    for x in (q[sum(lengths) :], dout[sum(lengths) :], k[sum(keys) :], v[sum(keys) :]):
+        x.fill_(torch.nan)  # what lies behind the last border
+    forward = modelled["forward"].attention_forward_sm90
+    out, lse = forward(q, k, v, tiles.rows, 0.1, programs)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    computed = backward(modelled, q, k, v, out, lse, dout, dlse, tiles, programs)
+    for ours, theirs in zip(computed, gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.nan_to_num(), rtol=1e-4, atol=1e-4)
+
+
+def backward(
+    modelled: dict[str, ModuleType],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor,
+    tiles: Tiles,
+    programs: int,
+) -> list[Tensor]:
+    query_gradient = modelled["dq"].query_gradient_sm90
+    key_gradients = modelled["dkdv"].key_gradients_sm90
+    dq, delta = query_gradient(q, k, v, out, lse, dout, dlse, tiles.rows, 0.1, programs)
+    return [dq, *key_gradients(q, k, v, lse, delta, dout, tiles.columns, 0.1, programs)]
+
+
+def test_segments_do_not_leak_bit_for_bit(modelled: dict[str, ModuleType]) -> None:
+    lengths, inside = [100, 150, 90], slice(100, 250)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = torch.randn(4, 340, 2, 64, generator=generator)
+    dlse = torch.randn(2, 340, generator=generator)
+    borders = borders_of(lengths)
+    tiles = make_tiles(borders, borders, 340, 340, CONFIG)
+
+    def everything() -> list[Tensor]:
+        out, lse = modelled["forward"].attention_forward_sm90(q, k, v, tiles.rows, 0.1, 2)
+        return [out, *backward(modelled, q, k, v, out, lse, dout, dlse, tiles, 2)]
+
+    before = everything()
+    for x in (q, k, v, dout, dlse.T):
+        x[inside] = torch.nan
+    for old, new in zip(before, everything(), strict=True):
+        assert torch.equal(old[:100], new[:100])
+        assert torch.equal(old[250:], new[250:])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_compiles_with_overlapping_products(head_dim: int, tmp_path: Path) -> None:
+    printed = run("attention_compiled", "gluon", str(head_dim), TRITON_CACHE_DIR=str(tmp_path))
+    needs = {need["kernel"]: need for need in map(json.loads, printed.splitlines())}
+    for need in needs.values():
+        assert need["spilled"] <= 8, need  # two registers, outside the inner loops
+        assert need["shared"] <= 232_448, need
+        assert {24, 240} <= set(need["setmaxnreg"]), need
+    # In each of two consumers' two loops one product is left running while scores are worked on.
+    assert needs["forward_sm90_kernel"]["waits"].count("1") == 4, needs
+    assert needs["dq_sm90_kernel"]["waits"].count("1") == 4, needs
+    if head_dim == 64:  # and three times a step for dK and dV
+        assert needs["dkdv_sm90_kernel"]["waits"].count("1") == 12, needs
+
+
+def test_descriptors_are_accepted_and_other_strides_are_copied() -> None:
+    joined = torch.zeros(5, 6, 64, dtype=torch.bfloat16)
+    q, k = joined[:, :4], joined.transpose(1, 2).contiguous().transpose(1, 2)[:, :2]
+    assert attention_sm90.with_adjacent_heads(q) is q
+    assert attention_sm90.with_adjacent_heads(k).stride() == (128, 64, 1)
+    assert attention_sm90.descriptor(q, 64).shape == [5, 256]
+    ragged = attention_sm90.ragged_descriptor(q, 128)
+    assert sum(ragged.strides[:2]) == 1 << 34  # times 2^30 rows, an address's whole range
+
+
+def test_elsewhere_it_is_refused() -> None:
+    q = torch.zeros(4, 1, 64)
+    with pytest.raises(ValueError, match="needs float16 or bfloat16 on CUDA"):
+        varlen_attention(q, q, q, borders_of([4]), 4, backend="gluon")
+    with pytest.raises(ValueError, match="backend='gluon' has no window"):
+        varlen_attention(q, q, q, borders_of([4]), 4, window=2, backend="gluon")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="no sm_90 CUDA device",
+)
+@pytest.mark.timeout(900)
+def test_500_packs_on_the_gpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(500):
+        inputs, borders, _ = random_pack(generator, (64, 128)[number % 2])
+        ours = results(inputs, borders, None, 0.0, "gluon")
+        assert torch.equal(ours[0], results(inputs, borders, None, 0.0, "gluon")[0]), number
+        triton = results(inputs, borders, None, 0.0, "triton")
+        exact = results([x.float() for x in inputs], borders, None, 0.0, "reference")
+        for a, b, c in zip(ours, triton, exact, strict=True):
+            rounding = 2 * 2**-8 * c.abs().max()
+            assert (a - c).abs().max() <= 2 * (b - c).abs().max() + rounding, number

@@ -1,0 +1,196 @@
+"""Reading megadoc streams: MDS shards by index, checked when they are opened.
+
+mosaicml-streaming gives the format and the downloads; the order of reading is the plan's
+(``trainer/data/plan.py``). This is the only module of the trainer that imports it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from streaming import LocalDataset
+    from streaming.base.storage.download import CloudDownloader
+
+
+@dataclass(frozen=True)
+class StreamManifest:
+    """The part of a stream's ``manifest.json`` that training needs."""
+
+    name: str  # folder name, such as stitched-g8
+    kind: str  # real, val, simple, stitched or latent
+    generations: int
+    samples: int
+    tokens: int
+    bytes: int  # UTF-8 length of all text, for losses in bits per byte
+    vocab_size: int
+    eos_id: int
+    tokenizer_sha256: str
+    members_are_documents: bool  # False: a megadoc is one text, mask=document does not cut it
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One megadoc or document."""
+
+    id: str
+    tokens: np.ndarray  # int64 [L]
+    member_ends: np.ndarray  # int64 [M], cumulative; the last is L
+    member_kinds: np.ndarray  # uint8 [M]: 0 real, 1 rephrase, 2 thought
+
+
+class MegadocStream:
+    """A stream folder written by ``gen/megadocs/streams.py``, read by index.
+
+    Args:
+        path: the folder, or a remote one (``s3://``, ...) that mosaicml-streaming can reach.
+        cache: local folder for a remote stream; needed only then.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished stream.
+        ValueError: shards, lengths and manifest do not fit together; names the file.
+    """
+
+    def __init__(self, path: str | Path, cache: str | None = None) -> None:
+        if "://" in str(path):
+            path = download_stream(str(path), cache)
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self.lengths: np.ndarray = np.load(self.path / "lengths.npy").astype(np.int64)  # [N]
+        self.member_lengths: np.ndarray = np.load(self.path / "member_lengths.npy")
+        self.dataset = open_shards(self.path)
+        if not (len(self.lengths) == len(self.dataset) == self.manifest.samples):
+            raise ValueError(
+                f"{self.path}: {len(self.dataset)} samples in the shards, {len(self.lengths)} in "
+                f"lengths.npy, {self.manifest.samples} in manifest.json; delete the folder and "
+                "build it again with generate.py"
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read sample ``index`` from its shard.
+
+        Raises:
+            ValueError: the shard is corrupted or holds token ids outside the vocabulary.
+        """
+        try:
+            row = self.dataset[index]
+            tokens = row["tokens"].astype(np.int64)
+            member_ends = row["member_ends"].astype(np.int64)
+        except Exception as error:  # whatever the decoder stumbles over
+            raise ValueError(
+                f"{self.shard_of(index)} is corrupted at sample {index}: {error!r}; delete "
+                f"{self.path} and build it again with generate.py"
+            ) from error
+        if len(tokens) != self.lengths[index] or member_ends[-1] != len(tokens):
+            raise ValueError(
+                f"{self.shard_of(index)} is corrupted: sample {index} has {len(tokens)} tokens, "
+                f"lengths.npy says {self.lengths[index]}; delete {self.path} and build it again "
+                "with generate.py"
+            )
+        if tokens.max() >= self.manifest.vocab_size:
+            raise ValueError(
+                f"{self.shard_of(index)}: sample {index} ({row['id']}) holds token id "
+                f"{tokens.max()}, outside the vocabulary of {self.manifest.vocab_size}; build "
+                f"{self.path} again with the tokenizer it is used with"
+            )
+        return Sample(row["id"], tokens, member_ends, row["member_kinds"])
+
+    def shard_of(self, index: int) -> Path:
+        """The shard file that holds sample ``index``."""
+        shard, _ = self.dataset.spanner[index]
+        return self.path / shard_files(self.path)[shard]["basename"]
+
+
+def read_manifest(path: Path) -> StreamManifest:
+    """The manifest of a finished stream folder."""
+    file = path / "manifest.json"
+    if not file.exists():
+        known = sorted(other.parent.name for other in path.parent.glob("*/manifest.json"))
+        raise FileNotFoundError(
+            f"{path} is not a finished stream (no manifest.json). Finished ones beside it: "
+            f"{', '.join(known) or 'none'}. Build it with generate.py"
+        )
+    content: dict[str, Any] = json.loads(file.read_text())
+    return StreamManifest(**{field.name: content[field.name] for field in fields(StreamManifest)})
+
+
+def open_shards(path: Path) -> LocalDataset:
+    """The MDS reader of a folder, after comparing every shard's size with the index."""
+    for shard in shard_files(path):
+        file, expected = path / shard["basename"], shard["bytes"]
+        found = file.stat().st_size if file.exists() else None
+        if found != expected:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise ValueError(
+                f"the shard {file} {state}, index.json says {expected}: it was truncated or "
+                f"changed; delete {path} and build it again with generate.py"
+            )
+    from streaming import LocalDataset  # takes seconds to import
+
+    return LocalDataset(str(path))
+
+
+def check_same_manifest(downloader: CloudDownloader, remote: str, local: Path) -> None:
+    """Raise ValueError where ``local`` holds a stream that ``remote`` has since replaced."""
+    kept, newest = local / "manifest.json", local / "manifest.json.newest"
+    if not kept.exists():
+        return
+    newest.unlink(missing_ok=True)
+    downloader.download(f"{remote}/manifest.json", str(newest))
+    if newest.read_bytes() != kept.read_bytes():
+        raise ValueError(
+            f"{remote} was built again since it was downloaded to {local}; delete that folder, or "
+            "set data.cache to another"
+        )
+
+
+def shard_files(path: Path) -> list[dict[str, Any]]:
+    """Name and size of every shard, from the index."""
+    shards = json.loads((path / "index.json").read_text())["shards"]
+    return [shard["raw_data"] for shard in shards]
+
+
+def check_same_tokenizer(streams: Sequence[MegadocStream]) -> None:
+    """Raise ValueError where two streams were written with different tokenizers."""
+    first = streams[0]
+    for other in streams[1:]:
+        if other.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
+            raise ValueError(
+                f"{other.path} was written with another tokenizer "
+                f"({other.manifest.tokenizer_sha256[:12]}) than {first.path} "
+                f"({first.manifest.tokenizer_sha256[:12]}); build both again with one tokenizer"
+            )
+
+
+def download_stream(remote: str, cache: str | None) -> Path:
+    """Bring a remote stream into ``cache`` and return its local folder."""
+    if cache is None:
+        raise ValueError(f"{remote} is remote: set data.cache to a local folder for its shards")
+    from streaming.base.storage.download import CloudDownloader
+
+    local = Path(cache) / remote.split("://", 1)[1]
+    local.mkdir(parents=True, exist_ok=True)
+    downloader = CloudDownloader.get(remote)
+
+    def fetch(name: str) -> None:
+        downloader.download(f"{remote}/{name}", str(local / name))
+
+    with (local / "download.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks and runs of a machine share its cache
+        check_same_manifest(downloader, remote, local)
+        for name in ("index.json", "lengths.npy", "member_lengths.npy"):
+            fetch(name)
+        for shard in shard_files(local):
+            fetch(shard["basename"])
+        fetch("manifest.json")  # last: a folder without it is unfinished
+    return local

@@ -1,0 +1,92 @@
+"""Downstream tasks through lm-eval, in this process, on a run's Hugging Face export."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.parallel.ranks import choose_device
+from trainer.run.export import export_run
+from trainer.run.run_dir import write_json
+
+# In a run's folder, for the report.
+TASKS = "tasks.json"
+SETS = "sets.json"
+
+# Accuracy of guessing.
+CHANCE = {
+    "arc_easy": 0.25,
+    "arc_challenge": 0.25,
+    "hellaswag": 0.25,
+    "piqa": 0.5,
+    "sciq": 0.25,
+    "winogrande": 0.5,
+}
+
+
+def evaluate_tasks(
+    run: str | Path, tasks: Sequence[str], task_folder: str | None = None, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Metrics of each task, such as ``{"sciq": {"acc": 0.71, "acc_stderr": 0.01, ...}}``.
+
+    Args:
+        run: run folder or checkpoint folder.
+        tasks: lm-eval's names; the paper's are arc_easy, piqa and sciq.
+        task_folder: folder with task files of your own, for machines without a network.
+        limit: questions of each task; None for all.
+
+    Raises:
+        ValueError: lm-eval is not installed, does not know a task, or cannot get its data.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"tasks={list(tasks)} need the lm-eval package: pip install 'megadocs[eval]'"
+        ) from error
+    manager = TaskManager(include_path=task_folder)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ValueError(
+            f"lm-eval does not know the tasks {unknown}; `lm_eval ls tasks` lists its own, "
+            "task_folder=... adds yours"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        export_run(run, model)
+        try:
+            found: Any = lm_eval.simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(model), "tokenizer": str(model)},
+                tasks=list(tasks),
+                task_manager=manager,
+                device=str(choose_device("auto")),
+                batch_size=16,
+                limit=limit,
+                bootstrap_iters=1000,
+            )
+        except (ConnectionError, FileNotFoundError) as error:
+            raise ValueError(
+                f"the data of tasks={list(tasks)} cannot be had here ({error}); put it into the "
+                "datasets cache (HF_HOME) or use task_folder=... with local files"
+            ) from error
+    return {
+        task: {
+            name.removesuffix(",none"): float(value)
+            for name, value in metrics.items()
+            if isinstance(value, float)
+        }
+        | {"questions": found["n-samples"][task]["effective"]}
+        for task, metrics in found["results"].items()
+        if task in found["n-samples"]  # a group's average has no questions of its own
+    }
+
+
+def keep_scores(path: Path, scores: dict[str, Any]) -> Path:
+    """Keep scores in a finished run's folder, beside those of other names, for the report."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, before | scores)
+    return path

@@ -1,0 +1,179 @@
+"""Ensembles: the mean of the members' logits or probabilities, one member in memory at a time.
+
+The hidden states of all held-out tokens are kept for every member (tokens x D numbers), then the
+predictions are averaged chunk by chunk; neither K models nor all logits are ever held together.
+Every size up to K is scored on the way, because the fit over K needs them all.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.config.schema import TrainConfig
+from trainer.data.batches import NO_TARGET
+from trainer.data.mds import MegadocStream
+from trainer.evaluation.losses import Scores, evaluation_batches
+from trainer.parallel.ranks import choose_device
+from trainer.run.checkpoint import load_model, newest_checkpoint, read_progress
+
+
+class Mean(enum.Enum):
+    """What is averaged over the members."""
+
+    logits = "logits"  # the paper's: a geometric mean of probabilities, normalised again
+    probabilities = "probabilities"  # an arithmetic mean
+
+
+CHUNK_ELEMENTS = 1 << 24  # logits held at a time
+
+
+def evaluate_runs(runs: Sequence[str | Path], validation: str | None = None) -> Scores:
+    """Score one run, or the mean of logits of several; see :func:`evaluate_ensemble`."""
+    return evaluate_ensemble(runs, validation)[-1]
+
+
+@torch.no_grad()
+def evaluate_ensemble(
+    runs: Sequence[str | Path], validation: str | None = None, mean: Mean = Mean.logits
+) -> list[Scores]:
+    """Score the ensembles of the first 1, 2, ..., K runs.
+
+    Args:
+        runs: run folders (their newest checkpoints) or checkpoint folders.
+        validation: held-out stream by its name or its folder; default the one of the first run.
+        mean: what is averaged.
+
+    Raises:
+        ValueError: the members differ in data, tokenizer, context or mask, or one is named twice.
+    """
+    if len({Path(run).resolve() for run in runs}) < len(runs):
+        raise ValueError(f"runs={[str(run) for run in runs]} names a member twice")
+    device = choose_device("auto")
+    first: TrainConfig | None = None
+    hidden: list[list[Tensor]] = []  # [member][batch] -> [T, D]
+    heads: list[Tensor] = []  # [V, D]
+    stream = None
+    for run in runs:
+        model, config = load_model(run, device)
+        if first is None:
+            first = config
+            name = validation or config.data.validation
+            path = name if "/" in name else f"{config.data.root}/streams/{name}"
+            stream = MegadocStream(path, config.data.cache)
+        assert stream is not None
+        check_comparable(runs[0], first, run, config)
+        check_tokenizer(run, stream)
+        states = []
+        for batch, _ in evaluation_batches(stream, config.data):
+            moved = batch.to(device)
+            state = model(moved.input_ids, moved.positions, moved.cu_seqlens, moved.max_seqlen)
+            states.append(state.cpu())
+        hidden.append(states)
+        heads.append(model.lm_head.weight.to(model.compute_dtype))
+    if first is None or stream is None:
+        raise ValueError("runs=[] names no run to evaluate")
+    scores = [Scores(stream) for _ in runs]
+    losses_of = {Mean.logits: mean_logit_losses, Mean.probabilities: mean_probability_losses}[mean]
+    for place, (batch, _) in enumerate(evaluation_batches(stream, first.data)):
+        members = [states[place].to(device) for states in hidden]
+        for size, losses in zip(
+            scores, losses_of(members, heads, batch.targets.to(device)), strict=True
+        ):
+            size.add(batch, losses)
+    return scores
+
+
+def check_tokenizer(run: str | Path, stream: MegadocStream) -> None:
+    """Raise ValueError where a model was trained with another tokenizer than the stream's."""
+    trained = read_progress(newest_checkpoint(run)).tokenizer_sha256
+    if trained != stream.manifest.tokenizer_sha256:
+        raise ValueError(
+            f"{run} was trained with the tokenizer {trained[:12]}, {stream.path} was written with "
+            f"{stream.manifest.tokenizer_sha256[:12]}; its losses would mean nothing"
+        )
+
+
+def mean_logit_losses(hidden: list[Tensor], heads: list[Tensor], targets: Tensor) -> Tensor:
+    """Cross-entropy of the averaged logits of the first 1, ..., K members.
+
+    Args:
+        hidden: one ``[T, D]`` a member.
+        heads: one ``[V, D]`` a member.
+        targets: int64 ``[T]``, -100 where there is nothing to predict.
+
+    Returns:
+        ``[K, T]`` losses in nats, 0 without a target; fp32, or fp64 where the heads are.
+    """
+    chunks = []
+    for part in chunked(targets, heads):
+        total: Tensor | float = 0.0  # [C, V]
+        sizes = []
+        for size, (states, head) in enumerate(zip(hidden, heads, strict=True), 1):
+            total = at_least_fp32(states[part] @ head.T) + total
+            sizes.append(
+                F.cross_entropy(
+                    total / size, targets[part], ignore_index=NO_TARGET, reduction="none"
+                )
+            )
+        chunks.append(torch.stack(sizes))
+    return torch.cat(chunks, dim=1)
+
+
+def mean_probability_losses(hidden: list[Tensor], heads: list[Tensor], targets: Tensor) -> Tensor:
+    """Cross-entropy of the averaged probabilities; arguments and result as in mean of logits.
+
+    Only the target's probability matters, so ``-log(mean_k p_k)`` is a log-sum-exp over members of
+    the losses, which never underflows.
+    """
+    chunks = []
+    for part in chunked(targets, heads):
+        losses = torch.stack(
+            [
+                F.cross_entropy(
+                    at_least_fp32(states[part] @ head.T),
+                    targets[part],
+                    ignore_index=NO_TARGET,
+                    reduction="none",
+                )
+                for states, head in zip(hidden, heads, strict=True)
+            ]
+        )  # [K, C]
+        counts = torch.arange(1, len(heads) + 1, device=losses.device, dtype=losses.dtype)
+        chunks.append(counts.log()[:, None] - torch.logcumsumexp(-losses, dim=0))
+    # A place without a target has the loss 0 in every member, hence 0 here as well.
+    return torch.cat(chunks, dim=1)
+
+
+def chunked(targets: Tensor, heads: list[Tensor]) -> Iterator[slice]:
+    """Parts of the tokens whose logits fit in memory together."""
+    rows = max(1, CHUNK_ELEMENTS // heads[0].shape[0])
+    for start in range(0, len(targets), rows):
+        yield slice(start, start + rows)
+
+
+def at_least_fp32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype is torch.float64 else logits.float()
+
+
+def check_comparable(
+    first_run: str | Path, first: TrainConfig, run: str | Path, config: TrainConfig
+) -> None:
+    """Raise ValueError where two members do not predict the same tokens from the same context."""
+    for name in ("root", "context_length", "mask"):
+        ours, theirs = getattr(first.data, name), getattr(config.data, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{run} has data.{name}={theirs}, {first_run} has {ours}: members of an ensemble "
+                "must read the same held-out data in the same way"
+            )
+    if first.model.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"{run} has a vocabulary of {config.model.vocab_size}, {first_run} one of "
+            f"{first.model.vocab_size}: their logits cannot be averaged"
+        )

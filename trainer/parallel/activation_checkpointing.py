@@ -1,0 +1,94 @@
+"""How much of the forward pass is kept for the backward pass, and choosing it by memory.
+
+none        everything is kept
+selective   a block is computed again, but for its attention, the dear part of a long document
+full        only the inputs of the blocks are kept
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from trainer.config.schema import Averaging, Recompute, TrainConfig
+from trainer.model.llama import Llama
+
+# Operators whose results a selective block keeps, by name: ours, PyTorch's, flash-attn's.
+ATTENTION = (
+    "varlen_attention",
+    "varlen_attn",
+    "scaled_dot_product",
+    "flash_attn",
+    "flex_attention",
+)
+STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
+WEIGHT_BYTES = 4  # a parameter of the averaged weights, or of a teacher
+SAFETY = 1.25  # fragmentation, libraries, temporaries
+USABLE = 0.94  # of the device's memory
+LOSS_BYTES = 1 << 30  # chunks of logits
+
+
+def recompute_blocks(model: Llama, mode: Recompute) -> None:
+    """Wrap every block so that ``mode`` says what is computed again."""
+    if mode is Recompute.none:
+        return
+    options: dict[str, Any] = {}
+    if mode is Recompute.selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = checkpoint_wrapper(layer, **options)
+
+
+def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what attention gives, compute the rest again."""
+    if any(name in str(operator) for name in ATTENTION):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def choose_recompute(
+    config: TrainConfig, tokens: int, shards: int, device: torch.device
+) -> Recompute:
+    """The cheapest mode that fits the device's memory; ``none`` on a CPU.
+
+    Args:
+        config: the run.
+        tokens: places of one micro-batch on one rank.
+        shards: ranks that share one copy of the model's states.
+        device: where it runs.
+    """
+    if config.runtime.recompute is not Recompute.auto:
+        return config.runtime.recompute
+    if device.type != "cuda":
+        return Recompute.none
+    memory = USABLE * torch.cuda.get_device_properties(device).total_memory
+    for mode in (Recompute.none, Recompute.selective):
+        if step_bytes(config, tokens, shards, mode) <= memory:
+            return mode
+    return Recompute.full
+
+
+def step_bytes(config: TrainConfig, tokens: int, shards: int, mode: Recompute) -> int:
+    """Estimate of the peak of one step in bytes, activations in bf16."""
+    model = config.model
+    width, kv_width = model.hidden_size, model.num_kv_heads * model.head_dim
+    # Inputs of norms (2), their outputs (2), queries and attention's output; keys and values; the
+    # three products of the feed-forward block.
+    block = 2 * (6 * width + 2 * kv_width + 3 * model.intermediate_size)
+    kept = {
+        Recompute.none: block,
+        Recompute.selective: 2 * 2 * width,
+        Recompute.full: 2 * width,
+    }[mode]
+    working = 0 if mode is Recompute.none else block  # of the block that is computed again
+    activations = tokens * (model.num_layers * kept + working + 4 * 2 * width)
+    head = 2 * 4 * model.vocab_size * width  # fp32 gradient of the head and its copy
+    averaged = WEIGHT_BYTES if config.optimizer.averaging is not Averaging.none else 0
+    states = (STATE_BYTES + averaged) * model.parameter_count() // shards
+    # Teachers are not sharded, and taken to be as large as the student.
+    states += len(config.distillation.teachers) * WEIGHT_BYTES * model.parameter_count()
+    return int(SAFETY * (activations + head + LOSS_BYTES) + states)

@@ -1,0 +1,171 @@
+"""Hugging Face Llama folders: export of a trained run, and weights to start from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from trainer.config.schema import TrainConfig
+from trainer.model.llama import Llama
+from trainer.run.checkpoint import load_model, newest_checkpoint, read_progress
+
+SHARD_BYTES = 4 << 30
+
+
+def export_run(run: str | Path, folder: Path) -> None:
+    """Write a run as ``LlamaForCausalLM`` with sharded safetensors and its tokenizer.
+
+    Raises:
+        ValueError: ``folder`` exists and is not empty, or the corpus folder has got another
+            tokenizer since.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"export={folder} is not empty; choose a new folder")
+    model, config = load_model(run)
+    tokenizer = Path(config.data.root) / "tokenizer"
+    manifest = json.loads((tokenizer / "manifest.json").read_text())
+    trained = read_progress(newest_checkpoint(run)).tokenizer_sha256
+    if trained != manifest["sha256"]:
+        raise ValueError(
+            f"{run} was trained with the tokenizer {trained[:12]}, {tokenizer} now holds "
+            f"{manifest['sha256'][:12]}; put the old one back to export them together"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_shards(model.state_dict(), folder)
+    (folder / "config.json").write_text(
+        json.dumps(hugging_face_config(config, manifest["eos_id"]), indent=1)
+    )
+    shutil.copy(tokenizer / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": manifest["eos_token"],
+                "model_max_length": config.data.context_length,
+            },
+            indent=1,
+        )
+    )
+
+
+def hugging_face_config(config: TrainConfig, eos_id: int) -> dict[str, object]:
+    """``config.json`` of a Llama."""
+    model = config.model
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": config.data.context_length,
+        "rope_theta": model.rope_theta,
+        "rms_norm_eps": model.norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": eos_id,
+        "torch_dtype": "float32",
+    }
+
+
+def save_shards(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Safetensors files of at most ``SHARD_BYTES`` and the index that joins them."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def load_hugging_face(model: Llama, folder: Path, tokenizer: Path) -> None:
+    """Give ``model`` the weights of a Llama folder, exported here or elsewhere.
+
+    Args:
+        model: on the CPU.
+        folder: with ``config.json`` and safetensors.
+        tokenizer: ``tokenizer.json`` of the corpus; compared with the folder's where both exist.
+
+    Raises:
+        FileNotFoundError: the folder holds no config or no safetensors.
+        ValueError: the model is not a plain Llama, or has another shape or tokenizer.
+    """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"initial_weights={folder} holds no config.json of a Llama")
+    content = json.loads((folder / "config.json").read_text())
+    theirs = llama_shape(content, folder)
+    wanted = {key: value for key, value in theirs.items() if getattr(model.config, key) != value}
+    if wanted:
+        asked = " ".join(f"model.{key}={value}" for key, value in wanted.items())
+        raise ValueError(f"initial_weights={folder} has another shape than model=...; add {asked}")
+    own = folder / "tokenizer.json"
+    if own.exists() and tokenizer.exists() and vocabulary(own) != vocabulary(tokenizer):
+        raise ValueError(
+            f"initial_weights={folder} was trained with another tokenizer than {tokenizer}; write "
+            f"the corpus with tokenizer=file tokenizer.path={own}"
+        )
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= load_file(file)
+    if not state:
+        raise FileNotFoundError(f"initial_weights={folder} holds no *.safetensors files")
+    if content.get("tie_word_embeddings"):
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+
+
+def llama_shape(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields of :class:`ModelConfig` that a Llama's ``config.json`` fixes."""
+    head_dim = content["hidden_size"] // content["num_attention_heads"]
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    unsupported = {
+        "model_type": content.get("model_type") != "llama",
+        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "attention_bias": bool(content.get("attention_bias")),
+        "mlp_bias": bool(content.get("mlp_bias")),
+        "hidden_act": content.get("hidden_act", "silu") != "silu",
+        "head_dim": (content.get("head_dim") or head_dim) != head_dim,
+    }
+    for key, is_unsupported in unsupported.items():
+        if is_unsupported:
+            raise ValueError(f"{folder}/config.json: {key}={content.get(key)} is not supported")
+    return {
+        "hidden_size": content["hidden_size"],
+        "intermediate_size": content["intermediate_size"],
+        "num_layers": content["num_hidden_layers"],
+        "num_heads": content["num_attention_heads"],
+        "num_kv_heads": content.get("num_key_value_heads", content["num_attention_heads"]),
+        "vocab_size": content["vocab_size"],
+        "rope_theta": content.get("rope_theta", rope.get("rope_theta", 10_000.0)),
+        "norm_eps": content["rms_norm_eps"],
+    }
+
+
+def vocabulary(tokenizer: Path) -> dict[str, int]:
+    """Number of every token."""
+    return Tokenizer.from_file(str(tokenizer)).get_vocab()

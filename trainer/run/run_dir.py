@@ -1,0 +1,103 @@
+"""The folder of a run: one config, one process at a time, files that are complete or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from trainer.config.schema import TrainConfig, load_config, save_config
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path, config: TrainConfig) -> Iterator[None]:
+    """Hold the run folder alone, created or left by an earlier attempt with the same config.
+
+    Raises:
+        ValueError: another config was trained there, or another process is training there now.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training {run_dir} right now; wait for it, or choose "
+                "another name=..."
+            ) from None
+        record_config(run_dir, config)
+        yield
+
+
+def finished_loss(config: TrainConfig) -> float | None:
+    """The i.i.d. validation loss of a run that has ended; None where it has not.
+
+    Raises:
+        ValueError: the folder holds a run with another config.
+    """
+    path = config.run_dir() / "result.json"
+    if not path.exists():
+        return None
+    check_same_config(config.run_dir(), config)
+    return json.loads(path.read_text())["loss"]["iid"]
+
+
+def check_same_config(run_dir: Path, config: TrainConfig) -> None:
+    """Raise ValueError where ``config.yaml`` is that of another experiment."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return
+    earlier = load_config(path)
+    # A recorded config has the tokenizer's vocabulary; before the streams are open it may be 0.
+    vocabulary = config.model.vocab_size or earlier.model.vocab_size
+    config = replace(config, model=replace(config.model, vocab_size=vocabulary))
+    if earlier.identity() != config.identity():
+        raise ValueError(
+            f"{run_dir} holds a run with another config ({differences(earlier, config)}); "
+            "choose another name=... or delete that folder"
+        )
+
+
+def record_config(run_dir: Path, config: TrainConfig) -> None:
+    """Write ``config.yaml``, or compare with the one that is there."""
+    check_same_config(run_dir, config)
+    path = run_dir / "config.yaml"
+    if path.exists():
+        return
+    unfinished = path.with_suffix(".tmp")
+    save_config(config, unfinished)
+    os.replace(unfinished, path)
+
+
+def differences(earlier: TrainConfig, config: TrainConfig) -> str:
+    """What two configs learn differently, as ``key: old -> new``."""
+
+    def flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+        items: dict[str, object] = {}
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                items |= flat(value, f"{prefix}{key}.")
+            else:
+                items[prefix + key] = value
+        return items
+
+    old, new = flat(earlier.learnt()), flat(config.learnt())
+    return ", ".join(
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in old | new
+        if old.get(key) != new.get(key)
+    )
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON atomically."""
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,187 @@
+"""A table, figures and one self-contained HTML page from a folder of finished runs."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.study.benchmark_scores import benchmark_error
+from trainer.study.figures import recipe_figures
+from trainer.study.fits import answers, efficiency_text, law_figures, real_data_law
+from trainer.study.page import (
+    Drawing,
+    Missing,
+    environment_line,
+    figure_section,
+    page,
+    table,
+    write_csv,
+    write_drawing,
+)
+from trainer.study.paper import published_loss
+from trainer.study.runs import Group, Run, Study, read_study
+
+
+def write_report(folder: Path, output: Path) -> tuple[str, Path]:
+    """Read the runs below ``folder`` and write figures, their numbers and the page to ``output``.
+
+    Returns:
+        The table as text, and the path of the HTML page.
+
+    Raises:
+        FileNotFoundError: no run is finished.
+        ValueError: runs that cannot be compared, or a loss that is not a number.
+    """
+    study = read_study(folder)
+    rows = [run_row(run, study.runs) for run in study.runs]
+    costs = [compute_row(group) for group in study.groups]
+    figures = [*recipe_figures(study), benchmark_error(study), *law_figures(study)]
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(output / "runs.csv", rows)
+    write_csv(output / "compute.csv", costs)
+    sections = [introduction(study), table(rows, best_run(study.runs))]
+    for drawing in figures:
+        if isinstance(drawing, Drawing):
+            sections.append(figure_section(drawing, write_drawing(drawing, output)))
+    sections += ["<h2>Compute</h2>", table(costs), compute_note(), certificates(study)]
+    missing = [drawing for drawing in figures if isinstance(drawing, Missing)]
+    if missing:
+        sections.append("<h2>Not drawn</h2>")
+        sections += [
+            f'<p class="note">{html.escape(one.title)}: {html.escape(one.reason)}.</p>'
+            for one in missing
+        ]
+    path = output / "report.html"
+    footer = environment_line(study.runs[0].path)
+    path.write_text(page(f"Megadocs: runs in {folder}", sections, footer), encoding="utf-8")
+    text = format_table(rows)
+    if study.unfinished:
+        text += f"\nnot finished, left out: {unfinished_names(study)}"
+    return text, path
+
+
+def answer_data_efficiency(folder: Path) -> str:
+    """How many times more real data each recipe is worth, with certainty and cost.
+
+    Raises:
+        ValueError: the runs do not hold what the question needs; says what is missing.
+    """
+    study = read_study(folder)
+    law = real_data_law(study)
+    return efficiency_text(answers(study, law), law)
+
+
+def best_run(runs: Sequence[Run]) -> int:
+    return min(range(len(runs)), key=lambda index: runs[index].loss)
+
+
+def run_row(run: Run, runs: Sequence[Run]) -> dict[str, str]:
+    """A run in the table; the difference is to the best real-only run of the same setting."""
+    recipe, loss = run.config.recipe, run.result["loss"]
+    real = [other.loss for other in runs if other.kind == "real" and other.setting == run.setting]
+    data = run.config.data
+    published = published_loss(run.kind, run.generations, data.mask.value, data.context_length)
+    return {
+        "recipe": run.kind,
+        "G": str(run.generations or "-"),
+        "mask": data.mask.value,
+        "w": f"{recipe.mixing_fraction:g}",
+        "epochs": f"{recipe.epochs:g}",
+        "lr": f"{recipe.learning_rate:g}",
+        "wd": f"{recipe.weight_decay:g}",
+        "seed": str(run.config.seed),
+        "real tokens": "-" if run.alone else f"{run.real_tokens:,}",
+        "steps": f"{run.result['steps']:,}",
+        "tokens": f"{run.tokens:,}",
+        **{("loss" if name == "iid" else name): f"{value:.4f}" for name, value in loss.items()},
+        "bits/byte": f"{run.result['bits_per_byte']:.4f}",
+        "vs real": f"{run.loss - min(real):+.4f}" if real else "-",
+        "paper": f"{published:g}" if published else "-",
+    }
+
+
+def compute_row(group: Group) -> dict[str, str]:
+    """What one configuration costs, a seed."""
+    run, recipe = group.first, group.first.config.recipe
+    hours = sum(one.hours for one in group.runs) / len(group.runs)
+    return {
+        "recipe": run.kind,
+        "G": str(run.generations or "-"),
+        "parameters": f"{run.result['parameters']:,}",
+        "real tokens": "-" if run.alone else f"{run.real_tokens:,}",
+        "mask": run.config.data.mask.value,
+        "context": f"{run.config.data.context_length:,}",
+        "epochs": f"{recipe.epochs:g}",
+        "w": f"{recipe.mixing_fraction:g}",
+        "lr": f"{recipe.learning_rate:g}",
+        "wd": f"{recipe.weight_decay:g}",
+        "tokens trained": f"{run.tokens:,}",
+        "real tokens seen": "-" if run.alone else f"{run.real_tokens_seen:,}",
+        "synthetic passes": f"{run.synthetic_passes:.2f}",
+        "FLOPs": f"{run.flops:.3g}",
+        "hours": f"{hours:.4g} {run.device}",
+        "generated tokens": "-" if run.alone else f"{run.generation_tokens:,}",
+        "seeds": str(len(group.runs)),
+        "loss": f"{group.mean():.4f}",
+        "SD": f"{group.spread():.4f}" if len(group.runs) > 1 else "-",
+    }
+
+
+def compute_note() -> str:
+    return (
+        '<p class="note">FLOPs of forward and backward passes, the head included, attention as if '
+        "no mask cut the windows. Hours are those of one seed, summed over its processes, without "
+        "the generation; generated tokens are counted with the model's tokenizer.</p>"
+    )
+
+
+def format_table(rows: Sequence[dict[str, str]]) -> str:
+    """The rows as aligned text."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    widths = {name: max(len(name), *(len(row.get(name, "-")) for row in rows)) for name in names}
+    lines = ["  ".join(name.rjust(widths[name]) for name in names)]
+    lines += ["  ".join(row.get(name, "-").rjust(widths[name]) for name in names) for row in rows]
+    return "\n".join(lines)
+
+
+def introduction(study: Study) -> str:
+    """What the losses are, and what was left out."""
+    evaluation = study.runs[0].result["evaluation"]
+    text = (
+        f"<p>Losses in nats per token on {evaluation['documents']} held-out documents; documents "
+        f"of up to {evaluation['short_up_to']:,} tokens (the median) count as short. The best run "
+        "is bold. The column paper holds the published loss of the tuned 300M recipe, on another "
+        "corpus and tokenizer.</p>"
+    )
+    if study.unfinished:
+        text += f"<p>Not finished and left out: {html.escape(unfinished_names(study))}.</p>"
+    return text
+
+
+def unfinished_names(study: Study) -> str:
+    return ", ".join(
+        f"{path.name} (diverged)" if (path / "diverged.txt").exists() else path.name
+        for path in study.unfinished
+    )
+
+
+def certificates(study: Study) -> str:
+    """The star searches: optimum, the closest neighbour, axes that end at it."""
+    if not study.certificates:
+        return ""
+    rows = []
+    for found in study.certificates:
+        margins = [one["margin"] for one in found["neighbours"] if one["margin"] is not None]
+        rows.append(
+            {
+                "search": " ".join(one for one in found["study"] if one.startswith("recipe")),
+                "optimum": ", ".join(f"{key}={value:g}" for key, value in found["optimum"].items()),
+                "loss": f"{found['loss']:.4f}",
+                "neighbours beaten": str(len(found["neighbours"])),
+                "by at least": f"{min(margins):.4f}" if margins else "-",
+                "on the edge": ", ".join(one["axis"] for one in found["edges"]) or "-",
+                "runs": str(found["runs"]),
+            }
+        )
+    return "<h2>Star searches</h2>" + table(rows)

@@ -1,0 +1,316 @@
+"""Finished runs as a report sees them: read, checked, grouped by what was learnt but for the seed.
+
+A *group* is one configuration with its seeds. A *setting* is what must agree before recipes can be
+compared: model size, mask, context and real tokens. The report's main setting is the one with the
+most recipes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from trainer.config.schema import TrainConfig, load_config
+from trainer.evaluation import downstream
+from trainer.model.flops import training_flops
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    config: TrainConfig
+    result: dict[str, Any]
+    metrics: list[dict[str, float]]
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # of lm-eval
+
+    @property
+    def kind(self) -> str:
+        """``real``, the kind of the synthetic stream with its variant, or a stream ``alone``.
+
+        A student of teachers is a kind of its own: it must not stand for its recipe, least of all
+        for real-only training, which is the reference of data efficiency.
+        """
+        recipe = self.config.recipe
+        kind = f"{recipe.base} alone" if self.alone else recipe.stream or recipe.base
+        return f"{kind} distilled" if self.config.distillation.teachers else kind
+
+    @property
+    def alone(self) -> bool:
+        """Whether the base is a synthetic stream; how much of it is real is not known here."""
+        return self.config.recipe.stream is None and self.config.recipe.base != "real"
+
+    @property
+    def generations(self) -> int:
+        return self.config.recipe.used_generations
+
+    @property
+    def loss(self) -> float:
+        """i.i.d. validation loss, nats per token."""
+        return self.result["loss"]["iid"]
+
+    def stream_tokens(self, name: str) -> int:
+        """Tokens of a whole stream, from the tokens and the passes over it."""
+        return round(self.result["tokens_seen"][name] / self.result["epochs_seen"][name])
+
+    @property
+    def real_tokens(self) -> int:
+        """Unique real tokens: of the base stream, all of it where it is read alone."""
+        return self.stream_tokens(self.config.recipe.base)
+
+    @property
+    def generation_tokens(self) -> int:
+        """Synthetic tokens that had to be generated, in tokens of this model's tokenizer."""
+        name = self.config.recipe.synthetic
+        if name is None:
+            return 0
+        real = 0 if "no-real" in name else self.real_tokens
+        return self.stream_tokens(name) - real
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return sum(self.result["tokens_seen"].values())
+
+    @property
+    def synthetic_passes(self) -> float:
+        name = self.config.recipe.synthetic
+        return self.result["epochs_seen"][name] if name else 0.0
+
+    @property
+    def real_tokens_seen(self) -> int:
+        """Real tokens trained on: of the base stream, and of the copies in the synthetic one."""
+        copies = 0 if "no-real" in self.kind else self.synthetic_passes * self.real_tokens
+        return round(self.result["tokens_seen"][self.config.recipe.base] + copies)
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs; attention as if no mask cut the windows, so an upper bound under a mask."""
+        pairs = self.tokens * (self.config.data.context_length + 1) // 2
+        return training_flops(self.config.model, self.tokens, pairs)
+
+    @property
+    def hours(self) -> float:
+        """Device hours: the time of every process (results of one process did not say so once)."""
+        return self.result["seconds"] / 3600 * self.result.get("processes", 1)
+
+    @property
+    def device(self) -> str:
+        """``GPU`` or ``CPU``, for the unit of hours."""
+        return "GPU" if self.result.get("device") == "cuda" else "CPU"
+
+    @property
+    def setting(self) -> tuple[int, str, int, int]:
+        """Parameters, mask, context length, real tokens."""
+        data = self.config.data
+        return (self.result["parameters"], data.mask.value, data.context_length, self.real_tokens)
+
+    @cached_property
+    def group(self) -> str:
+        """The same for runs that differ in their seeds alone."""
+        data = replace(self.config.data, seed=0)
+        return replace(self.config, seed=0, data=data).identity()
+
+
+@dataclass(frozen=True)
+class Group:
+    """One configuration, its seeds."""
+
+    runs: list[Run]
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    def losses(self, name: str = "iid") -> list[float]:
+        """One loss a seed on an evaluation set."""
+        return [run.result["loss"][name] for run in self.runs]
+
+    def mean(self, name: str = "iid") -> float:
+        return statistics.mean(self.losses(name))
+
+    def spread(self, name: str = "iid") -> float:
+        """Sample standard deviation over the seeds (n - 1); 0 for one seed."""
+        losses = self.losses(name)
+        return statistics.stdev(losses) if len(losses) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Scores of the ensembles of the first 1 to K members, written by ``evaluate.py``."""
+
+    name: str
+    mean: str
+    losses: list[float]
+    evaluation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything below one folder."""
+
+    folder: Path
+    runs: list[Run]
+    unfinished: list[Path]
+    ensembles: list[Ensemble]
+    certificates: list[dict[str, Any]]  # of star searches
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        by_group: dict[str, list[Run]] = defaultdict(list)
+        for run in self.runs:
+            by_group[run.group].append(run)
+        return [Group(runs) for runs in by_group.values()]
+
+    @cached_property
+    def main_setting(self) -> tuple[int, str, int, int]:
+        """The setting with the most recipes; of equal ones the largest."""
+        recipes: dict[tuple[int, str, int, int], set[tuple[str, int]]] = defaultdict(set)
+        for run in self.runs:
+            recipes[run.setting].add((run.kind, run.generations))
+        return max(recipes, key=lambda setting: (len(recipes[setting]), setting))
+
+    @property
+    def main(self) -> list[Group]:
+        """The groups of the main setting."""
+        return [group for group in self.groups if group.first.setting == self.main_setting]
+
+
+Key = Callable[[Run], Hashable]
+
+
+def best_by(groups: Iterable[Group], key: Key, name: str = "iid") -> dict[Any, Group]:
+    """For each value of ``key``, in sorted order, the group of most seeds with the least mean loss.
+
+    A search tries many configurations with one seed and the luckiest of them looks best, so it must
+    not stand against one that was trained with several.
+    """
+    found: dict[Any, Group] = {}
+    for group in groups:
+        value = key(group.first)
+        rank = (-len(group.runs), group.mean(name))
+        if value not in found or rank < (-len(found[value].runs), found[value].mean(name)):
+            found[value] = group
+    return dict(sorted(found.items()))
+
+
+def read_study(folder: Path) -> Study:
+    """Everything finished below ``folder``, checked to be comparable.
+
+    Raises:
+        FileNotFoundError: no run is finished.
+        ValueError: runs that cannot be compared, or a loss that is not a number.
+    """
+    runs, unfinished = read_runs(folder)
+    check_comparable(runs)
+    ensembles = read_ensembles(folder, runs[0])
+    certificates = [json.loads(path.read_text()) for path in sorted(folder.rglob("star/*.json"))]
+    return Study(folder, runs, unfinished, ensembles, certificates)
+
+
+def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
+    """Finished runs below ``folder``, real first, and the folders of unfinished ones."""
+    found = sorted(path.parent for path in folder.rglob("config.yaml"))
+    finished = [path for path in found if (path / "result.json").exists()]
+    unfinished = [path for path in found if path not in finished]
+    if not finished:
+        raise FileNotFoundError(
+            f"{folder} holds no finished run ({len(unfinished)} unfinished); train with "
+            "python train.py first"
+        )
+    runs = []
+    for path in finished:
+        metrics, scores = path / "metrics.jsonl", path / downstream.TASKS
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        try:
+            config = load_config(path / "config.yaml")
+            result = json.loads((path / "result.json").read_text())
+            tasks = json.loads(scores.read_text()) if scores.exists() else {}
+            sets = path / downstream.SETS
+            result["sets"] = json.loads(sets.read_text()) if sets.exists() else {}
+            result["loss"] |= {name: one["loss"]["iid"] for name, one in result["sets"].items()}
+            runs.append(Run(path, config, result, [json.loads(line) for line in lines], tasks))
+        except (ValueError, OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): it was written by another version or damaged; "
+                "move it out of the folder"
+            ) from error
+    return sorted(runs, key=lambda run: (run.kind != "real", run.kind, run.generations)), unfinished
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Raise ValueError where losses of different things would stand in one table."""
+    for run in runs:
+        for name, loss in run.result["loss"].items():
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"{run.path} has the loss {loss} on {name}; leave that run out or redo it"
+                )
+    seen: dict[str, Run] = {}
+    for run in runs:
+        twin = seen.setdefault(run.config.identity(), run)
+        if twin is not run:
+            raise ValueError(
+                f"{run.path} repeats {twin.path}, its seeds included; as two seeds they would make "
+                "the error bars too small: move one of them out of the folder"
+            )
+    # How many tokens have a loss depends on how documents are laid into windows.
+    first_reading: dict[Hashable, Run] = {}
+    for run in runs:
+        first = runs[0]
+        for key in ("tokenizer_sha256", "stream", "documents", "tokens"):
+            if key == "tokens":
+                data = run.config.data
+                first = first_reading.setdefault((data.mask, data.context_length), run)
+            check_same_evaluation(
+                str(first.path), first.result["evaluation"], str(run.path), run.result, key
+            )
+
+    scored: dict[str, Run] = {}
+    for run in runs:
+        for name, one in run.result["sets"].items():
+            first = scored.setdefault(name, run)
+            for key in ("tokenizer_sha256", "documents"):
+                expected = first.result["sets"][name]["evaluation"]
+                check_same_evaluation(str(first.path), expected, str(run.path), one, key)
+
+
+def check_same_evaluation(
+    first: str, expected: dict[str, Any], other: str, result: dict[str, Any], key: str
+) -> None:
+    """Raise ValueError where two results were measured on different things."""
+    ours, theirs = expected[key], result["evaluation"][key]
+    if ours != theirs:
+        raise ValueError(
+            f"{other} was evaluated with {key}={theirs}, {first} with {ours}: "
+            "their losses cannot be compared; report them apart"
+        )
+
+
+def read_ensembles(folder: Path, first: Run) -> list[Ensemble]:
+    """Ensembles that ``evaluate.py output=<folder>/ensembles/NAME.json`` scored."""
+    found = []
+    for path in sorted(folder.rglob("ensembles/*.json")):
+        content = json.loads(path.read_text())
+        if "members" not in content:
+            raise ValueError(f"{path} is no ensemble: evaluate.py wrote it for one run; move it")
+        losses = [size["loss"]["iid"] for size in content["sizes"]]
+        if not all(math.isfinite(loss) for loss in losses):
+            raise ValueError(f"{path} holds the losses {losses}; score the ensemble again")
+        for key in ("tokenizer_sha256", "stream", "documents"):
+            check_same_evaluation(
+                str(first.path), first.result["evaluation"], str(path), content, key
+            )
+        found.append(Ensemble(path.stem, content["mean"], losses, content["evaluation"]))
+    return found

@@ -1,0 +1,401 @@
+"""Scaling laws: robust fits with bootstrap intervals, and the choice among laws by held-out error.
+
+Every law (``trainer/study/laws.py``) is linear in its coefficients once its shape is fixed.
+Starts come from non-negative
+least squares over a grid of shapes (variable projection, Golub and Pereyra 1973); the best of them
+are refined on the logarithms of all parameters with a Huber loss on log-residuals (Hoffmann et al.
+2203.15556, appendix D.2). Trust-region least squares sums the residuals, so it does not stop early
+as a mean of tiny Huber terms does (Besiroglu et al. 2404.10102).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import least_squares, nnls
+
+from trainer.study.laws import POWER, Law
+
+HUBER_DELTA = 1e-3  # of log-residuals, as in Hoffmann et al.
+STARTS = 3  # of the grid, refined in full
+STEP = 1e-7  # of the logarithm of a shape, in forward differences
+REPLICATES = 200
+LEVEL = 0.95
+SMALLEST = 1e-12  # stands for a coefficient of 0, which has no logarithm
+
+
+@dataclass(frozen=True)
+class Points:
+    """Measured losses: ``inputs [n, k]``, and for each point one loss a seed, nats per token.
+
+    Raises:
+        ValueError: a loss or an input is not finite and positive, or a point has no loss.
+    """
+
+    inputs: np.ndarray
+    losses: Sequence[Sequence[float]] | np.ndarray
+
+    def __post_init__(self) -> None:
+        inputs = np.asarray(self.inputs, dtype=np.float64)
+        object.__setattr__(self, "inputs", inputs[:, None] if inputs.ndim == 1 else inputs)
+        if len(self.inputs) != len(self.losses) or not all(len(seeds) for seeds in self.losses):
+            raise ValueError(
+                f"{len(self.inputs)} points with losses of {[len(s) for s in self.losses]} seeds; "
+                "every point needs at least one loss"
+            )
+        for values, seeds in zip(self.inputs, self.losses, strict=True):
+            for value in (*values, *seeds):
+                if not (math.isfinite(value) and value > 0):
+                    raise ValueError(
+                        f"the point {values.tolist()} with losses {list(seeds)} holds {value}; a "
+                        "law is fitted to finite numbers above 0: leave that run out or redo it"
+                    )
+
+    @property
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """One row a seed: inputs ``[m, k]`` and losses ``[m]``."""
+        counts = [len(seeds) for seeds in self.losses]
+        return np.repeat(self.inputs, counts, axis=0), np.concatenate(
+            [np.asarray(seeds, dtype=np.float64) for seeds in self.losses]
+        )
+
+    def distinct(self) -> int:
+        return len(np.unique(self.inputs, axis=0))
+
+    def without(self, index: int) -> Points:
+        keep = [place for place in range(len(self.losses)) if place != index]
+        return Points(self.inputs[keep], [self.losses[place] for place in keep])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Percentile interval; NaN where nothing says how large the noise is."""
+
+    low: float
+    high: float
+    level: float = LEVEL
+
+    def __str__(self) -> str:
+        return f"{self.level:.0%} interval {self.low:.4g} to {self.high:.4g}"
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Residuals to draw from, in nats, and the degrees of freedom they rest on."""
+
+    residuals: np.ndarray  # [m], scaled to be unbiased
+    freedom: int
+    source: str  # seeds or points
+
+    def draw(self, generator: np.random.Generator, rows: int, replicates: int) -> np.ndarray:
+        """``[replicates, rows]``.
+
+        Every replicate is widened by ``sqrt(f / chi2_f)``: few residuals do not know their own
+        spread well, and without it intervals from three seeds would be far too narrow (this is
+        what turns a normal interval into Student's).
+        """
+        chosen = generator.choice(self.residuals, (replicates, rows))
+        widen = np.sqrt(self.freedom / generator.chisquare(self.freedom, (replicates, 1)))
+        return chosen * widen
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law with its bootstrap replicates."""
+
+    law: Law
+    points: Points
+    values: np.ndarray  # [p]
+    replicates: np.ndarray  # [r, p]; r = 0 where nothing says how large the noise is
+    noise: Noise | None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        return dict(zip(self.law.parameters, self.values.tolist(), strict=True))
+
+    def interval(self, name: str) -> Interval:
+        """Of one parameter."""
+        return percentiles(self.replicates[:, self.law.parameters.index(name)])
+
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """Losses ``[n]`` at ``inputs`` (``[n]`` or ``[n, k]``)."""
+        inputs = np.asarray(inputs, dtype=np.float64)
+        return self.law.predict(self.values, inputs[:, None] if inputs.ndim == 1 else inputs)
+
+    def predict_interval(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper ends ``[n]`` of the curve itself (not of a new measurement)."""
+        inputs = np.asarray(inputs, dtype=np.float64)
+        inputs = inputs[:, None] if inputs.ndim == 1 else inputs
+        if not len(self.replicates):
+            return np.full((2, len(inputs)), math.nan)  # type: ignore[return-value]
+        curves = np.stack([self.law.predict(values, inputs) for values in self.replicates])
+        tail = (1 - LEVEL) / 2
+        low, high = np.quantile(curves, (tail, 1 - tail), axis=0)
+        return low, high
+
+    def residual(self) -> float:
+        """Root mean square of measured minus fitted, nats."""
+        inputs, losses = self.points.rows
+        return float(np.sqrt(np.mean((losses - self.law.predict(self.values, inputs)) ** 2)))
+
+
+def percentiles(samples: np.ndarray) -> Interval:
+    """Percentile interval of bootstrap samples; infinities count as the ends they are."""
+    if not len(samples):
+        return Interval(math.nan, math.nan)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(samples, (tail, 1 - tail), method="nearest")
+    return Interval(float(low), float(high))
+
+
+def fit_law(law: Law, points: Points, *, replicates: int = REPLICATES, seed: int = 0) -> Fit:
+    """Fit ``law`` to ``points``, with a bootstrap over seeds, or over points where one seed ran.
+
+    With several seeds the noise is their spread around each point's mean, pooled over the points;
+    with one seed it is the distance of the points from the law. Either is resampled, added to the
+    fitted curve at every measured place, and refitted.
+
+    Raises:
+        ValueError: fewer distinct points than parameters, or points with as many columns as the
+            law does not read.
+    """
+    if points.inputs.shape[1] != len(law.inputs):
+        raise ValueError(
+            f"the {law.name} reads {law.inputs}, the points have {points.inputs.shape[1]} columns"
+        )
+    if points.distinct() < len(law.parameters):
+        raise ValueError(
+            f"{points.distinct()} distinct points cannot determine the {len(law.parameters)} "
+            f"parameters of the {law.name} ({law.formula}); measure at least "
+            f"{len(law.parameters)}, better {len(law.parameters) + 2}"
+        )
+    inputs, losses = points.rows
+    values = refine(law, inputs, losses, grid_starts(law, inputs, losses)[:STARTS])
+    fitted = law.predict(values, inputs)
+    noise = estimate_noise(law, points, losses - fitted)
+    warnings = []
+    samples = np.empty((0, len(values)))
+    if noise is None:
+        warnings.append(
+            f"no interval: {len(losses)} losses of one seed each leave nothing over after "
+            f"{len(values)} parameters; add seeds or points"
+        )
+    elif replicates:
+        generator = np.random.default_rng(seed)
+        drawn = np.maximum(fitted + noise.draw(generator, len(fitted), replicates), 1e-3)
+        samples = np.stack([refine(law, inputs, row, [values]) for row in drawn])
+        if points.distinct() == len(law.parameters):
+            warnings.append(
+                f"{points.distinct()} points determine the {len(law.parameters)} parameters "
+                "exactly: the interval holds the noise of the seeds, nothing tests the law itself"
+            )
+    if noise is not None and noise.source == "seeds":
+        spread = float(np.sqrt(np.mean(noise.residuals**2)))
+        missed = float(np.sqrt(np.mean((losses - fitted) ** 2)))
+        if missed > 3 * spread:
+            warnings.append(
+                f"the {law.name} misses the points by {missed:.4f} nats where seeds differ by "
+                f"{spread:.4f}: it is the wrong law, and its intervals are too narrow"
+            )
+    return Fit(law, points, values, samples, noise, warnings)
+
+
+def estimate_noise(law: Law, points: Points, residuals: np.ndarray) -> Noise | None:
+    """Pooled spread of the seeds; of the points around the law where there is one seed each."""
+    several = [np.asarray(seeds) for seeds in points.losses if len(seeds) > 1]
+    if several:
+        scaled = [
+            (seeds - seeds.mean()) * math.sqrt(len(seeds) / (len(seeds) - 1)) for seeds in several
+        ]
+        freedom = sum(len(seeds) - 1 for seeds in several)
+        return Noise(np.concatenate(scaled), freedom, "seeds")
+    freedom = len(residuals) - len(law.parameters)
+    if freedom < 1:
+        return None
+    return Noise(residuals * math.sqrt(len(residuals) / freedom), freedom, "points")
+
+
+def grid_starts(law: Law, inputs: np.ndarray, losses: np.ndarray) -> list[np.ndarray]:
+    """Parameters ``[p]`` on the grid of shapes, the best first."""
+    found = []
+    for shape in itertools.product(*law.grid):
+        basis = law.basis(np.array(shape), inputs)
+        largest = basis.max(axis=0)
+        largest[largest == 0] = 1.0  # no repeats measured: the penalty's column is empty
+        coefficients, missed = nnls(basis / largest, losses)
+        found.append((missed, np.concatenate((coefficients / largest, shape))))
+    found.sort(key=lambda pair: pair[0])
+    return [np.maximum(values, SMALLEST) for _, values in found]
+
+
+def refine(
+    law: Law, inputs: np.ndarray, losses: np.ndarray, starts: Sequence[np.ndarray]
+) -> np.ndarray:
+    """The best local optimum from ``starts``: parameters ``[p]``.
+
+    The tolerances stay tight for bootstrap replicates too: along the flat valley of A, B and C an
+    early stop halves the intervals.
+    """
+
+    def residuals(logarithms: np.ndarray) -> np.ndarray:
+        predicted = law.predict(np.exp(logarithms), inputs)
+        return np.log(np.maximum(predicted, SMALLEST)) - target
+
+    def jacobian(logarithms: np.ndarray) -> np.ndarray:
+        """Exact in the coefficients, forward differences in the few shapes: ``[m, p]``."""
+        values = np.exp(logarithms)
+        basis = law.basis(values[linear:], inputs)
+        predicted = np.maximum(basis @ values[:linear], SMALLEST)
+        columns = list((basis * values[:linear]).T)
+        for place in range(linear, len(values)):
+            moved = values.copy()
+            moved[place] *= math.exp(STEP)
+            columns.append((law.predict(moved, inputs) - predicted) / STEP)
+        return np.stack(columns, axis=1) / predicted[:, None]
+
+    target = np.log(losses)
+    # Shapes stay near their grid, so that no power overflows.
+    linear = len(law.coefficients)
+    lowest = np.log([SMALLEST / 2] * linear + [min(grid) / 20 for grid in law.grid])
+    highest = np.log([1e30] * linear + [max(grid) * 10 for grid in law.grid])
+    results = [
+        least_squares(
+            residuals,
+            jac=jacobian,
+            x0=np.clip(np.log(start), lowest, highest),
+            bounds=(lowest, highest),
+            loss="huber",
+            f_scale=HUBER_DELTA,
+            x_scale="jac",
+            max_nfev=200,
+        )
+        for start in starts
+    ]
+    return np.exp(min(results, key=lambda result: result.cost).x)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How well a law foresaw points it was not fitted to."""
+
+    law: Law
+    error: float  # root mean square of log-residuals on the points left out
+    fit: Fit | None
+    reason: str = ""  # why it could not be tried
+
+
+def choose_law(
+    laws: Sequence[Law], points: Points, *, replicates: int = REPLICATES, seed: int = 0
+) -> list[Candidate]:
+    """All laws, the one with the least held-out error first.
+
+    Each point is left out once, the law is fitted to the others and foretells it. Laws with more
+    parameters than the remaining points are listed last with the reason; only the best law's fit
+    has intervals.
+
+    Raises:
+        ValueError: no law can be tried.
+    """
+    tried, refused = [], []
+    for law in laws:
+        if points.distinct() - 1 < len(law.parameters):
+            reason = (
+                f"{points.distinct()} points, one left out, cannot determine "
+                f"{len(law.parameters)} parameters"
+            )
+            refused.append(Candidate(law, math.inf, None, reason))
+            continue
+        missed = []
+        everything = fit_law(law, points, replicates=0)
+        for index, seeds in enumerate(points.losses):
+            inputs, losses = points.without(index).rows
+            # From the fit to all points as well: one point moves the optimum only a little.
+            starts = [everything.values, *grid_starts(law, inputs, losses)[:1]]
+            values = refine(law, inputs, losses, starts)
+            foretold = float(law.predict(values, points.inputs[index : index + 1])[0])
+            missed.append((math.log(foretold) - math.log(float(np.mean(seeds)))) ** 2)
+        tried.append(Candidate(law, math.sqrt(float(np.mean(missed))), everything))
+    if not tried:
+        raise ValueError(
+            f"{points.distinct()} points are too few to choose among "
+            f"{', '.join(law.name for law in laws)}: {refused[0].reason}"
+        )
+    tried.sort(key=lambda candidate: candidate.error)
+    best = fit_law(tried[0].law, points, replicates=replicates, seed=seed)
+    return [Candidate(tried[0].law, tried[0].error, best), *tried[1:], *refused]
+
+
+@dataclass(frozen=True)
+class DataEfficiency:
+    """How many times more real data the real-only recipe needs for the same loss."""
+
+    factor: float  # infinite where the loss lies below the law's asymptote
+    interval: Interval
+    equivalent_tokens: float
+    reference: str  # what counts as 1.0
+    warnings: list[str] = field(default_factory=list)
+
+
+def invert_power_law(parameters: np.ndarray, loss: float | np.ndarray) -> np.ndarray:
+    """``x`` at which ``A / x^B + C`` is ``loss``; infinite at and below C.
+
+    Args:
+        parameters: ``[..., 3]`` in the order of :data:`POWER`: A, C, B.
+        loss: nats per token, broadcast against the leading axes.
+    """
+    amplitude, asymptote, exponent = np.moveaxis(np.asarray(parameters), -1, 0)
+    above = np.asarray(loss, dtype=np.float64) - asymptote
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        x = (amplitude / above) ** (1 / exponent)
+    return np.where(above > 0, x, math.inf)
+
+
+def data_efficiency(
+    fit: Fit, losses: Sequence[float], reference_tokens: float, *, seed: int = 0
+) -> DataEfficiency:
+    """Invert the real-only data law at the loss of another recipe.
+
+    Args:
+        fit: :data:`POWER` over unique real tokens, fitted to the best real-only runs.
+        losses: of the recipe, one a seed, nats per token.
+        reference_tokens: unique real tokens the recipe had.
+
+    Raises:
+        ValueError: the fit is of another law, or a loss is not finite.
+    """
+    if fit.law is not POWER:
+        raise ValueError(f"data efficiency inverts the {POWER.name}, not the {fit.law.name}")
+    if not losses or not all(math.isfinite(loss) for loss in losses):
+        raise ValueError(f"losses {list(losses)} must be finite and at least one")
+    loss = float(np.mean(losses))
+    equivalent = float(invert_power_law(fit.values, loss))
+    amplitude, asymptote, exponent = fit.values
+    samples = np.empty(0)
+    if fit.noise is not None and len(fit.replicates):
+        generator = np.random.default_rng(seed)
+        noise = fit.noise.draw(generator, len(losses), len(fit.replicates)).mean(axis=1)
+        samples = invert_power_law(fit.replicates, loss + noise) / reference_tokens
+    warnings = list(fit.warnings)
+    measured = fit.points.inputs[:, 0]
+    if math.isinf(equivalent):
+        warnings.append(
+            f"the loss {loss:.4f} is not above the law's asymptote {asymptote:.4f}: no amount of "
+            "real data reaches it by this law"
+        )
+    elif not measured.min() <= equivalent <= measured.max():
+        warnings.append(
+            f"extrapolated: {equivalent:,.0f} tokens lie outside the measured "
+            f"{measured.min():,.0f} to {measured.max():,.0f}"
+        )
+    reference = (
+        f"real-only law {amplitude:.4g} / D^{exponent:.3f} + {asymptote:.4f} at "
+        f"{reference_tokens:,.0f} real tokens"
+    )
+    return DataEfficiency(
+        equivalent / reference_tokens, percentiles(samples), equivalent, reference, warnings
+    )
