@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-random lint clean
 
 # The environment is finished when its stamp is; an interrupted installation is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -30,6 +30,13 @@ lint: $(VENV)/.installed
 
 test: lint
 	$(PY) -m pytest -n 2 --dist loadfile
+
+# Other examples for the property tests than `make test` has, from twenty seeds.
+SEEDS ?= $(shell seq 20)
+test-random: $(VENV)/.installed
+	for seed in $(SEEDS); do \
+		$(PY) -m pytest -q -x -m hypothesis --hypothesis-profile=random --hypothesis-seed=$$seed || exit 1; \
+	done
 
 clean:
 	rm -rf demo $(VENV)

@@ -23,6 +23,7 @@ from trainer.study.laws import POWER, Law
 HUBER_DELTA = 1e-3  # of log-residuals, as in Hoffmann et al.
 STARTS = 3  # of the grid, refined in full
 STEP = 1e-7  # of the logarithm of a shape, in forward differences
+TOLERANCE = 1e-13  # relative; scipy's 1e-8 stops where residuals are 1e-8 and A, B, C still far off
 REPLICATES = 200
 LEVEL = 0.95
 SMALLEST = 1e-12  # stands for a coefficient of 0, which has no logarithm
@@ -175,7 +176,9 @@ def fit_law(law: Law, points: Points, *, replicates: int = REPLICATES, seed: int
             f"{len(law.parameters)}, better {len(law.parameters) + 2}"
         )
     inputs, losses = points.rows
-    values = refine(law, inputs, losses, grid_starts(law, inputs, losses)[:STARTS])
+    starts = grid_starts(law, inputs, losses)[:STARTS]
+    starts.append(least_squares_start(law, inputs, losses, starts[0]))
+    values = refine(law, inputs, losses, starts)
     fitted = law.predict(values, inputs)
     noise = estimate_noise(law, points, losses - fitted)
     warnings = []
@@ -224,13 +227,53 @@ def grid_starts(law: Law, inputs: np.ndarray, losses: np.ndarray) -> list[np.nda
     """Parameters ``[p]`` on the grid of shapes, the best first."""
     found = []
     for shape in itertools.product(*law.grid):
-        basis = law.basis(np.array(shape), inputs)
-        largest = basis.max(axis=0)
-        largest[largest == 0] = 1.0  # no repeats measured: the penalty's column is empty
-        coefficients, missed = nnls(basis / largest, losses)
-        found.append((missed, np.concatenate((coefficients / largest, shape))))
+        coefficients, missed = project(law, np.array(shape), inputs, losses)
+        found.append((missed @ missed, np.concatenate((coefficients, shape))))
     found.sort(key=lambda pair: pair[0])
     return [np.maximum(values, SMALLEST) for _, values in found]
+
+
+def project(
+    law: Law, shape: np.ndarray, inputs: np.ndarray, losses: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best coefficients ``[c]`` for a shape and the relative residuals ``[m]`` they leave."""
+    basis = law.basis(shape, inputs) / losses[:, None]
+    largest = basis.max(axis=0)
+    largest[largest == 0] = 1.0  # no repeats measured: the penalty's column is empty
+    scaled, _ = nnls(basis / largest, np.ones_like(losses))
+    return scaled / largest, basis @ (scaled / largest) - 1
+
+
+def least_squares_start(
+    law: Law, inputs: np.ndarray, losses: np.ndarray, start: np.ndarray
+) -> np.ndarray:
+    """The least-squares optimum ``[p]`` near ``start``, exact where the points lie on the law.
+
+    Only the shape is searched, the coefficients follow from it: without the valley in which A, B
+    and C exchange, the search ends at the law itself and not near it.
+    """
+    count = len(law.coefficients)
+    lowest, highest = (ends[count:] for ends in bounds(law))
+    result = least_squares(
+        lambda logarithms: project(law, np.exp(logarithms), inputs, losses)[1],
+        x0=np.clip(np.log(start[count:]), lowest, highest),
+        bounds=(lowest, highest),
+        ftol=TOLERANCE,
+        xtol=TOLERANCE,
+        gtol=TOLERANCE,
+        max_nfev=200,
+    )
+    shape = np.exp(result.x)
+    coefficients, _ = project(law, shape, inputs, losses)
+    return np.maximum(np.concatenate((coefficients, shape)), SMALLEST)
+
+
+def bounds(law: Law) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest logarithms ``[p]``: shapes stay near their grid, so no power overflows."""
+    linear = len(law.coefficients)
+    lowest = [SMALLEST / 2] * linear + [min(grid) / 20 for grid in law.grid]
+    highest = [1e30] * linear + [max(grid) * 10 for grid in law.grid]
+    return np.log(lowest), np.log(highest)
 
 
 def refine(
@@ -259,10 +302,8 @@ def refine(
         return np.stack(columns, axis=1) / predicted[:, None]
 
     target = np.log(losses)
-    # Shapes stay near their grid, so that no power overflows.
     linear = len(law.coefficients)
-    lowest = np.log([SMALLEST / 2] * linear + [min(grid) / 20 for grid in law.grid])
-    highest = np.log([1e30] * linear + [max(grid) * 10 for grid in law.grid])
+    lowest, highest = bounds(law)
     results = [
         least_squares(
             residuals,
@@ -272,6 +313,9 @@ def refine(
             loss="huber",
             f_scale=HUBER_DELTA,
             x_scale="jac",
+            ftol=TOLERANCE,
+            xtol=TOLERANCE,
+            gtol=TOLERANCE,
             max_nfev=200,
         )
         for start in starts

@@ -4,10 +4,17 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.study.laws import EFFECTIVE_DATA, OVERFITTING, OVERFITTING_FREE, POWER, REPEATED_DATA
+from trainer.study.laws import (
+    EFFECTIVE_DATA,
+    OVERFITTING,
+    OVERFITTING_FREE,
+    POWER,
+    REPEATED_DATA,
+    Law,
+)
 from trainer.study.scaling_laws import (
     Points,
     choose_law,
@@ -27,23 +34,40 @@ def planted_losses(x: np.ndarray, noise: float, seeds: int, seed: int) -> list[l
     return (clean[:, None] + generator.normal(0, noise, (len(x), seeds))).tolist()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     asymptote=st.floats(0.5, 3.5),
     exponent=st.floats(0.1, 1.5),
     share=st.floats(0.05, 2.0),
     scale=st.floats(1.0, 1e9),
 )
+@example(asymptote=0.75, exponent=1.40625, share=1.0625, scale=8607560.0)
+@example(asymptote=0.75, exponent=1.40625, share=1.125, scale=7544176.0)
 def test_an_exact_power_law_comes_back(
     asymptote: float, exponent: float, share: float, scale: float
 ) -> None:
     x = scale * np.array([1.0, 2.0, 4.0, 8.0, 16.0])
     amplitude = share * scale**exponent
     fit = fit_law(POWER, Points(x, (amplitude / x**exponent + asymptote)[:, None]), replicates=0)
-    assert fit.parameters["C"] == pytest.approx(asymptote, rel=1e-3)
-    assert fit.parameters["B"] == pytest.approx(exponent, rel=1e-3)
-    np.testing.assert_allclose(fit.predict(x), amplitude / x**exponent + asymptote, rtol=1e-6)
-    assert invert_power_law(fit.values, float(fit.predict(x[1:2])[0])) == pytest.approx(x[1], 1e-3)
+    assert fit.parameters["C"] == pytest.approx(asymptote, rel=1e-6)
+    assert fit.parameters["B"] == pytest.approx(exponent, rel=1e-6)
+    np.testing.assert_allclose(fit.predict(x), amplitude / x**exponent + asymptote, rtol=1e-9)
+    assert invert_power_law(fit.values, float(fit.predict(x[1:2])[0])) == pytest.approx(x[1], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("law", "values"),
+    [
+        (EFFECTIVE_DATA, [60.0, 2.0, 0.2, 12.0]),
+        (OVERFITTING, [60.0, 2.0, 0.002, 0.2]),
+        (OVERFITTING_FREE, [60.0, 2.0, 0.02, 0.2, 0.6, 0.4]),
+    ],
+)
+def test_exact_laws_of_repeated_data_come_back(law: Law, values: list[float]) -> None:
+    inputs = grid_of_runs()
+    exact = law.predict(np.array(values), inputs)
+    fit = fit_law(law, Points(inputs, exact[:, None]), replicates=0)
+    np.testing.assert_allclose(fit.values, values, rtol=1e-6)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
