@@ -29,6 +29,7 @@ from kernels import attention_tiles, varlen_attention
 from kernels.attention.flash import HAS_GQA
 from kernels.attention.flex import document_block_mask, fused_flex_attention
 from kernels.attention.tile_config import TileConfig, tile_config
+from trainer.data.random_stream import random_windows
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Heads = tuple[int, int, int]  # query heads, key heads, head dimension
@@ -101,10 +102,9 @@ def least_bytes(tokens: int, heads: Heads, which: str) -> int:
 
 
 def providers(
-    q: Tensor, k: Tensor, lengths: list[int], borders: Tensor
+    q: Tensor, k: Tensor, borders: Tensor, longest: int
 ) -> dict[str, Callable[[], Attend]]:
     """How to make every implementation that can run here, with its tables and masks, by name."""
-    longest = max(lengths)
     if not q.is_cuda:
         return {name: partial(ours, borders, longest, name) for name in ("torch", "reference")}
     tokens, group, size = q.shape[0], q.shape[1] // k.shape[1], q.shape[2]
@@ -116,7 +116,7 @@ def providers(
         "pytorch": lambda: pytorch(borders, longest, group),
         "flex": lambda: flex(borders, tokens),
     }
-    if len(lengths) == 1:
+    if len(borders) == 2:
         found["cudnn"] = lambda: cudnn
     for name, module in (
         ("flash_attn", "flash_attn.flash_attn_interface"),
@@ -253,11 +253,12 @@ def measure(
         for n in (q_heads, key_heads, key_heads)
     )
     dout = torch.randn(q.shape, device=place, generator=generator).to(dtype)
-    borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(place)
+    batch = random_windows([lengths], tokens)  # the borders that training would hand over
+    borders = batch.cu_seqlens.to(place)
     torch._dynamo.reset()  # its limit of compilations holds for all shapes together
     chosen: dict[str, Attend] = {}
     unmade: dict[str, str] = {}
-    for name, make in providers(q, k, lengths, borders).items():
+    for name, make in providers(q, k, borders, batch.max_seqlen).items():
         if options.providers and name not in options.providers:
             continue
         try:
@@ -267,7 +268,7 @@ def measure(
     shared: dict[str, Any] = {"pack": pack, "tokens": tokens}
     shared["heads"] = f"{q_heads}/{key_heads}x{size}"
     if place.type == "cuda":
-        config = tile_config(place, size, q_heads // key_heads, max(lengths))
+        config = tile_config(place, size, q_heads // key_heads, batch.max_seqlen)
         shared["tile_efficiency"] = tile_efficiency(lengths, config)
     rows = []
     for which in passes:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
@@ -28,10 +29,11 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks import timing
-from kernels import next_token_targets, varlen_attention
+from kernels import varlen_attention
 from kernels.attention.flex import document_block_mask
 from trainer.config.schema import DataConfig, OptimizerConfig, RecipeConfig, TrainConfig
 from trainer.data.batches import PackedBatch
+from trainer.data.random_stream import random_windows
 from trainer.loop import accumulate_gradients, prepare_blocks
 from trainer.model.flops import attention_pairs, peak_flops, training_flops
 from trainer.model.llama import Attention, Kernels, Llama, ModelConfig
@@ -62,28 +64,15 @@ def micro_batch_tokens(name: str, device: torch.device) -> int:
 
 
 def random_batch(tokens: int, context: int, document: int, vocabulary: int) -> PackedBatch:
-    """Windows of random tokens, one document each or documents of about ``document`` tokens."""
-    generator = torch.Generator().manual_seed(0)
-    borders = [0]
-    while borders[-1] < tokens:
-        if not document:
-            borders.append(borders[-1] + context)
-            continue
-        length = int(document * (0.5 + torch.rand((), generator=generator).item()))
-        window_end = (borders[-1] // context + 1) * context
-        borders.append(min(borders[-1] + length, window_end))
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
-    lengths = cu_seqlens.diff()
-    ids = torch.randint(vocabulary, (tokens,), generator=generator)
-    starts = cu_seqlens[:-1].long().repeat_interleave(lengths)
-    targets = next_token_targets(ids, cu_seqlens)
-    nothing = torch.zeros(tokens, dtype=torch.int64)
-    valid = int((targets >= 0).sum())
-    positions = torch.arange(tokens) - starts
-    longest = int(lengths.max())
-    return PackedBatch(
-        ids, targets, positions, cu_seqlens, longest, nothing, nothing, tokens, valid
-    )
+    """Full windows of random tokens as the trainer packs them: one document each, or documents of
+    about ``document`` tokens."""
+    generator = np.random.default_rng(0)
+    windows: list[list[int]] = [[] for _ in range(tokens // context)]
+    for lengths in windows:
+        while (room := context - sum(lengths)) > 0:
+            length = int(document * generator.uniform(0.5, 1.5)) if document else context
+            lengths.append(min(max(1, length), room))
+    return random_windows(windows, context, vocabulary)
 
 
 class Setting:
@@ -170,7 +159,7 @@ def library_attention(batch: PackedBatch, context: int) -> Any:
     windows = len(batch.input_ids) // context
     lengths = batch.cu_seqlens.diff()
     document = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # [T]
-    single = len(lengths) == windows
+    single = int((lengths > 0).sum()) == windows
 
     def dense(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, tiles: Any

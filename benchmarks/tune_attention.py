@@ -22,6 +22,7 @@ from benchmarks import timing
 from benchmarks.attention import lognormal
 from kernels.attention.tile_config import FILE, TileConfig, read_configs
 from kernels.attention.tile_scheduler import make_tiles
+from trainer.data.random_stream import random_windows
 
 # By the smallest max_seqlen that the tiles are for.
 PACKS = {1: lognormal(32_768), 8192: [32_768]}
@@ -37,7 +38,7 @@ class Kernels:
     """The three kernels on a pack of one head shape."""
 
     def __init__(self, head_dim: int, group: int, lengths: list[int]) -> None:
-        self.borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
+        self.borders = random_windows([lengths], sum(lengths)).cu_seqlens.cuda()
         generator = torch.Generator("cuda").manual_seed(0)
         options: dict[str, Any] = {"device": "cuda", "generator": generator}
         self.scale = head_dim**-0.5

@@ -18,7 +18,11 @@ FIELDS = 5  # of a tile: first, count, other_start, diagonal, other_length
 
 
 class Tiles(NamedTuple):
-    """The tables of one batch: int32 ``[N, 5]`` each, and the sizes they were made for."""
+    """The tables of one batch: int32 ``[N + 1, 5]`` each, and the sizes they were made for.
+
+    The last row of a table is ``(used tiles, 0, ...)``: a tile of no tokens to those who read it as
+    one, and the end of the loop for persistent programs.
+    """
 
     rows: Tensor
     columns: Tensor
@@ -81,7 +85,8 @@ def tile_table(
     side: int,
     window: int | None,
 ) -> Tensor:
-    """Blocks of all segments, int32 ``[tokens // block + S + 1, 5]``, longest loop first.
+    """Blocks of all segments, int32 ``[tokens // block + S + 2, 5]``, longest loop first, and
+    their number.
 
     Args:
         starts: first token of each segment on the tiled axis, ``[S+1]``.
@@ -116,4 +121,5 @@ def tile_table(
     cost = torch.minimum(last, other) - first.clamp(min=0)
     order = torch.where(used, cost.clamp(min=0), -1).argsort(descending=True, stable=True)
     fields = (starts[segment] + begin, size, other_starts[segment], diagonal, other)
-    return torch.stack(fields, 1)[order].to(torch.int32).contiguous()
+    summary = torch.nn.functional.pad(ends[-1:], (0, FIELDS - 1))[None]  # (used, 0, 0, 0, 0)
+    return torch.cat((torch.stack(fields, 1)[order], summary)).to(torch.int32)

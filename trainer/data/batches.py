@@ -21,14 +21,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.config.schema import Mask
-from trainer.data.mds import MegadocStream
+from trainer.data.mds import MegadocStream, Sample, StreamManifest
 from trainer.data.packing import Window
 from trainer.data.plan import Plan, rank_windows
 
@@ -47,8 +47,8 @@ class PackedBatch:
     input_ids: Tensor  # int64 [T]
     targets: Tensor  # int64 [T], -100 where there is nothing to predict
     positions: Tensor  # int64 [T], place in the segment
-    cu_seqlens: Tensor  # int32 [S+1], padded to a fixed S by repeating the last border
-    max_seqlen: int  # upper bound of the segment lengths, the same in every batch of a run
+    cu_seqlens: Tensor  # int32 [S+1], the last border repeated until S is a power of two
+    max_seqlen: int  # upper bound of the segment lengths: a power of two, or the context length
     target_documents: Tensor  # int64 [T], index in its stream of the document of the target
     target_positions: Tensor  # int64 [T], place of the target in its document
     tokens: int  # places that hold a token
@@ -66,50 +66,28 @@ class PackedBatch:
         return dataclasses.replace(self, **moved)
 
 
-class SegmentBounds(NamedTuple):
-    """What holds for every window of a run, so that no shape and no bound ever changes."""
+class Samples(Protocol):
+    """What :func:`pack` reads: a :class:`MegadocStream`, or random tokens that are like one."""
 
-    most: int  # segments in one window
-    longest: int  # tokens in one segment
+    @property
+    def manifest(self) -> StreamManifest: ...
 
-
-def segment_bounds(
-    streams: Sequence[MegadocStream], mask: Mask, context_length: int
-) -> SegmentBounds:
-    """Upper bounds of the segments of one window.
-
-    A window holds the most segments when it holds the shortest ones; two more may be cut by its
-    borders. Packing ``whole`` cuts long documents at multiples of the context length, so what such
-    cuts leave over counts among the shortest.
-    """
-    if mask is Mask.none:
-        return SegmentBounds(1, context_length)
-    most = longest = 1
-    for stream in streams:
-        by_member = mask is Mask.document and stream.manifest.members_are_documents
-        lengths = stream.member_lengths if by_member else stream.lengths
-        ends = lengths.cumsum(dtype=np.int64)
-        sample_starts = stream.lengths.cumsum(dtype=np.int64) - stream.lengths
-        sample = np.searchsorted(sample_starts, ends, side="left") - 1
-        start = ends - lengths - sample_starts[sample]  # of the segment, in its sample
-        end = ends - sample_starts[sample]
-        before_cut = np.minimum(lengths, context_length - start % context_length)
-        after_cut = np.minimum(lengths, (end - 1) % context_length + 1)
-        pieces = np.sort(np.concatenate((before_cut, after_cut[before_cut < lengths])))
-        shortest = int(np.searchsorted(pieces.cumsum(), context_length, side="right"))
-        most = max(most, min(context_length, shortest + 2))
-        longest = max(longest, min(context_length, int(lengths.max())))
-    return SegmentBounds(most, longest)
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 def pack(
     windows: Sequence[Window],
-    streams: Sequence[MegadocStream],
+    streams: Sequence[Samples],
     mask: Mask,
     context_length: int,
-    bounds: SegmentBounds,
 ) -> PackedBatch:
-    """Read the documents of ``windows`` and put them on one token axis."""
+    """Read the documents of ``windows`` and put them on one token axis.
+
+    The borders have as many segments as there are, and ``max_seqlen`` is the longest of them, both
+    rounded up to a power of two: attention pays for padded segments in memory and in empty blocks
+    (cuDNN's backward pass holds segments x longest), and a compiled step for every new size. A mask
+    of ``none`` has one segment a window and the same sizes always.
+    """
     places = len(windows) * context_length
     input_ids = np.full(places, streams[0].manifest.eos_id, dtype=np.int64)
     targets = np.full(places, NO_TARGET, dtype=np.int64)
@@ -147,9 +125,11 @@ def pack(
                 borders.append(place)
         if mask is Mask.none:
             borders.append(place)
-    segments = len(windows) * bounds.most
-    assert len(borders) - 1 <= segments, "segment_bounds() is wrong"
     lengths = np.diff(borders)
+    segments, longest = len(windows), context_length
+    if mask is not Mask.none:
+        segments = power_of_two(len(lengths))
+        longest = min(power_of_two(int(lengths.max())), context_length)
     positions = np.zeros(places, dtype=np.int64)
     positions[:place] = np.arange(place) - np.repeat(borders[:-1], lengths)
     borders.extend([place] * (segments + 1 - len(borders)))
@@ -158,12 +138,17 @@ def pack(
         torch.from_numpy(targets),
         torch.from_numpy(positions),
         torch.tensor(borders, dtype=torch.int32),
-        bounds.longest,
+        longest,
         torch.from_numpy(target_documents),
         torch.from_numpy(target_positions),
         place,
         int((targets != NO_TARGET).sum()),
     )
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least ``count``, and at least 1."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 class BatchLoader:
@@ -192,7 +177,6 @@ class BatchLoader:
         self.rank = rank
         self.world_size = world_size
         self.steps = range(start_step, stop_step)
-        self.bounds = segment_bounds(streams, mask, plan.context_length)
         self.waited = 0.0
         share = plan.batch_size // world_size
         self.micro_batch_size = micro_batch_size or share
@@ -212,7 +196,6 @@ class BatchLoader:
                 self.streams,
                 self.mask,
                 self.plan.context_length,
-                self.bounds,
             )
             for first in range(0, len(windows), self.micro_batch_size)
         ]

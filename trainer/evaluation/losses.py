@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.config.schema import DataConfig, Mask
-from trainer.data.batches import NO_TARGET, PackedBatch, pack, segment_bounds
+from trainer.data.batches import NO_TARGET, PackedBatch, pack
 from trainer.data.mds import MegadocStream
 from trainer.data.packing import concatenate_and_cut, pack_whole
 from trainer.model.llama import Llama
@@ -175,7 +175,6 @@ def evaluation_batches(
         packed = pack_whole(stream.lengths, data.context_length, np.random.default_rng(0))
     count = len(packed.offsets) - 1
     size = max(1, BATCH_TOKENS // data.context_length)
-    bounds = segment_bounds([stream], data.mask, data.context_length)
     for start in range(0, -(-count // size), world_size):
         first = (start + rank) * size
         counts = first < count
@@ -183,7 +182,7 @@ def evaluation_batches(
             packed.window(0, index)
             for index in range(first if counts else 0, min(count, (first if counts else 0) + size))
         ]
-        yield pack(windows, [stream], data.mask, data.context_length, bounds), counts
+        yield pack(windows, [stream], data.mask, data.context_length), counts
 
 
 @torch.no_grad()

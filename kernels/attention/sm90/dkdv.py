@@ -26,6 +26,7 @@ from .forward import (
     ragged_descriptor,
     tile_of,
     turns_of,
+    used_tiles,
     with_adjacent_heads,
 )
 from .gluon_compat import (
@@ -60,6 +61,7 @@ def produce(
     """Copy every tile's K and V, then Q and dO of all query heads of the group."""
     filled = 0  # steps copied so far
     done = 0  # key tiles so far
+    tile_count = used_tiles(tiles, tile_count, FIELDS)
     for turn in range(turns_of(tile_count, key_heads)):
         head, first, count, q_start, diagonal, length = tile_of(
             tiles, tile_count, key_heads, turn, FIELDS
@@ -143,6 +145,7 @@ def consume(
     v = v_tile.index(HALF)
     step = 0
     done = 0
+    tile_count = used_tiles(tiles, tile_count, FIELDS)
     for turn in range(turns_of(tile_count, key_heads)):
         head, first, count, q_start, diagonal, length = tile_of(
             tiles, tile_count, key_heads, turn, FIELDS

@@ -25,6 +25,7 @@ from .forward import (
     ragged_descriptor,
     tile_of,
     turns_of,
+    used_tiles,
     with_adjacent_heads,
 )
 from .gluon_compat import (
@@ -55,6 +56,7 @@ def produce(
     """Copy every tile's Q and dO, then K and V from the segment's start to the diagonal."""
     filled = 0  # steps copied so far
     done = 0  # query tiles so far
+    tile_count = used_tiles(tiles, tile_count, FIELDS)
     for turn in range(turns_of(tile_count, heads)):
         head, first, count, k_start, diagonal, _length = tile_of(
             tiles, tile_count, heads, turn, FIELDS
@@ -127,6 +129,7 @@ def consume(
     STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     step = 0
     done = 0
+    tile_count = used_tiles(tiles, tile_count, FIELDS)
     for turn in range(turns_of(tile_count, heads)):
         head, first, count, _k_start, diagonal, _length = tile_of(
             tiles, tile_count, heads, turn, FIELDS

@@ -59,6 +59,12 @@ def tile_of(tiles, tile_count, heads, turn, FIELDS: gl.constexpr):
 
 
 @gluon.jit
+def used_tiles(tiles, tile_count, FIELDS: gl.constexpr):
+    """How many of the table's tiles hold tokens; its last row says so."""
+    return gl.load(tiles + (tile_count - 1) * FIELDS)
+
+
+@gluon.jit
 def turns_of(tile_count, heads):
     programs = gl.num_programs(0)
     return (tile_count * heads + programs - 1) // programs
@@ -79,6 +85,7 @@ def produce(
     """Copy every tile's Q halves, then its K and V tiles from the diagonal backwards."""
     filled = 0  # K tiles, and V tiles, copied so far
     done = 0  # query tiles so far
+    tile_count = used_tiles(tiles, tile_count, FIELDS)
     for turn in range(turns_of(tile_count, heads)):
         head, first, count, k_start, diagonal, _length = tile_of(
             tiles, tile_count, heads, turn, FIELDS
@@ -180,6 +187,7 @@ def consume(
     q = q_tile.index(HALF)  # [64, D]
     step = 0  # ring entries consumed so far
     done = 0  # query tiles so far
+    tile_count = used_tiles(tiles, tile_count, FIELDS)
     for turn in range(turns_of(tile_count, heads)):
         head, first, count, _k_start, diagonal, _length = tile_of(
             tiles, tile_count, heads, turn, FIELDS

@@ -200,7 +200,7 @@ def query_gradient(
     """dQ, and delta fp32 ``[Hq, Tq]``, which the gradients of the keys need."""
     heads = q.shape[1]
     dq, delta = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(lse)
-    dq_kernel[(len(row_tiles) * heads,)](
+    dq_kernel[((len(row_tiles) - 1) * heads,)](
         q,
         k,
         v,

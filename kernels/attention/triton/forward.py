@@ -277,7 +277,7 @@ def attention_forward(
             of two.
         k: ``[Tk, Hkv, Dh]``.
         v: ``[Tk, Hkv, Dh]``.
-        row_tiles: ``Tiles.rows``, int32 ``[N, 5]``.
+        row_tiles: ``Tiles.rows``, int32 ``[N + 1, 5]``.
         config: ``Tiles.config``.
         scale: factor of the scores, positive.
         window: keys a query sees, itself included; None for all.
@@ -289,7 +289,7 @@ def attention_forward(
     tokens, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    forward_kernel[(len(row_tiles) * heads,)](
+    forward_kernel[((len(row_tiles) - 1) * heads,)](
         q,
         k,
         v,

@@ -128,7 +128,7 @@ def test_segments_do_not_leak_bit_for_bit(modelled: dict[str, ModuleType]) -> No
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_compiles_with_overlapping_products(head_dim: int, tmp_path: Path) -> None:
-    printed = run("attention_compiled", "gluon", str(head_dim), TRITON_CACHE_DIR=str(tmp_path))
+    printed = run("attention.compiled", "gluon", str(head_dim), TRITON_CACHE_DIR=str(tmp_path))
     needs = {need["kernel"]: need for need in map(json.loads, printed.splitlines())}
     for need in needs.values():
         assert need["spilled"] <= 8, need  # two registers, outside the inner loops

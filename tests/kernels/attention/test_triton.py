@@ -15,6 +15,7 @@ from kernels import attention_tiles, varlen_attention
 from kernels.attention.tile_config import TileConfig, config_for, find_entries, read_configs
 from kernels.attention.tile_scheduler import make_tiles
 from kernels.attention.triton.forward import split
+from trainer.data.random_stream import random_windows
 
 REPOSITORY = Path(__file__).parents[3]
 # Bytes a program may use. The tiles of sm_80 are those of sm_86 and sm_89 too, which have less.
@@ -37,7 +38,7 @@ def run(module: str, *arguments: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("check", ["gradients", "isolation", "op"])
 def test_interpreted(check: str) -> None:
-    assert run("attention_interpreted", check, TRITON_INTERPRET="1") == "passed\n"
+    assert run("attention.interpreted", check, TRITON_INTERPRET="1") == "passed\n"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_kernels_compile_without_spills(
     architecture: str, head_dim: int, group: int, tmp_path: Path
 ) -> None:
     printed = run(
-        "attention_compiled",
+        "attention.compiled",
         architecture,
         str(head_dim),
         str(group),
@@ -85,6 +86,7 @@ def test_tables_hold_every_token_once_and_the_longest_loop_first(
         (tiles.columns, tokens[1], 48 - block, keys, -1),
     ):
         used = table[table[:, 1] > 0]
+        assert table[-1].tolist() == [len(used), 0, 0, 0, 0]
         assert torch.equal(used, table[: len(used)])  # unused ones last
         covered = [token for first, n, *_ in used.tolist() for token in range(first, first + n)]
         assert sorted(covered) == list(range(count))
@@ -146,17 +148,17 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def random_pack(generator: torch.Generator, size: int) -> tuple[list[Tensor], Tensor, int | None]:
-    """bf16 q, k, v, borders and a window; lengths from 0 to thousands, padding behind."""
+    """bf16 q, k, v, the borders of the trainer's ``pack`` and a window; padding behind."""
 
     def number(high: int) -> int:
         return int(torch.randint(high, (), generator=generator))
 
-    lengths = [number(2 ** (1 + number(11))) for _ in range(1 + number(8))]
+    lengths = [1 + number(2 ** (1 + number(11))) for _ in range(1 + number(8))]
     tokens = sum(lengths) + 1 + number(200)
     group, key_heads = 1 + number(4), 1 + number(3)
     joined = torch.randn(tokens, (group + 2) * key_heads, size, generator=generator)
     parts = joined.cuda().bfloat16().split([group * key_heads, key_heads, key_heads], 1)
-    borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).cuda()
+    borders = random_windows([lengths], tokens).cu_seqlens.cuda()
     return list(parts), borders, 1 + number(600) if number(3) == 0 else None
 
 

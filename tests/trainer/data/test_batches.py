@@ -8,19 +8,20 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from kernels.attention.tile_config import TileConfig
+from kernels.attention.tile_scheduler import make_tiles
 from tests.trainer.conftest import StreamMaker
 from trainer.config.schema import Mask
 from trainer.data.batches import (
     NO_TARGET,
     BatchLoader,
     PackedBatch,
-    SegmentBounds,
     pack,
-    segment_bounds,
 )
 from trainer.data.mds import MegadocStream
-from trainer.data.packing import Window
+from trainer.data.packing import Window, pack_whole
 from trainer.data.plan import Plan, Source
+from trainer.data.random_stream import RandomStream
 
 CONTEXT = 24
 NAMES = itertools.count()
@@ -95,12 +96,13 @@ def test_batches_equal_the_naive_construction(
     stream = make_stream(f"stream-{next(NAMES)}", members, members_are_documents=not one_text)
     plan = plan_of([stream], packing)
     for mask in Mask:
-        bounds = segment_bounds([stream], mask, CONTEXT)
         for step in range(4):
             windows = plan.windows(step)
-            batch = pack(windows, [stream], mask, CONTEXT, bounds)
+            batch = pack(windows, [stream], mask, CONTEXT)
             assert unpack(batch) == naive(windows, [stream], mask)
-            assert len(batch.cu_seqlens) == 4 * bounds.most + 1
+            used = len(unpack(batch))
+            handed = len(batch.cu_seqlens) - 1
+            assert used <= handed <= (4 if mask is Mask.none else 2 * used - 1 or 1)
             assert batch.tokens == batch.cu_seqlens[-1] == sum(w.tokens for w in windows)
             assert (batch.targets[batch.tokens :] == NO_TARGET).all()
             assert batch.cu_seqlens.diff().max() <= batch.max_seqlen <= CONTEXT
@@ -109,10 +111,40 @@ def test_batches_equal_the_naive_construction(
                 assert torch.equal(batch.positions[start:end], torch.arange(end - start))
 
 
+@pytest.mark.parametrize(("context", "windows"), [(4096, 16), (32_768, 2), (131_072, 1)])
+def test_attention_is_handed_at_most_twice_what_is_used(context: int, windows: int) -> None:
+    """100,000 documents of lognormal length, one micro-batch in fifty of an epoch."""
+    drawn = np.random.default_rng(0).lognormal(np.log(700), 1.2, 100_000)
+    stream = RandomStream(np.maximum(1, drawn), 97)
+    packed = pack_whole(stream.lengths, context, np.random.default_rng(0))
+    shapes, handed, used, tiles, used_tiles = set(), 0, 0, 0, 0
+    config = TileConfig(128, 64, *[64, 8, 2] * 3)
+    for first in range(0, len(packed.offsets) - windows, 50 * windows):
+        chosen = [packed.window(0, first + index) for index in range(windows)]
+        batch = pack(chosen, [stream], Mask.megadoc, context)
+        borders, lengths = batch.cu_seqlens, batch.cu_seqlens.diff()
+        assert lengths.max() <= batch.max_seqlen <= 2 * lengths.max()
+        shapes.add((len(lengths), batch.max_seqlen))
+        handed += len(lengths)
+        used += int((lengths > 0).sum())
+        assert len(lengths) < 2 * (lengths > 0).sum()
+        places = len(batch.targets)
+        rows, columns, _ = make_tiles(borders, borders, places, places, config)
+        for table in (rows, columns):
+            tiles += len(table) - 1
+            used_tiles += int(table[-1, 0])
+            assert table[-1, 0] == (table[:, 1] > 0).sum()
+    assert used < handed < 2 * used
+    assert used_tiles < tiles < 1.2 * used_tiles
+    for sizes in zip(*shapes, strict=True):
+        assert len(set(sizes)) <= 8
+        assert all(size & (size - 1) == 0 for size in sizes)
+
+
 def test_every_token_of_a_long_document_is_a_target_once(make_stream: StreamMaker) -> None:
     stream = make_stream("real", [[100]])
     plan = plan_of([stream], "whole", batch=5)
-    batch = pack(plan.windows(0), [stream], Mask.megadoc, CONTEXT, SegmentBounds(5, CONTEXT))
+    batch = pack(plan.windows(0), [stream], Mask.megadoc, CONTEXT)
     valid = batch.targets != NO_TARGET
     places = sorted(batch.target_positions[valid].tolist())
     assert places == list(range(1, 100))
