@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-random lint clean
+.PHONY: demo test test-random lint sglang test-sglang clean
 
 # The environment is finished when its stamp is; an interrupted installation is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -37,6 +37,15 @@ test-random: $(VENV)/.installed
 	for seed in $(SEEDS); do \
 		$(PY) -m pytest -q -x -m hypothesis --hypothesis-profile=random --hypothesis-seed=$$seed || exit 1; \
 	done
+
+# SGLang's own environment, once for all checkouts of a user (gen/serving/sglang_environment/).
+sglang: $(VENV)/.installed
+	$(PY) -m gen.serving.sglang_environment
+
+# Against the real SGLang on this machine's CPU; what that costs is why it is not part of `test`.
+test-sglang: $(VENV)/.installed
+	$(PY) -m gen.serving.sglang_environment --device cpu
+	$(PY) -m pytest tests/sglang --sglang
 
 clean:
 	rm -rf demo $(VENV)

@@ -57,10 +57,18 @@ def run_script(
 def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.addoption
     add("--kills", type=int, default=3, help="SIGKILLs of the generation client; in full: 50")
+    add("--sglang", action="store_true", help="the tests against the real SGLang: make test-sglang")
     add("--server-url", help="a running server for the tests marked server; else the embedded one")
     add("--server-model", default="SmolLM2-135M-Instruct", help="its name, as /v1/models lists it")
     add("--server-context", type=int, default=512, help="its context length in tokens")
     add("--server-siblings", type=int, default=1, help="generations of one document in flight")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The tests against SGLang take minutes and an environment of their own."""
+    if collection_path == REPOSITORY / "tests" / "sglang" and not config.getoption("--sglang"):
+        return True
+    return None
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ class GeneratorConfig:
     merge_parts: int = 128  # so many small parts of the store become one
     writer: int = 0  # this job among several that share the store
     writers: int = 1
-    threads: int | None = None  # embedded: CPU threads; null: all cores
+    threads: int | None = None  # embedded, sglang on a CPU: threads of a server; null: all cores
     sglang: SglangConfig = field(default_factory=SglangConfig)
     gpus: int | None = None  # that this job keeps busy, for its cost; null: sglang's own, else none
     start_timeout: float = 1200.0  # embedded, sglang: seconds until it must be healthy
@@ -179,6 +179,7 @@ def embedded_weights() -> Path:
 def sglang_server(config: GeneratorConfig, log: Path, replica: int) -> SupervisedServer:
     """SGLang in its own environment, on its own GPUs."""
     port = free_port()
+    threads = config.threads or max(1, (os.cpu_count() or 1) // config.sglang.replicas)
     if config.sglang.replicas > 1:
         log = log.with_name(f"{log.stem}-replica-{replica}{log.suffix}")
     return SupervisedServer(
@@ -188,5 +189,5 @@ def sglang_server(config: GeneratorConfig, log: Path, replica: int) -> Supervise
         log,
         config.start_timeout,
         config.restarts,
-        config.sglang.devices(replica),
+        config.sglang.environment(replica, threads),
     )

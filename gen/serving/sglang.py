@@ -6,6 +6,10 @@ import os
 import shlex
 from dataclasses import dataclass, field
 
+from gen.serving import sglang_environment
+
+CPU_CACHE_TOKENS = 65536  # that the KV cache holds on a CPU: 3 GB for a model of 135M parameters
+
 
 @dataclass
 class SglangConfig:
@@ -15,9 +19,10 @@ class SglangConfig:
     here, or whose name your release has changed, go into ``arguments``.
     """
 
-    # The interpreter of SGLang's own environment, or a command that runs one in a container, such
-    # as 'apptainer exec --nv sglang.sif python3'.
+    # The interpreter of another environment than that of `make sglang`, or a command that runs one
+    # in a container, such as 'apptainer exec --nv sglang.sif python3'.
     python: str | None = None
+    device: str | None = None  # cuda or cpu; null: cuda where there is a GPU
     # Servers, each on GPUs of its own. Documents stick to one, so every server keeps the prefixes
     # of its documents; SGLang's own data parallelism deals requests out in turn and does not.
     replicas: int = 1
@@ -29,7 +34,9 @@ class SglangConfig:
     schedule_conservativeness: float = (
         0.5  # below 1 admits more; raise it if requests are retracted
     )
-    mem_fraction_static: float | None = None  # of the GPU's memory for weights and KV cache
+    # Of the GPU's memory, for weights and KV cache. On a CPU the cache is max_total_tokens.
+    mem_fraction_static: float | None = None
+    max_total_tokens: int | None = None  # that the KV cache holds; null: what memory allows
     max_running_requests: int | None = None
     chunked_prefill_size: int | None = 8192  # tokens
     hierarchical_cache: bool = False  # evicted prefixes go to host memory: for latent thoughts
@@ -45,11 +52,9 @@ class SglangConfig:
 
     def check(self) -> None:
         """Raise ValueError where options do not fit together."""
-        if not self.python:
-            raise ValueError(
-                "generator=sglang needs generator.sglang.python=/path/to/sglang-venv/bin/python: "
-                "SGLang lives in an environment of its own"
-            )
+        if self.device not in (None, "cuda", "cpu"):
+            raise ValueError(f"generator.sglang.device={self.device} is not one of cuda, cpu")
+        self.interpreter()
         for name in ("replicas", "tp_size", "dp_size"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -60,9 +65,22 @@ class SglangConfig:
                 f"generator.sglang.mem_fraction_static={self.mem_fraction_static} must be in (0, 1)"
             )
 
+    def interpreter(self) -> list[str]:
+        """The command that runs the Python of SGLang's environment.
+
+        Raises:
+            ValueError: none is named and none is installed.
+        """
+        return shlex.split(self.python or sglang_environment.interpreter(self.runs_on))
+
+    @property
+    def runs_on(self) -> str:
+        """``cuda`` or ``cpu``."""
+        return self.device or ("cuda" if sglang_environment.has_gpu() else "cpu")
+
     @property
     def gpus(self) -> int:
-        return self.replicas * self.gpus_a_replica
+        return self.replicas * self.gpus_a_replica if self.runs_on == "cuda" else 0
 
     @property
     def gpus_a_replica(self) -> int:
@@ -79,7 +97,7 @@ class SglangConfig:
             "--schedule-conservativeness": self.schedule_conservativeness,
             "--tp-size": self.tp_size if self.tp_size > 1 else None,
             "--dp-size": self.dp_size if self.dp_size > 1 else None,
-            "--mem-fraction-static": self.mem_fraction_static,
+            "--max-total-tokens": self.max_total_tokens,
             "--max-running-requests": self.max_running_requests,
             "--chunked-prefill-size": self.chunked_prefill_size,
             "--kv-cache-dtype": self.kv_cache_dtype,
@@ -92,6 +110,16 @@ class SglangConfig:
                 self.speculative_num_draft_tokens if self.ngram_speculation else None
             ),
         }
+        if self.runs_on == "cpu":
+            values |= {
+                "--device": "cpu",
+                "--attention-backend": "torch_native",
+                "--sampling-backend": "pytorch",
+                "--dtype": "float32",
+                "--max-total-tokens": self.max_total_tokens or CPU_CACHE_TOKENS,
+            }
+        else:
+            values["--mem-fraction-static"] = self.mem_fraction_static
         switches = {
             "--enable-metrics": True,  # the queue that adaptive concurrency looks at
             "--enable-cache-report": True,  # cached tokens in every answer
@@ -99,15 +127,25 @@ class SglangConfig:
             "--enable-deterministic-inference": self.deterministic,
         }
         return [
-            *shlex.split(str(self.python)),
+            *self.interpreter(),
             *("-m", "sglang.launch_server"),
             *(f"{name}={value}" for name, value in values.items() if value is not None),
             *(name for name, on in switches.items() if on),
             *self.arguments,
         ]
 
-    def devices(self, replica: int) -> dict[str, str]:
-        """The variable that gives a replica its GPUs, out of those this process may see."""
+    def environment(self, replica: int, threads: int) -> dict[str, str]:
+        """The variables that give a replica its GPUs or its threads.
+
+        Args:
+            replica: its number.
+            threads: for each of the replicas, on a CPU.
+
+        Raises:
+            ValueError: this process may see fewer GPUs than are asked for.
+        """
+        if self.runs_on == "cpu":
+            return {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads)}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(number) for number in range(self.gpus)]
         if len(names) < self.gpus:

@@ -3,13 +3,13 @@
     pytest -m server --server-url http://host:30000 --server-model NAME --server-context 8192 \\
         --server-siblings 32
 
-Without a URL the embedded llama.cpp is asked. SGLang needs --enable-metrics --enable-cache-report.
+Without a URL the embedded llama.cpp is asked; ``make test-sglang`` asks SGLang (tests/sglang/).
+SGLang needs --enable-metrics --enable-cache-report.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gen.prompts import MethodConfig
 from gen.serving.load import parse_load
 from gen.serving.servers import GeneratorConfig, check_model, serving
 from tests.conftest import wait_until
+from tests.gen.serving.target import Target
 
 pytestmark = pytest.mark.server
 WORDS = [
@@ -46,26 +47,6 @@ WORDS = [
     "at",
     "sea",
 ]
-
-
-@dataclass(frozen=True)
-class Target:
-    url: str
-    model: str
-    context_length: int
-    siblings: int
-
-
-@pytest.fixture
-def target(request: pytest.FixtureRequest) -> Target:
-    option = request.config.getoption
-    url = option("--server-url") or request.getfixturevalue("server")
-    return Target(
-        url.rstrip("/").removesuffix("/v1"),
-        option("--server-model"),
-        option("--server-context"),
-        option("--server-siblings"),
-    )
 
 
 def text_of(words: int, start: int = 0) -> str:

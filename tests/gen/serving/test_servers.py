@@ -17,6 +17,7 @@ from gen.corpus.documents import Document
 from gen.generations.job import run_job
 from gen.generations.store import GenerationStore
 from gen.prompts import MethodConfig
+from gen.serving import sglang_environment
 from gen.serving.servers import EMBEDDED, GeneratorConfig, Servers, embedded_weights, serving
 from gen.serving.sglang import SglangConfig
 from tests.conftest import REPOSITORY, run_script
@@ -27,7 +28,9 @@ def flags(config: SglangConfig) -> list[str]:
 
 
 def test_sglangs_flags() -> None:
-    command = flags(SglangConfig(python="/opt/sglang/bin/python", mem_fraction_static=0.88))
+    command = flags(
+        SglangConfig(python="/opt/sglang/bin/python", device="cuda", mem_fraction_static=0.88)
+    )
     assert command[:3] == ["/opt/sglang/bin/python", "-m", "sglang.launch_server"]
     for flag in (
         "--model-path=org/model",
@@ -45,6 +48,7 @@ def test_sglangs_flags() -> None:
 
 def test_options_of_sglang_add_their_flags() -> None:
     config = SglangConfig(
+        device="cuda",
         python="apptainer exec --nv 'my image.sif' python3",
         ngram_speculation=True,
         hierarchical_cache=True,
@@ -67,20 +71,35 @@ def test_options_of_sglang_add_their_flags() -> None:
 
 
 def test_replicas_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SglangConfig(python="p", replicas=2, tp_size=2)
+    config = SglangConfig(python="p", device="cuda", replicas=2, tp_size=2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [config.devices(replica)["CUDA_VISIBLE_DEVICES"] for replica in range(2)] == [
+    assert [config.environment(replica, 1)["CUDA_VISIBLE_DEVICES"] for replica in range(2)] == [
         "0,1",
         "2,3",
     ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c,GPU-d")
-    assert config.devices(1) == {"CUDA_VISIBLE_DEVICES": "GPU-c,GPU-d"}
+    assert config.environment(1, 1) == {"CUDA_VISIBLE_DEVICES": "GPU-c,GPU-d"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(ValueError, match=r"asks for 4 GPUs .* shows 2"):
-        config.devices(0)
+        config.environment(0, 1)
     assert GeneratorConfig("sglang", sglang=config).gpus_used == 4
     assert GeneratorConfig("sglang", sglang=config, gpus=8).gpus_used == 8
     assert GeneratorConfig().gpus_used == 0
+
+
+def test_an_sglang_that_is_not_installed_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = GeneratorConfig("sglang", sglang=SglangConfig(device="cpu"))
+    with pytest.raises(ValueError, match=rf"is not installed in {tmp_path}/.*run `make sglang`"):
+        config.check()
+    environment = sglang_environment.folder("cpu")
+    environment.mkdir(parents=True)
+    (environment / sglang_environment.STAMP).touch()
+    config.check()
+    assert config.sglang.command("m", 512, 1)[0] == str(environment / "bin" / "python")
+    assert config.gpus_used == 0
 
 
 def test_an_unknown_model_is_refused_with_those_served(server: str, tmp_path: Path) -> None:
@@ -141,7 +160,7 @@ def test_replicas_share_the_documents(tokenizer: Tokenizer, tmp_path: Path) -> N
             context_length=256,
             concurrency=2,
             siblings_in_flight=2,
-            sglang=SglangConfig(python=sys.executable, replicas=2),
+            sglang=SglangConfig(python=sys.executable, device="cuda", replicas=2),
         )
         method = MethodConfig(prompt="Say it again: {text}", generations=2, max_tokens=4)
         documents = [Document(f"d{i}", f"There are {i} boats.") for i in range(12)]
@@ -162,6 +181,7 @@ def test_the_slurm_script_gives_each_array_task_its_share(tmp_path: Path) -> Non
         [
             *("bash", "conf/launcher/generate.sbatch", "scale=demo"),
             *("generator.sglang.python=/bin/false", f"root={tmp_path}"),
+            "generator.sglang.device=cuda",
         ],
         cwd=REPOSITORY,
         env={
@@ -185,7 +205,7 @@ def test_the_slurm_script_gives_each_array_task_its_share(tmp_path: Path) -> Non
 def test_the_submitit_launcher_composes(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the launcher")
     done = run_script(
-        *("generate.py", "launcher=slurm", "--cfg", "hydra", "--package", "hydra.launcher"),
-        f"root={tmp_path}",
+        *("generate.py", "launcher=slurm", f"root={tmp_path}"),
+        *("--cfg", "hydra", "--package", "hydra.launcher"),
     )
     assert "array_parallelism: 64" in done.stdout

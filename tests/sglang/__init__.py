@@ -1,0 +1,1 @@
+"""The real SGLang on a CPU: server, scheduler and prefix cache (``make test-sglang``)."""
