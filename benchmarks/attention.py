@@ -6,9 +6,9 @@
 TFLOP/s count unmasked pairs only: 4 FLOPs a pair, head and dimension forward, 10 backward. The
 floors are those FLOPs at the rate of a square bf16 matrix product, and the bytes that inputs,
 outputs and gradients take at the rate of a copy, both measured in the same run. Peers are called
-without anything around them: PyTorch's varlen_attn (FA-2), FlexAttention with its block mask made
-beforehand, the flash-attn package, FA-3 (fa3-fwd), FA-4 (flash-attn-4) and, for one document,
-cuDNN.
+without anything around them: PyTorch's varlen_attn (by FlashAttention and by cuDNN), FlexAttention
+with its block mask made beforehand, the flash-attn package, FA-3 (fa3-fwd), FA-4 (flash-attn-4)
+and, for one document, cuDNN by SDPA.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from benchmarks import timing
 from kernels import attention_tiles, varlen_attention
-from kernels.attention.flash import HAS_GQA
 from kernels.attention.flex import document_block_mask, fused_flex_attention
+from kernels.attention.libraries import HAS_CUDNN, HAS_GQA, LIBRARIES
 from kernels.attention.tile_config import TileConfig, tile_config
 from trainer.data.random_stream import random_windows
 
@@ -113,11 +113,13 @@ def providers(
         "triton": lambda: ours(borders, longest, "triton", tiles=tables()),
         "triton+tables": lambda: ours(borders, longest, "triton"),  # made in every call
         "gluon": lambda: ours(borders, longest, "gluon", tiles=tables(gluon=True)),
-        "pytorch": lambda: pytorch(borders, longest, group),
+        "flash": lambda: pytorch("flash", borders, longest, group),
         "flex": lambda: flex(borders, tokens),
     }
+    if HAS_CUDNN:
+        found["cudnn"] = lambda: pytorch("cudnn", borders, longest, group)
     if len(borders) == 2:
-        found["cudnn"] = lambda: cudnn
+        found["cudnn sdpa"] = lambda: cudnn
     for name, module in (
         ("flash_attn", "flash_attn.flash_attn_interface"),
         ("fa3", "flash_attn_interface"),
@@ -143,7 +145,8 @@ def present(module: str) -> bool:
         return False
 
 
-def pytorch(borders: Tensor, longest: int, group: int) -> Attend:
+def pytorch(library: str, borders: Tensor, longest: int, group: int) -> Attend:
+    from torch.nn.attention import sdpa_kernel
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"window_size": (-1, 0)}
@@ -151,7 +154,8 @@ def pytorch(borders: Tensor, longest: int, group: int) -> Attend:
         options["enable_gqa"] = group > 1
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
+        with sdpa_kernel(LIBRARIES[library]):
+            out = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
         assert isinstance(out, Tensor)  # without return_aux
         return out
 

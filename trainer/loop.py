@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from kernels.attention.interface import automatic_backend
+from kernels.attention.interface import automatic_backend, check_backend
 from trainer.config.schema import (
     Averaging,
     Dtype,
+    Mask,
     Parallel,
     Recompute,
     RuntimeConfig,
@@ -76,6 +77,7 @@ def train(config: TrainConfig) -> float:
         return trained
 
     with join_ranks(config.runtime) as ranks, contextlib.ExitStack() as cleanup:
+        attention = choose_attention(config, ranks.device)
         # The data: streams, and a plan that says which document is read when.
         streams = open_streams(config)
         validation = open_stream(config, config.data.validation)
@@ -89,7 +91,7 @@ def train(config: TrainConfig) -> float:
 
         # The model.
         runtime = config.runtime
-        kernels = Kernels(runtime.attention, runtime.loss, runtime.loss_memory)
+        kernels = Kernels(attention, runtime.loss, runtime.loss_memory)
         model = Llama(config.model, config.seed, compute_dtype(runtime, ranks.device), kernels)
         if config.initial_weights is not None and not checkpoints(run_dir):
             tokenizer = Path(config.data.root) / "tokenizer" / "tokenizer.json"
@@ -98,7 +100,7 @@ def train(config: TrainConfig) -> float:
         prepare_blocks(model, config, ranks)
         wrapped = parallelize(model, ranks, config.runtime)
         if ranks.is_main:
-            print(describe_kernels(model, ranks.device), flush=True)
+            print(describe_kernels(model, attention), flush=True)
         optimizers = build_optimizers(model, config.optimizer, config.recipe)
         average = None
         if config.optimizer.averaging is not Averaging.none:
@@ -270,14 +272,33 @@ def how_to_fill(lengths: np.ndarray, plan: Plan) -> str:
     return "  Few documents fit together; data.packing=stream cuts them to fill the windows."
 
 
-def describe_kernels(model: Llama, device: torch.device) -> str:
+def describe_kernels(model: Llama, attention: str) -> str:
     """Which implementations run, in one line."""
-    attention = model.kernels.attention
-    if attention == "auto":
-        attention = automatic_backend(device, model.compute_dtype)
     if attention == "gluon" and model.config.head_dim != 64:
         attention = "gluon (dK and dV: triton)"
     return f"kernels: {attention} attention, {model.kernels.loss} {model.kernels.loss_memory} loss"
+
+
+def choose_attention(config: TrainConfig, device: torch.device) -> str:
+    """The backend that runs; ``auto`` becomes one name for the whole run.
+
+    Raises:
+        ValueError: the backend asked for cannot run here.
+    """
+    head_dim, dtype = config.model.head_dim, compute_dtype(config.runtime, device)
+    fits = config.data.mask is Mask.none  # one segment a window
+    attention = config.runtime.attention
+    if attention == "auto":
+        if config.runtime.context_parallel > 1:  # other borders for queries than for keys
+            return automatic_backend(device, dtype, head_dim, False)
+        return automatic_backend(device, dtype, head_dim, fits)
+    if attention == "cudnn" and not fits:
+        raise ValueError(
+            f"runtime.attention=cudnn needs data.mask=none, not {config.data.mask.value}: its "
+            "backward pass holds segments x longest tokens; use flash or auto"
+        )
+    check_backend(attention, device, dtype, head_dim, "the model")
+    return attention
 
 
 def model_vocabulary(config: TrainConfig, stream: MegadocStream) -> int:

@@ -8,18 +8,24 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .flash import flash_attention, flash_attn_attention
 from .flex import flex_document_attention
-from .op import triton_attention
+from .libraries import cudnn_fits, cudnn_refusal, flash_attn_attention, library_attention
+from .op import gluon_refusal, interpreted, triton_attention, triton_refusal
 from .reference import reference_attention
 from .sdpa import torch_attention
 from .tile_scheduler import Tiles
 
-Backend = Literal["auto", "flash", "flash_attn", "flex", "triton", "gluon", "torch", "reference"]
+Backend = Literal[
+    "auto", "flash", "cudnn", "flash_attn", "flex", "triton", "gluon", "torch", "reference"
+]
+
+HALF = (torch.float16, torch.bfloat16)
+NEEDS_HALF = ("flash", "cudnn", "flash_attn", "triton", "gluon")
 
 # Options a backend does not have.
 LACKS = {
     "flash": ("softcap", "return_lse"),
+    "cudnn": ("cu_seqlens_k", "window", "softcap", "return_lse"),
     "flash_attn": ("return_lse",),
     "flex": ("cu_seqlens_k", "return_lse"),
     "triton": (),
@@ -38,6 +44,7 @@ def varlen_attention(
     max_seqlen: int,
     *,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float = 0.0,
@@ -56,6 +63,7 @@ def varlen_attention(
     max_seqlen: int,
     *,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float = 0.0,
@@ -73,6 +81,7 @@ def varlen_attention(
     max_seqlen: int,
     *,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float = 0.0,
@@ -89,18 +98,20 @@ def varlen_attention(
         cu_seqlens: int32 ``[S+1]`` segment borders of the queries; zero-length segments allowed.
         max_seqlen: upper bound of the segment lengths.
         cu_seqlens_k: borders of the keys where they differ; causality is aligned at segment ends.
+        max_seqlen_k: upper bound of the keys of a segment where it differs.
         scale: factor of the scores; default ``Dh ** -0.5``.
         window: sliding window in tokens, the query itself included; None for all.
         softcap: ``softcap * tanh(scores / softcap)``; 0 for none.
         return_lse: also return the log-sum-exp of the scores, fp32 ``[Hq, Tq]``, natural log.
-        backend: ``flash`` (PyTorch's varlen_attn: half precision on CUDA), ``torch`` (SDPA per
-            segment), ``reference`` (quadratic, every option, any dtype), or ``auto``: the first of
-            these that can do what is asked. Only when asked for: ``triton`` (our kernels with every
-            option, half precision on CUDA; deterministic; tested in the interpreter and compiled
-            for three architectures, but not run on a GPU yet), ``gluon`` (``triton`` with
-            warp-specialised kernels for sm_90 and head dimensions 64 and 128, tested on a model of
-            the machine and compiled; without window and softcap), ``flash_attn`` (the flash-attn
-            package), ``flex`` (FlexAttention; no backward pass on a CPU).
+        backend: ``cudnn`` (PyTorch's varlen_attn by cuDNN, where segments x longest is at most
+            twice the tokens), ``flash`` (the same by FlashAttention), both in half precision on
+            CUDA, ``torch`` (SDPA per segment), ``reference`` (quadratic, every option, any dtype),
+            or ``auto``: the first of these that can do what is asked. Only when asked for:
+            ``triton`` (our kernels with every option, half precision on CUDA; deterministic),
+            ``gluon`` (``triton`` with warp-specialised kernels for sm_90 and head dimensions 64
+            and 128; without window and softcap), ``flash_attn`` (the flash-attn package), ``flex``
+            (FlexAttention; no backward pass on a CPU). ``kernels/check.py`` says which of them are
+            right on a GPU, and which is the fastest.
         tiles: of :func:`kernels.attention_tiles`, for ``triton`` and ``gluon``; made in each call
             if None.
 
@@ -124,25 +135,29 @@ def varlen_attention(
         "softcap": softcap != 0,
         "return_lse": return_lse,
     }
-    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    segments, tokens = len(cu_seqlens) - 1, q.shape[0]
     if backend == "auto":
-        backend = automatic_backend(q.device, q.dtype, asked)
+        fits = cudnn_fits(segments, max_seqlen, tokens)
+        backend = automatic_backend(q.device, q.dtype, q.shape[2], fits, asked)
     if backend not in LACKS:
         raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(LACKS)}")
     if missing := lacking(backend, asked):
         raise ValueError(
             f"backend={backend!r} has no {', '.join(missing)}; use backend='reference'"
         )
-    if backend in ("flash", "flash_attn") and not half:
+    check_backend(backend, q.device, q.dtype, q.shape[2])
+    if backend == "cudnn" and not cudnn_fits(segments, max_seqlen, tokens):
         raise ValueError(
-            f"backend={backend!r} needs float16 or bfloat16 on CUDA, q is {q.dtype} on {q.device}; "
-            "use backend='reference'"
+            f"backend='cudnn' would hold {segments} segments x {max_seqlen} tokens for {tokens} "
+            "tokens, more than twice as many; use backend='flash'"
         )
-    if backend == "flash":
-        return flash_attention(q, k, v, cu_seqlens, max_seqlen, scale, window, cu_seqlens_k)
+    if backend in ("flash", "cudnn"):
+        return library_attention(
+            q, k, v, cu_seqlens, max_seqlen, scale, window, cu_seqlens_k, max_seqlen_k, backend
+        )
     if backend == "flash_attn":
         return flash_attn_attention(
-            q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, scale, window, softcap
+            q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, scale, window, softcap, max_seqlen_k
         )
     if backend == "flex":
         return flex_document_attention(q, k, v, cu_seqlens, scale, window, softcap)
@@ -169,14 +184,69 @@ def varlen_attention(
 
 
 def automatic_backend(
-    device: torch.device, dtype: torch.dtype, asked: dict[str, bool] | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    fits: bool,
+    asked: dict[str, bool] | None = None,
 ) -> Backend:
-    """What ``auto`` is for these inputs; ``asked`` says which options are used."""
-    half = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    """What ``auto`` is for these inputs.
+
+    Args:
+        device: of the inputs.
+        dtype: of the inputs.
+        head_dim: size of a head.
+        fits: whether segments x longest is at most twice the tokens.
+        asked: which options are used.
+    """
+    half = device.type == "cuda" and dtype in HALF
     options = asked or dict.fromkeys(("cu_seqlens_k", "window", "softcap", "return_lse"), False)
+    if (
+        half
+        and fits
+        and not lacking("cudnn", options)
+        and refusal("cudnn", device, head_dim) is None
+    ):
+        return "cudnn"
     if half and not lacking("flash", options):
         return "flash"
     return "reference" if lacking("torch", options) else "torch"
+
+
+def check_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, heads: str = "q"
+) -> None:
+    """Raise ValueError where a backend cannot run, before anything is built for it.
+
+    Args:
+        backend: not ``auto``.
+        device: where it would run; Triton's interpreter stands in for CUDA.
+        dtype: of the inputs.
+        head_dim: size of a head.
+        heads: what the message calls the inputs.
+    """
+    interpreter = backend == "triton" and device.type == "cpu" and interpreted()
+    if backend in NEEDS_HALF and not interpreter and (device.type != "cuda" or dtype not in HALF):
+        raise ValueError(
+            f"backend={backend!r} needs float16 or bfloat16 on CUDA, {heads} is {dtype} on "
+            f"{device}; use backend='auto'"
+        )
+    if why := refusal(backend, device, head_dim):
+        raise ValueError(f"backend={backend!r} cannot run here: {why}; use backend='auto'")
+
+
+@torch.compiler.assume_constant_result
+def refusal(backend: str, device: torch.device, head_dim: int) -> str | None:
+    """Why a backend cannot run on a device with this head dimension, or None."""
+    if backend == "cudnn":
+        return cudnn_refusal(device, head_dim)
+    if backend == "gluon":
+        return gluon_refusal(device, head_dim)
+    if backend == "triton":
+        return triton_refusal(device, head_dim)
+    if backend == "flash" and (head_dim > 256 or head_dim % 8):
+        return f"it has head dimensions up to 256 in multiples of 8, not {head_dim}"
+    return None
 
 
 def lacking(backend: str, asked: dict[str, bool]) -> list[str]:

@@ -77,14 +77,8 @@ def triton_attention(
         ``[Tq, Hq, Dh]`` and the fp32 log-sum-exp ``[Hq, Tq]``, both differentiable.
 
     Raises:
-        ValueError: a device, dtype, head dimension or scale that the kernels do not take.
+        ValueError: a dtype, head dimension or scale that the kernels do not take.
     """
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if not (half if q.is_cuda else interpreted()):
-        raise ValueError(
-            f"backend='triton' needs float16 or bfloat16 on CUDA, q is {q.dtype} on {q.device} "
-            "(TRITON_INTERPRET=1 runs it on a CPU, for tests); use backend='auto'"
-        )
     if not q.dtype == k.dtype == v.dtype or v.shape[2] != q.shape[2]:
         raise ValueError(
             "backend='triton' needs one dtype and one head dimension, not "
@@ -93,7 +87,7 @@ def triton_attention(
     if scale <= 0:
         raise ValueError(f"scale={scale} must be positive with backend='triton'")
     if gluon:
-        check_gluon(q, window, softcap, tiles)
+        check_gluon(q, tiles)
     if tiles is None:
         tiles = attention_tiles(
             cu_seqlens,
@@ -122,15 +116,8 @@ def triton_attention(
     return out, lse
 
 
-def check_gluon(q: Tensor, window: int | None, softcap: float, tiles: Tiles | None) -> None:
-    """Raise ValueError naming what the sm_90 kernel does not have."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
-        raise ValueError("backend='gluon' needs an sm_90 GPU (H100, H200); use backend='triton'")
-    if q.shape[2] not in (64, 128) or window is not None or softcap:
-        raise ValueError(
-            f"backend='gluon' has head dimensions 64 and 128, not {q.shape[2]}, and no window or "
-            "softcap; use backend='triton'"
-        )
+def check_gluon(q: Tensor, tiles: Tiles | None) -> None:
+    """Raise ValueError for tables that were made for the portable kernels."""
     if tiles is not None and tiles.config != with_gluon_tiles(tiles.config, q.shape[2]):
         raise ValueError("these tiles are not for backend='gluon'; make them with gluon=True")
     if q.shape[2] != 64 and not torch.compiler.is_compiling():
@@ -139,6 +126,27 @@ def check_gluon(q: Tensor, window: int | None, softcap: float, tiles: Tiles | No
             "Triton kernel",
             stacklevel=3,
         )
+
+
+def gluon_refusal(device: torch.device, head_dim: int) -> str | None:
+    """Why the sm_90 kernels cannot run, or None."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "it needs an sm_90 GPU (H100, H200)"
+    if head_dim not in (64, 128):
+        return f"it has head dimensions 64 and 128, not {head_dim}"
+    return triton_refusal(device, head_dim)
+
+
+def triton_refusal(device: torch.device, head_dim: int) -> str | None:
+    """Why the portable kernels cannot run, or None."""
+    from .triton.forward import split
+
+    try:
+        split(head_dim)
+        tile_config(device, head_dim, 1, 1)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def with_gluon_tiles(config: TileConfig, head_dim: int) -> TileConfig:

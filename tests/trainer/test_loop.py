@@ -371,3 +371,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(corpus_root: Path, tmp_path: Path
         assert not list((small / "run" / "checkpoints").glob(".*"))
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    runtime = RuntimeConfig(device="cpu", attention="gluon")
+    with pytest.raises(ValueError, match="backend='gluon' needs float16 or bfloat16 on CUDA"):
+        train(config(tmp_path / "nowhere", tmp_path, runtime=runtime))
+    runtime = RuntimeConfig(device="cpu", attention="cudnn")
+    data = DataConfig(root=str(tmp_path / "nowhere"), mask=Mask.document)
+    with pytest.raises(ValueError, match="cudnn needs data"):
+        train(config(tmp_path, tmp_path, runtime=runtime, data=data))

@@ -67,8 +67,9 @@ class ContextParallelAttention:
                     keys,
                     values,
                     cu_seqlens.clamp(start, end) - start,
-                    max_seqlen,
+                    min(max_seqlen, chunk),
                     cu_seqlens_k=cu_seqlens.clamp(max=end),
+                    max_seqlen_k=max_seqlen,
                     backend=self.backend,
                 )
             )

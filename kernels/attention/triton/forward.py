@@ -322,7 +322,7 @@ def split(size: int) -> dict[str, int]:
     if first < 16 or rest & (rest - 1) or 0 < rest < 16:
         raise ValueError(
             f"head dimension {size} is neither a power of two from 16 on nor the sum of two "
-            "(as 96 = 64 + 32); use backend='torch' or 'reference'"
+            "(as 96 = 64 + 32)"
         )
     return {"D0": first, "D1": rest}
 

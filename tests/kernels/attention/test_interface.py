@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import varlen_attention
+from kernels.attention import libraries
+from kernels.attention.interface import automatic_backend, check_backend
+from kernels.attention.libraries import cudnn_fits
 
 
 def inputs(
@@ -130,6 +133,52 @@ def test_bad_arguments_are_named(change: dict[str, object], message: str) -> Non
     arguments = {"q": q, "k": k, "v": v, "cu_seqlens": borders, "max_seqlen": 5} | change
     with pytest.raises(ValueError, match=message):
         varlen_attention(**arguments)  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """What is asked of an sm_90 device before anything runs on it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return torch.device("cuda")
+
+
+def test_auto_is_cudnn_only_where_padding_costs_little(hopper: torch.device) -> None:
+    assert automatic_backend(hopper, torch.bfloat16, 64, cudnn_fits(16, 4096, 65_536)) == "cudnn"
+    assert automatic_backend(hopper, torch.bfloat16, 64, cudnn_fits(256, 4096, 65_536)) == "flash"
+    window = {"cu_seqlens_k": False, "window": True, "softcap": False, "return_lse": False}
+    assert automatic_backend(hopper, torch.bfloat16, 64, True, window) == "flash"
+    assert automatic_backend(hopper, torch.float32, 64, True) == "torch"
+
+
+def test_versions_that_are_wrong_are_refused_by_name(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92_200)
+    with pytest.raises(ValueError, match="cuDNN 92200 gives NaN for segments of length 0"):
+        check_backend("cudnn", hopper, torch.bfloat16, 64)
+    assert automatic_backend(hopper, torch.bfloat16, 64, True) == "flash"
+    monkeypatch.setattr(libraries, "HAS_CUDNN", False)
+    with pytest.raises(ValueError, match=r"has no cuDNN in varlen_attn \(2.15 has\)"):
+        check_backend("cudnn", hopper, torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "message"),
+    [
+        ("gluon", 96, "head dimensions 64 and 128, not 96"),
+        ("triton", 100, "head dimension 100 is neither a power of two"),
+        ("triton", 256, "no tiles for head dimension 256 on sm_90"),
+        ("cudnn", 192, "head dimensions up to 128"),
+        ("flash", 100, "in multiples of 8, not 100"),
+    ],
+)
+def test_head_dimensions_are_checked_before_anything_is_built(
+    hopper: torch.device, backend: str, head_dim: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_backend(backend, hopper, torch.bfloat16, head_dim)
+    with pytest.raises(ValueError, match=f"backend='{backend}' needs float16 or bfloat16 on CUDA"):
+        check_backend(backend, hopper, torch.float32, 64)
 
 
 def test_our_package_and_hugging_faces_kernels_do_not_collide() -> None:

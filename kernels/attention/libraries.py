@@ -1,19 +1,27 @@
-"""FlashAttention: PyTorch's own ``varlen_attn``, or the flash-attn package where installed."""
+"""Attention of libraries: FlashAttention and cuDNN through PyTorch's ``varlen_attn``, and the
+flash-attn package where it is installed.
+
+PyTorch chooses between its two by itself and prefers cuDNN on sm_90 and sm_100, so each is named
+here and the other one switched off.
+"""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
-# PyTorch 2.11 has fewer arguments than later versions.
-HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+# PyTorch 2.11 has fewer arguments than later versions, and FlashAttention only.
+HAS_GQA = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+HAS_CUDNN = hasattr(varlen, "_select_backend")
+CUDNN_VERSION = 92_500  # 9.25; earlier ones give NaN for segments of length 0
+LIBRARIES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
-def flash_attention(
+def library_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -22,8 +30,10 @@ def flash_attention(
     scale: float,
     window: int | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    library: Literal["flash", "cudnn"] = "flash",
 ) -> Tensor:
-    """Causal attention inside each segment.
+    """Causal attention inside each segment by PyTorch's FlashAttention or cuDNN.
 
     The library leaves tokens after the last border unwritten, in the output as in the gradients, so
     both are replaced by 0 here; there is no synchronisation.
@@ -37,6 +47,8 @@ def flash_attention(
         scale: factor of the scores.
         window: keys a query sees, itself included; None for all.
         cu_seqlens_k: borders of the keys where they differ; causality is aligned at segment ends.
+        max_seqlen_k: upper bound of the keys of a segment where it differs.
+        library: which one.
 
     Returns:
         ``[T, Hq, Dh]``.
@@ -50,20 +62,42 @@ def flash_attention(
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if HAS_GQA else {}
     left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        borders_k,
-        max_seqlen,
-        max_seqlen,
-        scale=scale,
-        window_size=(left, 0),
-        **options,
-    )
+    with sdpa_kernel(LIBRARIES[library]):
+        out = varlen.varlen_attn(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            borders_k,
+            max_seqlen,
+            max_seqlen if max_seqlen_k is None else max_seqlen_k,
+            scale=scale,
+            window_size=(left, 0),
+            **options,
+        )
     assert isinstance(out, Tensor)  # without return_aux there is no log-sum-exp beside it
     return torch.where(inside, out, 0)
+
+
+def cudnn_refusal(device: torch.device, head_dim: int) -> str | None:
+    """Why cuDNN cannot be used on a CUDA device, or None."""
+    if not HAS_CUDNN:
+        return f"PyTorch {torch.__version__} has no cuDNN in varlen_attn (2.15 has)"
+    version = torch.backends.cudnn.version() or 0
+    if version < CUDNN_VERSION:
+        return (
+            f"cuDNN {version} gives NaN for segments of length 0; 9.25 is the first that does not"
+        )
+    if torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return "its variable-length kernels are for sm_90 and sm_100"
+    if head_dim > 128 or head_dim % 8:
+        return f"it has head dimensions up to 128 in multiples of 8, not {head_dim}"
+    return None
+
+
+def cudnn_fits(segments: int, max_seqlen: int, tokens: int) -> bool:
+    """Whether cuDNN's workspace stays small: its backward pass holds segments x longest rows."""
+    return segments * max_seqlen <= 2 * tokens
 
 
 def flash_attn_attention(
@@ -76,6 +110,7 @@ def flash_attn_attention(
     scale: float,
     window: int | None = None,
     softcap: float = 0.0,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """The same through ``flash_attn.flash_attn_varlen_func``.
 
@@ -84,11 +119,12 @@ def flash_attn_attention(
         k: ``[Tk, Hkv, Dh]``.
         v: ``[Tk, Hkv, Dh]``.
         cu_seqlens: int32 ``[S+1]``.
-        max_seqlen: upper bound of the segment lengths, of queries and keys.
+        max_seqlen: upper bound of the segment lengths.
         cu_seqlens_k: borders of the keys where they differ.
         scale: factor of the scores.
         window: keys a query sees, itself included; None for all.
         softcap: 0 for none.
+        max_seqlen_k: upper bound of the keys of a segment where it differs.
 
     Returns:
         ``[Tq, Hq, Dh]``.
@@ -113,7 +149,7 @@ def flash_attn_attention(
         cu_seqlens,
         keys,
         max_seqlen,
-        max_seqlen,
+        max_seqlen if max_seqlen_k is None else max_seqlen_k,
         softmax_scale=scale,
         causal=True,
         window_size=(-1 if window is None else window - 1, 0),
