@@ -6,6 +6,7 @@ without one the corpus, its generations and its streams are made in order. Sever
 ``python generate.py --multirun method=rephrase,latent``.
 """
 
+import re
 import sys
 
 import hydra
@@ -27,4 +28,8 @@ def main(config: DictConfig) -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in TASKS:
         sys.argv[1] = f"task={sys.argv[1]}"
+    # No field of Python can be called import: the keys of that group lie at `imports`.
+    sys.argv[1:] = [
+        re.sub(r"^([+~]*)import\.", r"\1imports.", argument) for argument in sys.argv[1:]
+    ]
     main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from gen.corpus.tokenizer import (
     cut_to_tokens,
     encode,
 )
+from gen.exchange.config import ImportConfig
+from gen.exchange.importing import Import
 from gen.generations.job import run_job
 from gen.generations.sessions import Session
 from gen.generations.status import status
@@ -40,6 +42,8 @@ class GenerateConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    # generate.py calls this group import, which no field of Python can be called.
+    imports: ImportConfig = field(default_factory=ImportConfig)
     streams: StreamConfig = field(default_factory=StreamConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
@@ -58,6 +62,8 @@ def generate(config: GenerateConfig) -> None:
         return print(quality_report(config, root))
     config.generator.check()
     config.streams.check()
+    if config.generator.kind == "import":
+        return import_and_build(config, root)
     with only_one(root / "corpus.lock"):  # several nodes may begin with a new corpus at once
         corpus = prepare_corpus(config, root)
     if config.task in ("all", "generate"):
@@ -69,6 +75,24 @@ def generate(config: GenerateConfig) -> None:
         with only_one(root / "streams.lock"):  # jobs of several methods build `real` as well
             build_streams(config, corpus, root)
     return None
+
+
+def import_and_build(config: GenerateConfig, root: Path) -> None:
+    """``generator=import``: documents and generations from files, then streams of each method."""
+    corpus_config = config.corpus
+    if corpus_config.format == "import":
+        path = config.imports.sources or config.imports.path
+        corpus_config = replace(corpus_config, path=path)
+    with only_one(root / "corpus.lock"):
+        records = Import(config.imports, config.method.name, corpus_config, root).run()
+        if config.task == "generate":
+            return
+        corpus = prepare_corpus(replace(config, corpus=corpus_config), root)
+    if config.task in ("all", "streams"):
+        with only_one(root / "streams.lock"):
+            for name, record in records.items():
+                method = replace(config.method, name=name, generations=record["largest_g"])
+                build_streams(replace(config, method=method), corpus, root)
 
 
 @dataclass(frozen=True)

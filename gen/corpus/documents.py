@@ -28,7 +28,7 @@ SOURCE = ("format", "path", "subset", "split")  # of the config: where documents
 class CorpusConfig:
     """Where the real documents come from."""
 
-    format: str = "pydoc"  # pydoc, text, jsonl, parquet or huggingface
+    format: str = "pydoc"  # pydoc, text, jsonl, parquet, huggingface, or import: see gen/exchange
     path: str | None = None  # folder, file, or the name of a Hugging Face dataset
     pattern: str = "*.txt"  # text: which files of the folder
     text_column: str = "text"
@@ -73,6 +73,8 @@ def read_documents(config: CorpusConfig) -> Iterator[Document]:
         "parquet": read_parquet,
         "huggingface": read_huggingface,
     }
+    if config.format == "import":
+        raise ValueError("corpus=import takes the documents that generator=import brings; add that")
     if config.format not in readers:
         raise ValueError(f"corpus.format={config.format} is not one of {', '.join(readers)}")
     return readers[config.format](config)
@@ -212,8 +214,15 @@ def is_held_out(document_id: str, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def build_documents(config: CorpusConfig, root: Path) -> dict[str, Any]:
+def build_documents(
+    config: CorpusConfig, root: Path, read: Callable[[], Iterator[Document]] | None = None
+) -> dict[str, Any]:
     """Write ``root/documents/{train,val}.parquet`` and their manifest, unless they are current.
+
+    Args:
+        config: where the documents come from.
+        root: corpus folder.
+        read: yields the documents of ``format=import``.
 
     Returns:
         The manifest: how many documents were read, kept, empty, duplicate, too long, held out.
@@ -252,7 +261,8 @@ def build_documents(config: CorpusConfig, root: Path) -> dict[str, Any]:
     ):
         writers = {"train": train_writer, "val": val_writer}
         waiting: dict[str, list[dict[str, str]]] = {"train": [], "val": []}
-        for document in tqdm(read_documents(config), desc="documents", unit="doc", leave=False):
+        found = read() if config.format == "import" and read else read_documents(config)
+        for document in tqdm(found, desc="documents", unit="doc", leave=False):
             if counts["read"] == config.max_documents:
                 break
             counts["read"] += 1

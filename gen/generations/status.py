@@ -37,8 +37,8 @@ def store_status(store: GenerationStore) -> str:
     # An edited document has generations of its old text as well.
     done = table.group_by(["document_id", "index"]).aggregate([]).num_rows
     documents = pc.count_distinct(table["document_id"]).as_py()
-    generated = pc.sum(table["completion_tokens"]).as_py()
-    cut = pc.sum(pc.equal(table["finish_reason"], "length")).as_py()
+    generated = pc.sum(table["completion_tokens"]).as_py() or 0  # imported ones may not say
+    cut = pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
     lines = [
         f"{store.folder}: {done:,} generations of {documents:,} documents, {generated:,} tokens, "
         f"{cut / table.num_rows:.0%} cut off by their length limit"

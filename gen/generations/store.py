@@ -49,6 +49,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+IMPORT_RECORD = "import.json"  # of a store that gen/exchange filled; written last
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -86,6 +88,11 @@ class GenerationStore:
         """The store of a method; thoughts belong to the cuts of one G, so each G has a folder."""
         name = f"{method}-g{generations}" if latent else method
         return cls(root / "generations" / name)
+
+    @property
+    def imported(self) -> bool:
+        """Whether an import filled it (and ended): documents may lack generations."""
+        return (self.folder / IMPORT_RECORD).exists()
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Create the store, or check that it was written with the same settings.
@@ -164,9 +171,20 @@ class GenerationStore:
 
     def write_part(self, path: Path, table: pa.Table) -> None:
         """Write one part atomically."""
+        with self.writing(path, table.schema) as writer:
+            writer.write_table(table)
+
+    @contextlib.contextmanager
+    def writing(self, path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+        """A writer of one part, which is there when the block ends.
+
+        Raises:
+            OSError: the disk is full; the store is as it was before.
+        """
         with replace_file(path) as unfinished:
             try:
-                pq.write_table(table, unfinished, compression="zstd")
+                with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+                    yield writer
             except OSError as error:
                 raise OSError(
                     f"could not write a part of {self.folder}: {error}; what was written before "

@@ -44,12 +44,20 @@ class Generations:
         documents: the documents in corpus order.
         count: G.
         where: what to name in errors: the store's folder.
+        may_lack: whether documents may have fewer than G, as where others generated them.
 
     Raises:
         ValueError: a generation is there twice.
     """
 
-    def __init__(self, table: pa.Table, documents: list[Document], count: int, where: str) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        documents: list[Document],
+        count: int,
+        where: str,
+        may_lack: bool = False,
+    ) -> None:
         document = places_of(table, documents)
         index = table["index"].to_numpy()
         chosen = np.flatnonzero((document >= 0) & (index < count))
@@ -70,6 +78,7 @@ class Generations:
         self.found = found
         self.count = count
         self.where = where
+        self.may_lack = may_lack
         self.kept = np.ones(len(order), dtype=bool)
         self.edit: Callable[[str], str] | None = None
 
@@ -88,9 +97,9 @@ class Generations:
         self.kept, self.edit = kept, edit
 
     def require_all(self, documents: list[Document]) -> None:
-        """Raise ValueError unless every document has G generations."""
+        """Raise ValueError unless every document has G generations, or may lack some."""
         short = np.flatnonzero(self.found < self.count)
-        if len(short):
+        if len(short) and not self.may_lack:
             raise ValueError(
                 f"{len(short)} of {len(documents)} documents have fewer than G={self.count} "
                 f"generations in {self.where} (the first: {documents[short[0]].id!r} with "
@@ -106,8 +115,11 @@ class Generations:
         return {index: self.edit(text) for index, text in texts.items()} if self.edit else texts
 
     def one(self, place: int, index: int) -> str | None:
-        """One generation of a document that has all G, or None where it is dropped."""
-        position = self.starts[place] + index
+        """One generation of a document, or None where it is dropped or lacking."""
+        rows = self.rows[self.starts[place] : self.starts[place + 1]]
+        position = self.starts[place] + np.searchsorted(self.indices[rows], index)
+        if position == self.starts[place + 1] or self.indices[self.rows[position]] != index:
+            return None
         if not self.kept[position]:
             return None
         text = self.texts[int(self.rows[position])].as_py()

@@ -144,7 +144,8 @@ def build_stream(
     judged: dict[str, Any] = {}
     chosen = None
     if store is not None:
-        chosen = Generations(store.read(TEXT_COLUMNS), documents, generations, str(store.folder))
+        table = store.read(TEXT_COLUMNS)
+        chosen = Generations(table, documents, generations, str(store.folder), store.imported)
         judged = select_generations(chosen, store, documents, documents_hash, quality)
     megadocs = assemble(kind, documents, chosen, tokenizer, config)
     try:

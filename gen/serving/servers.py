@@ -24,7 +24,8 @@ EMBEDDED_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 class GeneratorConfig:
     """The model that writes, and how it is reached."""
 
-    kind: str = "embedded"  # embedded, openai (running servers) or sglang (started here)
+    # embedded, openai (running servers), sglang (started here), or import: no model but files
+    kind: str = "embedded"
     model: str = "SmolLM2-135M-Instruct"  # sglang: a path or hub name
     urls: list[str] = field(default_factory=list)  # openai: one or more servers of that model
     api_key: str | None = None
@@ -53,8 +54,10 @@ class GeneratorConfig:
 
     def check(self) -> None:
         """Raise ValueError where options do not fit together."""
-        if self.kind not in ("embedded", "openai", "sglang"):
-            raise ValueError(f"generator.kind={self.kind} is not one of embedded, openai, sglang")
+        if self.kind not in ("embedded", "openai", "sglang", "import"):
+            raise ValueError(
+                f"generator.kind={self.kind} is not one of embedded, openai, sglang, import"
+            )
         if self.kind == "openai" and not self.urls:
             raise ValueError("generator=openai needs generator.urls=[http://host:port, ...]")
         if self.kind == "openai" and not self.model:

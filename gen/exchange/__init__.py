@@ -1,0 +1,4 @@
+"""Generations and documents from files of others, and ours as files for others.
+
+May import ``gen.corpus``, ``gen.generations``, ``gen.quality`` and ``gen.megadocs``.
+"""

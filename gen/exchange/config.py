@@ -1,0 +1,66 @@
+"""Where imported generations lie and how their rows meet documents."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from gen.generations.store import SCHEMA
+
+# Columns of a store that a row may bring along with the text.
+CARRIED = tuple(
+    name for name in SCHEMA.names if name not in ("document_id", "method", "text", "text_hash")
+)
+
+
+@dataclass
+class ImportConfig:
+    """Files with generations; columns are names or paths into lists and structs, as ``a.b``."""
+
+    path: str | None = None  # folder, glob, file or URI (hf://, s3://) of rows with generations
+    # Method -> folder or glob below path; empty: everything at path is method.name.
+    methods: dict[str, str] = field(default_factory=dict)
+    generation_column: str = "generation"  # a text, or a list of texts
+    id_column: str | None = "id"  # of the source; null: a hash of its text
+    text_column: str | None = "text"  # of the source; null: rows only name it, by id_column
+    metadata_column: str | None = None  # of the source: an object, or JSON; kept by corpus=import
+    # corpus=import where rows hold no sources: folder, glob, file or URI of those.
+    sources: str | None = None
+    source_id_column: str = "id"
+    source_text_column: str = "text"
+    # Column of the store -> column of the row, such as finish_reason, completion_tokens, model or
+    # index. Without an index generations of a source are numbered in the order of the files.
+    columns: dict[str, str] = field(default_factory=dict)
+    model: str = "unknown"  # that wrote them, where no column says so
+    licence: str = ""  # of the generations, as you know it; kept with them
+    processes: int | None = None  # that read files; null: all cores for large ones
+
+    def check(self) -> None:
+        """Raise ValueError where a setting is missing or cannot work."""
+        if self.path is None:
+            raise ValueError(
+                "generator=import needs import.path=FOLDER (or a glob, a file, hf://..., s3://...)"
+            )
+        unknown = sorted(set(self.columns) - set(CARRIED))
+        if unknown:
+            raise ValueError(
+                f"import.columns has {unknown[0]!r}, which is no column of a store; choose from "
+                f"{', '.join(CARRIED)}"
+            )
+        if self.text_column is None and self.id_column is None:
+            raise ValueError(
+                "import.text_column=null and import.id_column=null: rows must hold their source "
+                "or name it"
+            )
+        if self.text_column is not None and self.sources is not None:
+            raise ValueError(
+                f"import.sources={self.sources} and import.text_column={self.text_column} are two "
+                "places for the sources; set import.text_column=null if rows hold no source"
+            )
+        for name in self.methods:
+            if not re.fullmatch(r"[\w.-]*\w", name):
+                raise ValueError(
+                    f"import.methods: {name!r} names a folder: use letters, digits, '_', '-', '.'"
+                )
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"import.processes={self.processes} must be at least 1")

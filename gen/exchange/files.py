@@ -1,0 +1,258 @@
+"""Files of rows: found by folder, glob or URI, read row by row, whatever is broken in them named.
+
+Parquet, JSON lines (plain, gzip, Zstandard) and Arrow files of ``datasets``; local or wherever
+fsspec reaches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.arrow import ArrowFSWrapper
+from fsspec.implementations.local import LocalFileSystem
+
+BATCH_ROWS = 256
+PARQUET = (".parquet",)
+ARROW = (".arrow",)
+COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+LINES = tuple(
+    name + ending for name in (".jsonl", ".json", ".ndjson") for ending in ("", *COMPRESSION)
+)
+ENDINGS = (*PARQUET, *ARROW, *LINES)
+BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")  # of datasets, no rows
+READ_ERRORS = (OSError, EOFError, pa.ArrowException)
+MAGIC_CHARACTERS = "*?["
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of rows."""
+
+    path: str  # with its protocol where it is remote
+    size: int  # bytes
+    version: str  # changes when the file does
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A row, or a whole file, that cannot be read."""
+
+    reason: str
+    detail: str
+
+
+def filesystem(where: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URI, and the path in it.
+
+    Raises:
+        ValueError: the protocol is unknown, or needs a package that is not installed.
+    """
+    protocol, separator, rest = where.partition("://")
+    if separator and protocol in ("s3", "gs"):  # pyarrow speaks these itself
+        base = protocol + separator + rest.split("/", 1)[0]
+        return ArrowFSWrapper(pa.fs.FileSystem.from_uri(base)[0]), rest
+    try:
+        system, path = fsspec.core.url_to_fs(where)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"import.path={where} cannot be reached: {error}") from error
+    return system, path
+
+
+def find_files(where: str, setting: str) -> list[SourceFile]:
+    """The files of rows at a folder, glob, file or URI, sorted by path.
+
+    Args:
+        where: the place.
+        setting: what to name in errors.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    system, path = filesystem(where)
+    if any(character in path for character in MAGIC_CHARACTERS):
+        found = [name for match in system.glob(path) for name in system.find(match)]
+    else:
+        found = system.find(path)
+    names = sorted(set(found))
+    if any(name.endswith(ARROW) for name in names):
+        names = [name for name in names if PurePosixPath(name).name not in BESIDE_ARROW]
+    names = [name for name in names if name.endswith(ENDINGS)]
+    if not names:
+        raise FileNotFoundError(
+            f"{setting}={where} holds no file ending in {', '.join(ENDINGS)}"
+            + (f"; it holds {PurePosixPath(sorted(found)[0]).name}, ..." if found else "")
+        )
+    local = isinstance(system, LocalFileSystem)
+    files = []
+    for name in names:
+        info = system.info(name)
+        version = info.get("mtime") or info.get("ETag") or info.get("blob_id") or ""
+        full = name if local else f"{where.partition('://')[0]}://{name}"
+        if not local and "://" in name:
+            full = name
+        files.append(SourceFile(full, int(info["size"] or 0), str(version)))
+    return files
+
+
+def open_file(path: str) -> Any:
+    """A file as pyarrow reads it best."""
+    system, inner = filesystem(path)
+    if isinstance(system, LocalFileSystem):
+        return pa.OSFile(inner)
+    return pa.PythonFile(system.open(inner, "rb"), mode="r")
+
+
+def sha256_of(path: str) -> str:
+    """Hash of a file's bytes; of a file on the Hugging Face hub this is its LFS object id."""
+    content = hashlib.sha256()
+    with open_file(path) as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
+def row_groups(file: SourceFile) -> list[tuple[int, int]] | None:
+    """Rows and uncompressed bytes of each row group; None for what can only be read in a row."""
+    if not file.path.endswith(PARQUET):
+        return None
+    try:
+        with open_file(file.path) as opened:
+            footer = pq.read_metadata(opened)
+    except READ_ERRORS:
+        return None  # counted by whoever reads it
+    groups = (footer.row_group(group) for group in range(footer.num_row_groups))
+    return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def schema_names(path: str) -> list[str]:
+    """Columns of a Parquet or Arrow file; none where each row has its own, or it is unreadable."""
+    try:
+        with open_file(path) as opened:
+            if path.endswith(PARQUET):
+                return pq.read_schema(opened).names
+            if path.endswith(ARROW):
+                return arrow_reader(opened).schema.names
+    except READ_ERRORS:
+        pass
+    return []
+
+
+def read_rows(
+    path: str, columns: Sequence[str], groups: Sequence[int] | None = None
+) -> Iterator[tuple[int, dict[str, Any] | Odd]]:
+    """Rows with their numbers, from 1; where something is broken an :class:`Odd` in its place.
+
+    Args:
+        path: the file.
+        columns: top-level columns that are wanted.
+        groups: row groups of a Parquet file; None: all.
+    """
+    try:
+        if path.endswith(PARQUET):
+            yield from parquet_rows(path, columns, groups)
+        elif path.endswith(ARROW):
+            yield from arrow_rows(path, columns)
+        else:
+            yield from json_rows(path)
+    except READ_ERRORS as error:
+        yield 0, Odd("unreadable_file", first_line(error))
+
+
+def parquet_rows(
+    path: str, columns: Sequence[str], groups: Sequence[int] | None
+) -> Iterator[tuple[int, dict[str, Any] | Odd]]:
+    with open_file(path) as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
+        present = [name for name in columns if name in parquet.schema_arrow.names]
+        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+        for group in range(len(sizes)) if groups is None else groups:
+            start = done = sum(sizes[:group])
+            try:
+                for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=present):
+                    yield from numbered(batch, done + 1)
+                    done += batch.num_rows
+            except READ_ERRORS as error:
+                lost = f"rows {done + 1} to {start + sizes[group]}: {first_line(error)}"
+                yield done + 1, Odd("damaged_rows", lost)
+
+
+def arrow_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | Odd]]:
+    """Arrow files as ``datasets`` writes them (streams), or with a footer."""
+    done = 0
+    with open_file(path) as opened:
+        reader = arrow_reader(opened)
+        if isinstance(reader, pa.ipc.RecordBatchFileReader):
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            batches = iter(reader)
+        present = [name for name in columns if name in reader.schema.names]
+        try:
+            for batch in batches:
+                chosen = batch.select(present)
+                for start in range(0, batch.num_rows, BATCH_ROWS):
+                    yield from numbered(chosen.slice(start, BATCH_ROWS), done + start + 1)
+                done += batch.num_rows
+        except READ_ERRORS as error:
+            yield done + 1, Odd("truncated_file", first_line(error))
+
+
+def arrow_reader(opened: Any) -> Any:
+    """A reader of Arrow's stream format or, where the file says so, its file format."""
+    is_file = opened.read(6) == b"ARROW1"
+    opened.seek(0)
+    return pa.ipc.open_file(opened) if is_file else pa.ipc.open_stream(opened)
+
+
+def numbered(batch: pa.RecordBatch, first: int) -> Iterator[tuple[int, dict[str, Any] | Odd]]:
+    """The rows of a batch; one that is not UTF-8 costs itself alone."""
+    try:
+        yield from enumerate(batch.to_pylist(), first)
+    except UnicodeDecodeError:
+        for place in range(batch.num_rows):
+            try:
+                yield first + place, batch.slice(place, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield first + place, Odd("not_utf8", str(error))
+
+
+def json_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Odd]]:
+    """One JSON object a line."""
+    compression = COMPRESSION.get(PurePosixPath(path).suffix)
+    with open_file(path) as opened:
+        stream = pa.CompressedInputStream(opened, compression) if compression else opened
+        lines = io.BufferedReader(stream, 1 << 20)
+        number = 0
+        while True:
+            number += 1
+            try:
+                line = lines.readline()
+            except READ_ERRORS as error:
+                yield number, Odd("truncated_file", first_line(error))
+                return
+            if not line:
+                return
+            if line.strip():
+                yield number, parsed(line)
+
+
+def parsed(line: bytes) -> dict[str, Any] | Odd:
+    """The object of a line."""
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        return Odd("not_utf8", str(error))
+    except (ValueError, RecursionError) as error:
+        return Odd("broken_row", f"not JSON: {error}")
+    return row if isinstance(row, dict) else Odd("broken_row", f"no object: {str(row)[:60]!r}")
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
