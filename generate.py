@@ -29,7 +29,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in TASKS:
         sys.argv[1] = f"task={sys.argv[1]}"
     # No field of Python can be called import: the keys of that group lie at `imports`.
-    sys.argv[1:] = [
-        re.sub(r"^([+~]*)import\.", r"\1imports.", argument) for argument in sys.argv[1:]
-    ]
+    for place, argument in enumerate(sys.argv):
+        sys.argv[place] = re.sub(r"^([+~]*)import\.", r"\1imports.", argument)
     main()

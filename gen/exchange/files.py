@@ -16,6 +16,7 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.fs as arrow_fs
 import pyarrow.parquet as pq
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
@@ -59,7 +60,7 @@ def filesystem(where: str) -> tuple[fsspec.AbstractFileSystem, str]:
     protocol, separator, rest = where.partition("://")
     if separator and protocol in ("s3", "gs"):  # pyarrow speaks these itself
         base = protocol + separator + rest.split("/", 1)[0]
-        return ArrowFSWrapper(pa.fs.FileSystem.from_uri(base)[0]), rest
+        return ArrowFSWrapper(arrow_fs.FileSystem.from_uri(base)[0]), rest
     try:
         system, path = fsspec.core.url_to_fs(where)
     except (ImportError, ValueError) as error:

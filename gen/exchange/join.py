@@ -240,16 +240,13 @@ class Joiner:
         columns = list(dict.fromkeys(["document_id", "text", *carried]))
         with store.writing(path, schema) as writer:
             for rows, taken in chosen_rows(self.stage.generations(unit), columns, numbers["place"]):
-                given = {
-                    **{
-                        name: pa.repeat(pa.scalar(value), rows.num_rows)
-                        for name, value in row.items()
-                    },
-                    **{name: rows[name] for name in columns},
-                    "index": numbers["index"][taken],
-                    "text_hash": numbers["text_hash"][taken],
-                    "method": pa.repeat(method, rows.num_rows),
+                given: dict[str, Any] = {
+                    name: pa.repeat(pa.scalar(value), rows.num_rows) for name, value in row.items()
                 }
+                given |= {name: rows[name] for name in columns}
+                given["index"] = numbers["index"][taken]
+                given["text_hash"] = numbers["text_hash"][taken]
+                given["method"] = pa.repeat(method, rows.num_rows)
                 if "model" in carried:
                     given["model"] = pc.fill_null(rows["model"], row["model"])
                 writer.write_table(table_of(given, schema, rows.num_rows))

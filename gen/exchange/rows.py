@@ -191,7 +191,10 @@ def values_at(value: Any, path: Path) -> list[Any]:
 
 
 def single(values: list[Any]) -> Any:
-    return values[0] if len(values) == 1 else None if not values else values
+    """The only value; None for none, the list for several."""
+    if len(values) == 1:
+        return values[0]
+    return values or None
 
 
 def text_problem(text: Any) -> str | None:

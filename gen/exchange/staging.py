@@ -375,8 +375,12 @@ def generation_schema(layout: Layout) -> pa.Schema:
     """Of staged generations."""
     carried = [SCHEMA.field(name) for name in layout.carried]
     return pa.schema(
-        [*KEYS, ("content", pa.int64()), *((field.name, field.type) for field in carried)]
-        + [("text", pa.large_string())]
+        [
+            *KEYS,
+            ("content", pa.int64()),
+            *((column.name, column.type) for column in carried),
+            ("text", pa.large_string()),
+        ]
     )
 
 
