@@ -20,6 +20,7 @@ class ImportConfig:
     path: str | None = None  # folder, glob, file or URI (hf://, s3://) of rows with generations
     # Method -> folder or glob below path; empty: everything at path is method.name.
     methods: dict[str, str] = field(default_factory=dict)
+    only: list[str] = field(default_factory=list)  # of methods: those to import; empty: all
     generation_column: str = "generation"  # a text, or a list of texts
     id_column: str | None = "id"  # of the source; null: a hash of its text
     text_column: str | None = "text"  # of the source; null: rows only name it, by id_column
@@ -56,6 +57,12 @@ class ImportConfig:
             raise ValueError(
                 f"import.sources={self.sources} and import.text_column={self.text_column} are two "
                 "places for the sources; set import.text_column=null if rows hold no source"
+            )
+        absent = sorted(set(self.only) - set(self.methods))
+        if absent:
+            raise ValueError(
+                f"import.only names {absent[0]!r}, which is not among import.methods "
+                f"({', '.join(self.methods) or 'none'})"
             )
         for name in self.methods:
             if not re.fullmatch(r"[\w.-]*\w", name):

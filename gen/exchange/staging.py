@@ -163,6 +163,7 @@ def make_plan(
     places = {
         name: (f"{config.path.rstrip('/')}/{below}", f"import.methods.{name}")
         for name, below in config.methods.items()
+        if not config.only or name in config.only
     } or {method: (config.path, "import.path")}
     if with_documents and config.sources is not None:
         places = {SOURCES: (config.sources, "import.sources"), **places}
@@ -181,7 +182,7 @@ def make_plan(
             units.append(Unit(len(units), name, group[0], group[1]))
         files += found
     settings = asdict(config)
-    for name in ("processes", "model", "licence"):
+    for name in ("processes", "only", "model", "licence"):
         settings.pop(name)
     settings["methods"] = {name: place for name, (place, _) in places.items()}
     return Plan(files, units, layouts, with_documents, max_documents, settings)
