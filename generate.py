@@ -9,20 +9,14 @@ without one the corpus, its generations and its streams are made in order. Sever
 import re
 import sys
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-
 from gen.pipeline import TASKS, GenerateConfig, generate
-from trainer.errors import user_errors
-
-ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+from trainer.entry import program
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="generate")
-@user_errors
-def main(config: DictConfig) -> None:
-    generate(OmegaConf.to_object(config))  # type: ignore[arg-type]
+@program("generate", GenerateConfig)
+def main(config: GenerateConfig) -> None:
+    """Run one task, or all of them in order."""
+    generate(config)
 
 
 if __name__ == "__main__":

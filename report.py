@@ -3,41 +3,24 @@
 ``python report.py question=data_efficiency runs=runs`` answers that question in a few lines.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-
-from trainer.errors import user_errors
-from trainer.study.report import answer_data_efficiency, write_report
+from trainer.config.fields import check_bounds
+from trainer.config.report import ReportConfig
+from trainer.entry import program
 
 
-@dataclass
-class ReportConfig:
-    """Which runs, and where the report goes."""
+@program("report", ReportConfig)
+def main(config: ReportConfig) -> None:
+    """Print the table or the answer asked for."""
+    from trainer.study.report import answer_data_efficiency, write_report
 
-    runs: str = "runs"  # folder with run folders, at any depth
-    output: str | None = None  # null: <runs>/report
-    question: str | None = None  # data_efficiency: print that answer, write nothing
-
-
-ConfigStore.instance().store(name="report_schema", node=ReportConfig)
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="report")
-@user_errors
-def main(config: DictConfig) -> None:
-    options = OmegaConf.to_object(config)
-    assert isinstance(options, ReportConfig)
-    runs = Path(options.runs)
-    if options.question is not None:
-        if options.question != "data_efficiency":
-            raise ValueError(f"question={options.question} is not one of data_efficiency")
+    check_bounds(config)
+    runs = Path(config.runs)
+    if config.question is not None:
         print(answer_data_efficiency(runs))
         return
-    table, page = write_report(runs, Path(options.output) if options.output else runs / "report")
+    table, page = write_report(runs, Path(config.output) if config.output else runs / "report")
     print(table)
     print(f"\nreport: {page}")
 

@@ -8,28 +8,20 @@ One job on several GPUs: ``torchrun --nproc-per-node 8 train.py recipe=stitched`
 
 import math
 import sys
-from pathlib import Path
 
-import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-import trainer
 from trainer.config.schema import TrainConfig
-from trainer.errors import NonFiniteLossError, user_errors
-from trainer.loop import train
-
-ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-sys.path.append(str(Path(trainer.__file__).parent / "plugins"))  # gpu_pool launcher, star sweeper
+from trainer.entry import program
+from trainer.errors import NonFiniteLossError
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-@user_errors
-def main(config: DictConfig) -> float:
+@program("train", TrainConfig)
+def main(run: TrainConfig) -> float:
     """Return the validation loss, the number a sweep minimises; infinite where it diverged."""
-    run = OmegaConf.to_object(config)
-    assert isinstance(run, TrainConfig)
+    from trainer.loop import train  # imports torch, which --help and a sweep's master need not
+
     try:
         loss = train(run)
     except NonFiniteLossError as error:

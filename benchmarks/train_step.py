@@ -31,16 +31,22 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks import timing
 from kernels import varlen_attention
 from kernels.attention.flex import document_block_mask
-from trainer.config.schema import DataConfig, OptimizerConfig, RecipeConfig, TrainConfig
+from trainer.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RecipeConfig,
+    TrainConfig,
+)
 from trainer.data.batches import PackedBatch
 from trainer.data.random_stream import random_windows
 from trainer.loop import accumulate_gradients, prepare_blocks
 from trainer.model.flops import attention_pairs, peak_flops, training_flops
-from trainer.model.llama import Attention, Kernels, Llama, ModelConfig
+from trainer.model.llama import Attention, Kernels, Llama
 from trainer.optim.optimizer import build_optimizers
 from trainer.parallel.ranks import Ranks
 
-MODELS = Path(__file__).parents[1] / "conf" / "model"
+MODELS = Path(__file__).parents[1] / "conf" / "train" / "model"
 VOCABULARY = 128_256
 DEFAULT = Kernels()
 GPU = {"models": ["300m", "1_5b"], "contexts": [4096, 32_768, 131_072], "documents": [0, 1200]}
@@ -48,7 +54,7 @@ CPU = {"models": ["tiny"], "contexts": [256], "documents": [0, 60]}
 
 
 def model_config(name: str, vocabulary: int) -> ModelConfig:
-    """A size of ``conf/model``."""
+    """A size of ``conf/train/model``."""
     config = OmegaConf.merge(ModelConfig, OmegaConf.load(MODELS / f"{name}.yaml"))
     built = OmegaConf.to_object(config)
     assert isinstance(built, ModelConfig)
@@ -108,7 +114,7 @@ class Setting:
         def step() -> None:
             self.optimizer.zero_grad(set_to_none=True)  # of a way that ran out of memory
             gradients()
-            clip_grad_norm_(self.weights.parameters(), self.config.optimizer.clip_norm)
+            clip_grad_norm_(self.weights.parameters(), self.config.optimizer.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 

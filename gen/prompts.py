@@ -1,4 +1,4 @@
-"""Prompts: a style is a system message and a template; ``conf/method/`` holds one YAML each."""
+"""Prompts: a style is a system message and a template; see ``conf/generate/method/``."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ TRAINING = [
     "model=tiny",
     "data.context_length=64",
     "recipe.epochs=1",
-    "runtime.threads=1",
+    "runtime.num_threads=1",
 ]
 
 

@@ -9,6 +9,7 @@ from gen.pipeline import GenerateConfig, prepare_corpus
 from gen.quality.gates import QualityConfig
 from tests.conftest import run_script
 from trainer.config.schema import (
+    CheckpointConfig,
     DataConfig,
     Mask,
     ModelConfig,
@@ -71,12 +72,13 @@ def test_a_study_from_three_corpora_to_a_data_efficiency(corpus_root: Path, tmp_
                             context_length=64,
                             batch_size=2,
                             mask=Mask.megadoc,
-                            seed=seed,
+                            order_seed=seed,
                         ),
                         recipe=recipe,
                         model=ModelConfig(32, 64, 2, 4, 2),
-                        tracking=TrackingConfig(tensorboard=False, evaluations=2, checkpoints=1),
-                        runtime=RuntimeConfig(threads=1),
+                        tracking=TrackingConfig(tensorboard=False, num_evaluations=2),
+                        checkpoint=CheckpointConfig(count=1),
+                        runtime=RuntimeConfig(num_threads=1),
                         seed=seed,
                         output=str(runs),
                     )

@@ -21,11 +21,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from kernels.attention.interface import automatic_backend, check_backend
 from trainer.config.schema import (
+    ActivationCheckpointing,
     Averaging,
     Dtype,
     Mask,
     Parallel,
-    Recompute,
     RuntimeConfig,
     TrainConfig,
     to_dict,
@@ -91,8 +91,9 @@ def train(config: TrainConfig) -> float:
 
         # The model.
         runtime = config.runtime
-        kernels = Kernels(attention, runtime.loss, runtime.loss_memory)
-        model = Llama(config.model, config.seed, compute_dtype(runtime, ranks.device), kernels)
+        kernels = replace(Kernels.of(runtime), attention=attention)
+        dtype = compute_dtype(runtime, ranks.device)
+        model = Llama(config.model, config.seed, dtype, kernels)
         if config.initial_weights is not None and not checkpoints(run_dir):
             tokenizer = Path(config.data.root) / "tokenizer" / "tokenizer.json"
             load_hugging_face(model, Path(config.initial_weights), tokenizer)
@@ -118,7 +119,7 @@ def train(config: TrainConfig) -> float:
         guard = StepGuard(
             config.optimizer, before.usual_grad_norm, before.accepted_steps, before.skipped_steps
         )
-        keep = config.tracking.keep_checkpoints
+        keep = config.checkpoint.keep
         saver = Checkpointer(run_dir, wrapped, optimizers, average, ranks, keep)
         loader = BatchLoader(
             plan,
@@ -131,8 +132,8 @@ def train(config: TrainConfig) -> float:
             stop_step=steps,
         )
         began = time.monotonic()
-        evaluate_every = math.ceil(steps / config.tracking.evaluations)
-        save_every = math.ceil(steps / config.tracking.checkpoints)
+        evaluate_every = math.ceil(steps / config.tracking.num_evaluations)
+        save_every = math.ceil(steps / config.checkpoint.count)
 
         with (
             StopSignal(ranks) as stop,
@@ -144,7 +145,7 @@ def train(config: TrainConfig) -> float:
                 rate = set_schedules(optimizers, step, steps, config.optimizer, config.recipe)
                 seed_step(config.seed, step, ranks.rank)
                 loss = accumulate_gradients(wrapped, micro_batches, ranks, teachers)
-                grad_norm = clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+                grad_norm = clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
                 taken = guard.accepts(grad_norm, partial(meter.blame, step))
                 for optimizer in optimizers:
                     if taken:
@@ -217,7 +218,7 @@ def train(config: TrainConfig) -> float:
 
 def open_streams(config: TrainConfig) -> list[MegadocStream]:
     """The base stream and, when the recipe mixes one in, the synthetic stream."""
-    names = [config.recipe.base]
+    names = [config.recipe.real_stream]
     if config.recipe.synthetic:
         names.append(config.recipe.synthetic)
     return [open_stream(config, name) for name in names]
@@ -240,7 +241,7 @@ def plan_data(config: TrainConfig, streams: list[MegadocStream]) -> Plan:
         context_length=config.data.context_length,
         batch_size=config.data.batch_size,
         packing=config.data.packing.value,
-        seed=config.data.seed,
+        seed=config.data.order_seed,
     )
 
 
@@ -287,14 +288,14 @@ def choose_attention(config: TrainConfig, device: torch.device) -> str:
     """
     head_dim, dtype = config.model.head_dim, compute_dtype(config.runtime, device)
     fits = config.data.mask is Mask.none  # one segment a window
-    attention = config.runtime.attention
+    attention = config.runtime.attention_backend.value
     if attention == "auto":
         if config.runtime.context_parallel > 1:  # other borders for queries than for keys
             return automatic_backend(device, dtype, head_dim, False)
         return automatic_backend(device, dtype, head_dim, fits)
     if attention == "cudnn" and not fits:
         raise ValueError(
-            f"runtime.attention=cudnn needs data.mask=none, not {config.data.mask.value}: its "
+            f"runtime.attention_backend=cudnn needs data.mask=none, not {config.data.mask.value}: its "
             "backward pass holds segments x longest tokens; use flash or auto"
         )
     check_backend(attention, device, dtype, head_dim, "the model")
@@ -320,14 +321,14 @@ def compute_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
 
 
 def prepare_blocks(model: Llama, config: TrainConfig, ranks: Ranks) -> None:
-    """Recompute and compile block by block, so one compilation serves every layer."""
+    """ActivationCheckpointing and compile block by block, so one compilation serves every layer."""
     windows = config.data.micro_batch_size or config.data.batch_size // ranks.data_size
     tokens = windows * config.data.context_length // ranks.context_parallel
     sharded = config.runtime.parallel is Parallel.fsdp
     shards = (config.runtime.shard_size or ranks.world_size) if sharded else 1
     mode = choose_recompute(config, tokens, shards, ranks.device)
     recompute_blocks(model, mode)
-    if ranks.is_main and mode is not Recompute.none:
+    if ranks.is_main and mode is not ActivationCheckpointing.none:
         print(f"recomputing blocks in the backward pass: {mode.value}", flush=True)
     if config.runtime.compile or (config.runtime.compile is None and ranks.device.type == "cuda"):
         for layer in model.model.layers:

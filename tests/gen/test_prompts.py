@@ -1,4 +1,4 @@
-"""Styles: every YAML in conf/method works, and siblings of a document differ."""
+"""Styles: every YAML in conf/generate/method works, and siblings of a document differ."""
 
 import asyncio
 from pathlib import Path
@@ -18,7 +18,7 @@ from gen.prompts import MethodConfig, sibling_seed
 from gen.serving.servers import GeneratorConfig, serving
 from tests.conftest import REPOSITORY
 
-STYLES = sorted(path.stem for path in (REPOSITORY / "conf" / "method").glob("*.yaml"))
+STYLES = sorted(path.stem for path in (REPOSITORY / "conf" / "generate" / "method").glob("*.yaml"))
 DOCUMENT = Document("d0", "The ferry to the island leaves at noon and takes forty minutes. " * 3)
 
 
@@ -26,8 +26,8 @@ def method_of(style: str, *overrides: str) -> MethodConfig:
     """A style as the entry point reads it."""
     import generate  # noqa: F401  registers the schema
 
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("generate", [f"method={style}", *overrides]))
+    with initialize_config_dir(str(REPOSITORY / "conf" / "generate"), version_base="1.3"):
+        config = OmegaConf.to_object(compose("config", [f"method={style}", *overrides]))
     assert isinstance(config, GenerateConfig)
     return config.method
 

@@ -10,8 +10,10 @@ from torch.nn.utils import clip_grad_norm_
 from benchmarks.train_step import Setting, model_config, ours, random_batch
 from tests.trainer.test_loop import config, metrics
 from trainer.config.schema import (
+    AttentionBackend,
     DataConfig,
     Dtype,
+    LossBackend,
     ModelConfig,
     OptimizerConfig,
     RecipeConfig,
@@ -36,13 +38,15 @@ HEADS_OF_64 = ModelConfig(128, 256, 2, 2, 1)  # what the half-precision kernels 
 def test_it_learns_what_a_cpu_learns(
     corpus_root: Path, tmp_path: Path, attention: str, loss: str
 ) -> None:
-    runtime = RuntimeConfig(threads=1, attention=attention, loss=loss)
+    runtime = RuntimeConfig(
+        num_threads=1, attention_backend=AttentionBackend(attention), loss_backend=LossBackend(loss)
+    )
     on_gpu = config(corpus_root, tmp_path / "gpu", model=HEADS_OF_64, runtime=runtime)
     on_cpu = config(
         corpus_root,
         tmp_path / "cpu",
         model=HEADS_OF_64,
-        runtime=RuntimeConfig(device="cpu", dtype=Dtype.bfloat16, threads=1),
+        runtime=RuntimeConfig(device="cpu", dtype=Dtype.bfloat16, num_threads=1),
     )
     assert train(on_gpu) == pytest.approx(train(on_cpu), abs=0.03)
     first, right = (metrics(run.run_dir())[0]["train/loss"] for run in (on_gpu, on_cpu))

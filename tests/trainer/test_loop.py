@@ -18,8 +18,10 @@ import torch
 
 from tests.conftest import REPOSITORY, run_script, wait_until
 from trainer.config.schema import (
+    AttentionBackend,
     Averaging,
     BadStep,
+    CheckpointConfig,
     DataConfig,
     DecaySchedule,
     Mask,
@@ -52,9 +54,9 @@ ARGUMENTS = [
     "data.micro_batch_size=2",
     "data.mask=document",
     "tracking.log_every=1",
-    "tracking.checkpoints=1000",
+    "checkpoint.count=1000",
     "tracking.tensorboard=false",
-    "runtime.threads=1",
+    "runtime.num_threads=1",
     "name=run",
 ]
 
@@ -64,8 +66,9 @@ def config(root: Path, output: Path, **changes: object) -> TrainConfig:
         "data": DataConfig(str(root), context_length=64, batch_size=4, mask=Mask.megadoc),
         "recipe": STITCHED,
         "model": ModelConfig(32, 64, 2, 2, 1),
-        "tracking": TrackingConfig(tensorboard=False, log_every=1, evaluations=2, checkpoints=4),
-        "runtime": RuntimeConfig(threads=1),
+        "tracking": TrackingConfig(tensorboard=False, log_every=1, num_evaluations=2),
+        "checkpoint": CheckpointConfig(count=4),
+        "runtime": RuntimeConfig(num_threads=1),
         "output": str(output),
     } | changes
     return TrainConfig(**chosen)  # type: ignore[arg-type]
@@ -133,7 +136,7 @@ def test_sigkill_at_random_moments_changes_nothing(corpus_root: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_next_start_goes_on(corpus_root: Path, tmp_path: Path) -> None:
-    arguments = [*ARGUMENTS, "tracking.checkpoints=1", f"data.root={corpus_root}"]
+    arguments = [*ARGUMENTS, "checkpoint.count=1", f"data.root={corpus_root}"]
     arguments += ["recipe.epochs=12", f"output={tmp_path}"]
     with subprocess.Popen(
         [sys.executable, "train.py", *arguments],
@@ -164,8 +167,9 @@ def test_a_loss_that_is_not_finite_names_its_documents(corpus_root: Path, tmp_pa
 def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(
     corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking = TrackingConfig(tensorboard=False, log_every=100, checkpoints=1000)
-    settings = config(corpus_root, tmp_path, tracking=tracking)
+    tracking = TrackingConfig(tensorboard=False, log_every=100)
+    saved = CheckpointConfig(count=1000)
+    settings = config(corpus_root, tmp_path, tracking=tracking, checkpoint=saved)
     calls = itertools.count()
 
     def poisoned(parameters: Iterable[torch.nn.Parameter], most: float) -> torch.Tensor:
@@ -183,8 +187,9 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(
 def test_a_stop_is_seen_between_log_lines_and_leftovers_are_cleared(
     corpus_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking = TrackingConfig(tensorboard=False, log_every=100, evaluations=1, checkpoints=1)
-    settings = config(corpus_root, tmp_path, tracking=tracking)
+    tracking = TrackingConfig(tensorboard=False, log_every=100, num_evaluations=1)
+    saved = CheckpointConfig(count=1)
+    settings = config(corpus_root, tmp_path, tracking=tracking, checkpoint=saved)
     folder = settings.run_dir() / "checkpoints"
     (folder / ".step-00000001.tmp").mkdir(parents=True)  # of a process killed while it wrote
     handler = signal.getsignal(signal.SIGTERM)
@@ -230,10 +235,13 @@ def test_the_environment_is_known_without_git(monkeypatch: pytest.MonkeyPatch) -
 def test_every_way_to_optimise_learns_and_resumes_to_the_bit(
     corpus_root: Path, tmp_path: Path, optimizer: OptimizerConfig
 ) -> None:
-    tracking = TrackingConfig(
-        tensorboard=False, log_every=1, evaluations=1, checkpoints=4, keep_checkpoints=9
+    settings = config(
+        corpus_root,
+        tmp_path,
+        optimizer=optimizer,
+        tracking=TrackingConfig(tensorboard=False, log_every=1, num_evaluations=1),
+        checkpoint=CheckpointConfig(count=4, keep=9),
     )
-    settings = config(corpus_root, tmp_path, optimizer=optimizer, tracking=tracking)
     loss = train(settings)
     run = settings.run_dir()
     rows = [row for row in metrics(run) if "train/loss" in row]
@@ -272,10 +280,11 @@ def test_trackers_get_every_number(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip(library)
-    tracking = TrackingConfig(tensorboard=False, log_every=1, evaluations=1, checkpoints=1)
+    tracking = TrackingConfig(tensorboard=False, log_every=1, num_evaluations=1)
     setattr(tracking, f"{library}_project", "p")
     real = RecipeConfig("real", "real", None, 0, 0.0, 1, 3e-3, 0.1)
-    settings = config(corpus_root, tmp_path, recipe=real, tracking=tracking)
+    saved = CheckpointConfig(count=1)
+    settings = config(corpus_root, tmp_path, recipe=real, tracking=tracking, checkpoint=saved)
     train(settings)
     place = settings.run_dir() / "wandb" if library == "wandb" else tmp_path / "trackio"
     assert any(path.stat().st_size > 1000 for path in place.rglob("*") if path.is_file())
@@ -360,10 +369,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(corpus_root: Path, tmp_path: Path
     if mounted.returncode:
         pytest.skip("tmpfs cannot be mounted here")
     try:
-        keep_all = TrackingConfig(
-            tensorboard=False, log_every=1, evaluations=1, checkpoints=50, keep_checkpoints=50
+        settings = config(
+            corpus_root,
+            small,
+            tracking=TrackingConfig(tensorboard=False, log_every=1, num_evaluations=1),
+            checkpoint=CheckpointConfig(count=50, keep=50),
+            name="run",
         )
-        settings = config(corpus_root, small, tracking=keep_all, name="run")
         with pytest.raises(OSError, match=r"could not write the checkpoint .* is intact"):
             train(settings)
         newest = checkpoints(small / "run")[-1]
@@ -374,10 +386,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(corpus_root: Path, tmp_path: Path
 
 
 def test_a_backend_that_cannot_run_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    runtime = RuntimeConfig(device="cpu", attention="gluon")
+    runtime = RuntimeConfig(device="cpu", attention_backend=AttentionBackend.gluon)
     with pytest.raises(ValueError, match="backend='gluon' needs float16 or bfloat16 on CUDA"):
         train(config(tmp_path / "nowhere", tmp_path, runtime=runtime))
-    runtime = RuntimeConfig(device="cpu", attention="cudnn")
+    runtime = RuntimeConfig(device="cpu", attention_backend=AttentionBackend.cudnn)
     data = DataConfig(root=str(tmp_path / "nowhere"), mask=Mask.document)
     with pytest.raises(ValueError, match="cudnn needs data"):
         train(config(tmp_path, tmp_path, runtime=runtime, data=data))

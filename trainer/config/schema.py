@@ -1,6 +1,7 @@
-"""The schema of ``train.py``: every key a run can have, with its type and meaning.
+"""The schema of ``train.py``: every key a run can have, with its meaning, unit and bounds.
 
-``conf/train.yaml`` and its groups fill these dataclasses; nothing below ``train.py`` knows Hydra.
+``conf/train/`` fills these dataclasses; nothing below ``train.py`` knows Hydra. Imports no torch,
+so that a launcher or a report can read configs without it.
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from kernels.attention.interface import LACKS as ATTENTION_BACKENDS
-from trainer.model.llama import ModelConfig
+from trainer.config.fields import check_bounds, group, setting
+from trainer.config.renamed import translated
+
+VERSION = 2  # of the keys that decide what is learnt; part of the hash
 
 
 class Mask(enum.Enum):
@@ -39,30 +42,53 @@ class Packing(enum.Enum):
 class DataConfig:
     """Where the streams lie and how they become batches."""
 
-    root: str = "data/pydoc"  # corpus folder written by generate.py
-    validation: str = "val"  # stream that is evaluated on
-    context_length: int = 4096  # tokens in a window
-    batch_size: int = 64  # windows in a step, over all ranks
-    micro_batch_size: int | None = None  # windows in one forward pass of one rank; null: all
-    mask: Mask = Mask.none
-    packing: Packing = Packing.whole
-    seed: int = 42  # order of the documents
-    cache: str | None = None  # local folder for shards of a remote root
+    root: str = setting("data/pydoc", "Corpus folder written by generate.py, or its URL.")
+    validation: str = setting("val", "Held-out stream to evaluate on, by name or folder.")
+    context_length: int = setting(4096, "Length of a window.", unit="tokens", at_least=2)
+    batch_size: int = setting(64, "Windows in a step, over all ranks.", unit="windows", at_least=1)
+    micro_batch_size: int | None = setting(
+        None,
+        "Windows in one forward pass of one rank; null: the rank's whole share of a step.",
+        unit="windows",
+        at_least=1,
+    )
+    mask: Mask = setting(
+        Mask.none,
+        "Which tokens see each other: all of a window, those of one document (a member of a "
+        "megadoc), or those of one megadoc.",
+    )
+    packing: Packing = setting(
+        Packing.whole,
+        "How documents become windows: whole and packed anew each epoch, a stream cut anew each "
+        "epoch, or cut once into windows whose order changes (the paper's).",
+    )
+    order_seed: int = setting(42, "Seed of the order of the documents.", at_least=0)
+    cache: str | None = setting(
+        None, "Local folder for shards of a remote root; null: one is chosen by its address."
+    )
 
 
 @dataclass
 class RecipeConfig:
     """Stream, mixing fraction, epochs, learning rate and weight decay: what the paper tunes."""
 
-    name: str = "real"
-    base: str = "real"  # the stream whose passes are counted as epochs
-    stream: str | None = None  # the synthetic stream mixed in: simple, stitched, latent, ...
-    generations: int = 0  # G of the synthetic stream
-    mixing_fraction: float = 0.0  # w: share of tokens that is synthetic
-    epochs: float = 16.0  # E: passes over the base stream
-    learning_rate: float = 3e-3
-    weight_decay: float = 1.6
-    max_generations: int | None = None  # a smaller scale's cap on generations
+    name: str = setting("real", "Label of the recipe in tables; decides nothing.")
+    real_stream: str = setting("real", "The stream whose passes are counted as epochs.")
+    stream: str | None = setting(
+        None, "Kind of the synthetic stream mixed in (simple, stitched, latent, ...); null: none."
+    )
+    generations: int = setting(
+        0, "G of the synthetic stream: generations a document.", unit="generations", at_least=0
+    )
+    mixing_fraction: float = setting(
+        0.0, "w: share of the tokens that comes from the synthetic stream.", at_least=0, below=1
+    )
+    epochs: float = setting(16.0, "Passes over the real stream.", unit="epochs", above=0)
+    learning_rate: float = setting(3e-3, "Peak learning rate.", above=0)
+    weight_decay: float = setting(1.6, "Decoupled weight decay (AdamW).", at_least=0)
+    max_generations: int | None = setting(
+        None, "A smaller scale's cap on generations.", unit="generations", at_least=1
+    )
 
     @property
     def used_generations(self) -> int:
@@ -80,28 +106,83 @@ class RecipeConfig:
         return "-".join(part for part in (kind, f"g{self.used_generations}", variant) if part)
 
 
+@dataclass
+class ModelConfig:
+    """Shape of the decoder; the paper's four sizes lie in ``conf/train/model/``."""
+
+    hidden_size: int = setting(768, "Width of the residual stream.", unit="channels", at_least=2)
+    intermediate_size: int = setting(2688, "Width of the MLP.", unit="channels", at_least=1)
+    num_layers: int = setting(12, "Blocks of attention and MLP.", at_least=1)
+    num_heads: int = setting(12, "Query heads.", at_least=1)
+    num_kv_heads: int = setting(12, "Key and value heads; fewer than num_heads: GQA.", at_least=1)
+    vocab_size: int = setting(0, "Rows of the embeddings; 0: as the tokenizer.", at_least=0)
+    rope_theta: float = setting(10_000.0, "Base of the rotary position embedding.", above=0)
+    norm_eps: float = setting(1e-5, "Epsilon of the RMS norms.", above=0)
+    init_std: float = setting(0.02, "Standard deviation of the initial weights.", above=0)
+    dropout: float = setting(
+        0.0, "Dropout on the output of every attention and MLP block.", at_least=0, below=1
+    )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.hidden_size // self.num_heads
+
+    def check(self) -> None:
+        """Raise ValueError where the shapes do not fit together."""
+        check_bounds(self, "model.")
+        if self.hidden_size % self.num_heads or self.head_dim % 2:
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} must be an even multiple of "
+                f"model.num_heads={self.num_heads}: rotary embeddings turn pairs of channels"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} must be a multiple of "
+                f"model.num_kv_heads={self.num_kv_heads} (grouped-query attention)"
+            )
+
+    def parameter_count(self) -> int:
+        """All parameters, both embeddings included."""
+        kv_size = self.num_kv_heads * self.head_dim
+        attention = 2 * self.hidden_size * (self.hidden_size + kv_size)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        blocks = self.num_layers * (attention + mlp + 2 * self.hidden_size)
+        return blocks + self.hidden_size + 2 * self.vocab_size * self.hidden_size
+
+
 class ScheduleKind(enum.Enum):
+    """Shape of the learning rate over a run, after its warm-up."""
+
     cosine = "cosine"
     wsd = "wsd"  # warm up, hold, decay linearly
 
 
 class OptimizerKind(enum.Enum):
+    """What steps the weights."""
+
     adamw = "adamw"
     muon = "muon"  # Muon for the matrices inside the blocks, AdamW for the rest
 
 
 class DecaySchedule(enum.Enum):
+    """Weight decay over a run."""
+
     constant = "constant"
     linear = "linear"  # falls to 0 at the end of the run
 
 
 class Averaging(enum.Enum):
+    """Average of the weights that is evaluated and exported."""
+
     none = "none"
     ema = "ema"
     swa = "swa"
 
 
 class BadStep(enum.Enum):
+    """What happens at a gradient that is not finite, or at a spike."""
+
     stop = "stop"
     skip = "skip"
 
@@ -110,45 +191,71 @@ class BadStep(enum.Enum):
 class OptimizerConfig:
     """Optimiser and schedules (defaults: the paper's), averages of the weights, bad steps."""
 
-    kind: OptimizerKind = OptimizerKind.adamw
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    muon_momentum: float = 0.95
-    clip_norm: float = 1.0
-    schedule: ScheduleKind = ScheduleKind.cosine
-    warmup_fraction: float = 0.01
-    decay_fraction: float = 0.2  # wsd only: share of the steps in the final decay
-    min_ratio: float = 0.0  # learning rate at the end, as a share of the peak
-    weight_decay_schedule: DecaySchedule = DecaySchedule.constant
-    decay_embeddings: bool = False  # the paper exempts the input embedding
-    averaging: Averaging = Averaging.none  # what is evaluated and exported at the end
-    ema_decay: float = 0.999
-    swa_fraction: float = 0.25  # share of the steps, the last ones, whose weights are averaged
-    on_bad_step: BadStep = BadStep.stop  # gradient not finite, or a spike
-    spike_factor: float | None = None  # a norm above this multiple of the usual one is a spike
+    kind: OptimizerKind = setting(
+        OptimizerKind.adamw, "AdamW, or Muon for the matrices inside the blocks."
+    )
+    beta1: float = setting(0.9, "AdamW: decay of the mean of the gradient.", at_least=0, below=1)
+    beta2: float = setting(0.95, "AdamW: decay of the mean of its square.", at_least=0, below=1)
+    eps: float = setting(1e-8, "AdamW: added to the denominator.", above=0)
+    muon_momentum: float = setting(0.95, "Muon: Nesterov momentum.", at_least=0, below=1)
+    max_grad_norm: float = setting(1.0, "Gradients of a larger norm are scaled to it.", above=0)
+    schedule: ScheduleKind = setting(
+        ScheduleKind.cosine, "Learning rate after the warm-up: cosine, or hold and decay (wsd)."
+    )
+    warmup_fraction: float = setting(
+        0.01, "Share of the steps in which the rate rises.", at_least=0, at_most=1
+    )
+    lr_decay_fraction: float = setting(
+        0.2, "wsd: share of the steps in the final decay.", at_least=0, at_most=1
+    )
+    min_lr_ratio: float = setting(
+        0.0, "Learning rate at the end, as a share of the peak.", at_least=0, at_most=1
+    )
+    weight_decay_schedule: DecaySchedule = setting(
+        DecaySchedule.constant, "Weight decay over the run: constant, or linear to 0 at its end."
+    )
+    decay_embeddings: bool = setting(False, "Decay the input embedding too; the paper exempts it.")
+    averaging: Averaging = setting(
+        Averaging.none, "Average of the weights that is evaluated and exported at the end."
+    )
+    ema_decay: float = setting(0.999, "ema: weight of the past in a step.", above=0, at_most=1)
+    swa_fraction: float = setting(
+        0.25, "swa: share of the steps, the last ones, that are averaged.", above=0, at_most=1
+    )
+    on_bad_step: BadStep = setting(
+        BadStep.stop, "At a gradient that is not finite, or a spike: stop, or skip the step."
+    )
+    spike_factor: float | None = setting(
+        None,
+        "A gradient norm above this multiple of the usual one is a spike; null: none is.",
+        above=1,
+    )
 
 
 @dataclass
 class DistillationConfig:
     """Teachers whose mean prediction the model learns beside the text."""
 
-    teachers: list[str] = field(default_factory=list)  # run folders; none: plain training
-    share: float = 0.5  # of the loss, in (0, 1]
+    teachers: list[str] = setting([], "Run folders of the teachers; empty: plain training.")
+    alpha: float = setting(0.5, "Share of the teachers in the loss.", above=0, at_most=1)
 
 
 class Parallel(enum.Enum):
+    """How the model lies on the ranks."""
+
     ddp = "ddp"  # a whole model on every rank
     fsdp = "fsdp"  # parameters, gradients and optimiser states sharded (FSDP2)
 
 
 class Dtype(enum.Enum):
+    """Dtype of the activations."""
+
     auto = "auto"  # bfloat16 on CUDA, float32 on CPU
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
-class Recompute(enum.Enum):
+class ActivationCheckpointing(enum.Enum):
     """See ``trainer/parallel/activation_checkpointing.py``."""
 
     auto = "auto"  # the cheapest that fits the memory
@@ -157,134 +264,133 @@ class Recompute(enum.Enum):
     full = "full"
 
 
+class AttentionBackend(enum.Enum):
+    """Backends of ``kernels.varlen_attention``."""
+
+    auto = "auto"
+    cudnn = "cudnn"
+    flash = "flash"
+    flash_attn = "flash_attn"
+    flex = "flex"
+    triton = "triton"
+    gluon = "gluon"
+    torch = "torch"
+    reference = "reference"
+
+
+class LossBackend(enum.Enum):
+    """Backends of ``kernels.linear_cross_entropy``."""
+
+    torch = "torch"
+    triton = "triton"
+
+
+class LossMemory(enum.Enum):
+    """What the loss trades for memory."""
+
+    fast = "fast"
+    lean = "lean"
+
+
 @dataclass
 class RuntimeConfig:
     """The machine's side of a run; nothing here changes what is learnt."""
 
-    device: str = "auto"  # cuda where there is one, else cpu
-    dtype: Dtype = Dtype.auto
-    compile: bool | None = None  # torch.compile the blocks; null: on CUDA only
-    parallel: Parallel = Parallel.ddp
-    shard_size: int | None = None  # fsdp only: ranks that share one copy of the model; null: all
-    context_parallel: int = 1  # ranks that share one window, see trainer/parallel
-    recompute: Recompute = Recompute.auto  # what the backward pass computes again
-    attention: str = "auto"  # backend of kernels.varlen_attention
-    loss: str = "torch"  # backend of kernels.linear_cross_entropy: torch or triton
-    loss_memory: str = "fast"  # or lean: in 128 MiB, a fourth matrix product
-    threads: int | None = None  # CPU threads of one process
+    device: str = setting("auto", "cuda, cpu, or auto: cuda where there is one.")
+    dtype: Dtype = setting(Dtype.auto, "Of the activations; auto: bfloat16 on CUDA, else float32.")
+    compile: bool | None = setting(None, "torch.compile the blocks; null: on CUDA only.")
+    parallel: Parallel = setting(
+        Parallel.ddp, "A whole model on every rank (ddp), or everything sharded (fsdp)."
+    )
+    shard_size: int | None = setting(
+        None, "fsdp: ranks that share one copy of the model; null: all.", unit="ranks", at_least=1
+    )
+    context_parallel: int = setting(1, "Ranks that share one window.", unit="ranks", at_least=1)
+    activation_checkpointing: ActivationCheckpointing = setting(
+        ActivationCheckpointing.auto,
+        "What the backward pass computes again; auto: as little as the memory allows.",
+    )
+    attention_backend: AttentionBackend = setting(
+        AttentionBackend.auto, "Backend of kernels.varlen_attention."
+    )
+    loss_backend: LossBackend = setting(
+        LossBackend.torch, "Backend of kernels.linear_cross_entropy."
+    )
+    loss_memory: LossMemory = setting(
+        LossMemory.fast, "lean: the loss works in 128 MiB, for a fourth matrix product."
+    )
+    num_threads: int | None = setting(
+        None, "CPU threads of one process; null: PyTorch's choice.", unit="threads", at_least=1
+    )
 
 
 @dataclass
 class TrackingConfig:
     """Where metrics go besides the console and ``metrics.jsonl``."""
 
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    trackio_project: str | None = None
-    log_every: int = 10  # steps
-    evaluations: int = 20  # spread evenly over the run; the last one is the result
-    checkpoints: int = 20  # spread evenly over the run
-    keep_checkpoints: int = 2
+    tensorboard: bool = setting(True, "Write TensorBoard scalars into the run folder.")
+    wandb_project: str | None = setting(None, "Weights & Biases project; null: none.")
+    trackio_project: str | None = setting(None, "Trackio project; null: none.")
+    log_every: int = setting(10, "Steps between two log lines.", unit="steps", at_least=1)
+    num_evaluations: int = setting(
+        20, "Evaluations, spread evenly over the run; the last one is the result.", at_least=1
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """When a run is saved."""
+
+    count: int = setting(20, "Checkpoints, spread evenly over the run.", at_least=1)
+    keep: int = setting(2, "The newest so many stay on the disk.", at_least=1)
 
 
 @dataclass
 class TrainConfig:
     """One training run."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    seed: int = 0  # initialisation (the data order has data.seed)
-    initial_weights: str | None = None  # Hugging Face Llama folder to start from; null: random
-    output: str = "runs"  # folder that holds the run folders
-    name: str | None = None  # run folder; null: recipe and a hash of the config
+    data: DataConfig = group(DataConfig, "Where the streams lie and how they become batches.")
+    recipe: RecipeConfig = group(RecipeConfig, "What is read how often, and how fast it is learnt.")
+    model: ModelConfig = group(ModelConfig, "Shape of the decoder.")
+    optimizer: OptimizerConfig = group(
+        OptimizerConfig, "Optimiser, schedules, averages, bad steps."
+    )
+    distillation: DistillationConfig = group(
+        DistillationConfig, "Teachers whose mean prediction is learnt beside the text."
+    )
+    runtime: RuntimeConfig = group(
+        RuntimeConfig, "The machine's side of a run; nothing here changes what is learnt."
+    )
+    tracking: TrackingConfig = group(
+        TrackingConfig, "Where metrics go besides the console and metrics.jsonl."
+    )
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "When a run is saved.")
+    seed: int = setting(
+        0, "Of initialisation and dropout (the order has data.order_seed).", at_least=0
+    )
+    initial_weights: str | None = setting(
+        None, "Hugging Face Llama folder to start from; null: random weights."
+    )
+    output: str = setting("runs", "Folder that holds the run folders.")
+    name: str | None = setting(None, "Run folder; null: the recipe and a hash of the config.")
 
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is read or written."""
+        check_bounds(self)
         self.model.check()
-        data, recipe, optimizer = self.data, self.recipe, self.optimizer
-        if data.context_length < 2:
-            raise ValueError(
-                f"data.context_length={data.context_length} must be at least 2: a window of one "
-                "token has nothing to predict"
-            )
-        if not 0 <= recipe.mixing_fraction < 1:
-            raise ValueError(
-                f"recipe.mixing_fraction={recipe.mixing_fraction} must be in [0, 1): the length of "
-                "a run is epochs over the real stream / (1 - w), endless at w = 1; to train on one "
-                "stream alone set recipe.base to it and leave recipe.stream empty"
-            )
+        data, recipe, runtime = self.data, self.recipe, self.runtime
         if (recipe.stream is None) != (recipe.mixing_fraction == 0):
             raise ValueError(
                 f"recipe.stream={recipe.stream} and recipe.mixing_fraction="
                 f"{recipe.mixing_fraction} do not fit: a synthetic stream needs a fraction above "
-                "0, real-only training needs both to be absent (null and 0)"
+                "0, real-only training needs both to be absent (null and 0); to train on one "
+                "stream alone set recipe.real_stream to it"
             )
         if recipe.stream is not None and recipe.generations < 1:
             raise ValueError(
                 f"recipe.generations={recipe.generations} must be at least 1 for the "
                 f"{recipe.stream} stream"
             )
-        if recipe.max_generations is not None and recipe.max_generations < 1:
-            raise ValueError(f"recipe.max_generations={recipe.max_generations} must be at least 1")
-        runtime = self.runtime
-        for name, chosen, choices in (
-            ("runtime.attention", runtime.attention, ("auto", *ATTENTION_BACKENDS)),
-            ("runtime.loss", runtime.loss, ("torch", "triton")),
-            ("runtime.loss_memory", runtime.loss_memory, ("fast", "lean")),
-        ):
-            if chosen not in choices:
-                raise ValueError(f"{name}={chosen} is not one of {', '.join(choices)}")
-        for name, value in (
-            ("recipe.epochs", recipe.epochs),
-            ("recipe.learning_rate", recipe.learning_rate),
-            ("data.batch_size", data.batch_size),
-            ("tracking.log_every", self.tracking.log_every),
-            ("tracking.evaluations", self.tracking.evaluations),
-            ("tracking.checkpoints", self.tracking.checkpoints),
-            ("tracking.keep_checkpoints", self.tracking.keep_checkpoints),
-            ("runtime.context_parallel", runtime.context_parallel),
-            ("optimizer.clip_norm", optimizer.clip_norm),
-            ("optimizer.eps", optimizer.eps),
-            ("data.micro_batch_size", data.micro_batch_size),
-            ("runtime.shard_size", runtime.shard_size),
-            ("runtime.threads", runtime.threads),
-        ):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} must be above 0")
-        for name, value in (
-            ("recipe.weight_decay", recipe.weight_decay),
-            ("data.seed", data.seed),
-        ):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} must not be negative")
-        for name, value in (
-            ("optimizer.warmup_fraction", optimizer.warmup_fraction),
-            ("optimizer.decay_fraction", optimizer.decay_fraction),
-            ("optimizer.min_ratio", optimizer.min_ratio),
-        ):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} must be in [0, 1]")
-        for name, value in (
-            ("optimizer.beta1", optimizer.beta1),
-            ("optimizer.beta2", optimizer.beta2),
-            ("optimizer.muon_momentum", optimizer.muon_momentum),
-        ):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}={value} must be in [0, 1)")
-        for name, value in (
-            ("optimizer.ema_decay", optimizer.ema_decay),
-            ("optimizer.swa_fraction", optimizer.swa_fraction),
-            ("distillation.share", self.distillation.share),
-        ):
-            if not 0 < value <= 1:
-                raise ValueError(f"{name}={value} must be in (0, 1]")
-        if optimizer.spike_factor is not None and not optimizer.spike_factor > 1:
-            raise ValueError(f"optimizer.spike_factor={optimizer.spike_factor} must be above 1")
         chunks = 2 * runtime.context_parallel
         if chunks > 2 and data.context_length % chunks:
             raise ValueError(
@@ -298,27 +404,26 @@ class TrainConfig:
                 "a whole model on every rank"
             )
 
-    def learnt(self) -> dict[str, Any]:
-        """The part that decides what is learnt: without output, tracking and the machine's side."""
-        learnt = to_dict(self)
-        for key in ("runtime", "tracking", "output", "name"):
-            learnt.pop(key)
-        if self.initial_weights is None:
-            learnt.pop("initial_weights")  # runs have the names they had before there was this key
-        learnt["recipe"]["generations"] = self.recipe.used_generations
-        learnt["recipe"].pop("max_generations")
-        learnt["data"].pop("micro_batch_size")
-        learnt["data"].pop("cache")
-        return learnt
+    def science(self) -> dict[str, Any]:
+        """What decides the weights: all but output, tracking and the machine's side."""
+        science = to_dict(self)
+        for key in ("runtime", "tracking", "checkpoint", "output", "name"):
+            science.pop(key)
+        science["recipe"]["generations"] = self.recipe.used_generations
+        science["recipe"].pop("max_generations")
+        science["data"].pop("micro_batch_size")
+        science["data"].pop("cache")
+        science["version"] = VERSION
+        return science
 
-    def identity(self) -> str:
-        """Hash of what is learnt, 8 hexadecimal digits: one experiment has one name everywhere."""
-        return hashlib.sha256(json.dumps(self.learnt(), sort_keys=True).encode()).hexdigest()[:8]
+    def science_hash(self) -> str:
+        """Hash of :meth:`science`, 8 hexadecimal digits: one experiment has one name everywhere."""
+        return hashlib.sha256(json.dumps(self.science(), sort_keys=True).encode()).hexdigest()[:8]
 
     def run_dir(self) -> Path:
         """The run's folder, the same on every rank because it depends on the config alone."""
-        label = self.recipe.synthetic or self.recipe.base
-        return Path(self.output) / (self.name or f"{label}-{self.identity()}")
+        label = self.recipe.synthetic or self.recipe.real_stream
+        return Path(self.output) / (self.name or f"{label}-{self.science_hash()}")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -334,8 +439,16 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Read a config written by :func:`save_config`; unknown keys are an error."""
-    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
+    """Read a config written by :func:`save_config`, of this version or an older one.
+
+    Raises:
+        ValueError: unknown keys, or values of another type; names the file.
+    """
+    try:
+        stored = translated(OmegaConf.to_container(OmegaConf.load(path)))
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), stored)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path} is no config of this program: {error}") from None
     config = OmegaConf.to_object(merged)
     assert isinstance(config, TrainConfig)
     return config

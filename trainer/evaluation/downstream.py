@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.parallel.ranks import choose_device
-from trainer.run.export import export_run
 from trainer.run.run_dir import write_json
 
 # In a run's folder, for the report.
@@ -41,6 +39,9 @@ def evaluate_tasks(
     Raises:
         ValueError: lm-eval is not installed, does not know a task, or cannot get its data.
     """
+    from trainer.parallel.ranks import choose_device  # torch, which a report need not import
+    from trainer.run.export import export_run
+
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager

@@ -7,7 +7,6 @@ Every size up to K is scored on the way, because the fit over K needs them all.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,20 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.config.evaluate import Mean
 from trainer.config.schema import TrainConfig
 from trainer.data.batches import NO_TARGET
 from trainer.data.mds import MegadocStream
 from trainer.evaluation.losses import Scores, evaluation_batches
 from trainer.parallel.ranks import choose_device
 from trainer.run.checkpoint import load_model, newest_checkpoint, read_progress
-
-
-class Mean(enum.Enum):
-    """What is averaged over the members."""
-
-    logits = "logits"  # the paper's: a geometric mean of probabilities, normalised again
-    probabilities = "probabilities"  # an arithmetic mean
-
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time
 

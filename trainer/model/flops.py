@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.model.llama import ModelConfig
+from trainer.config.schema import ModelConfig
 
 # Dense bf16 peak in FLOP/s by a part of the device's name, from the makers' data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}

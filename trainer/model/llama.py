@@ -17,55 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import attention_tiles, linear_cross_entropy, token_losses, varlen_attention
-
-
-@dataclass
-class ModelConfig:
-    """Shape of the decoder; the paper's four sizes lie in ``conf/model/``."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 2688
-    num_layers: int = 12
-    num_heads: int = 12
-    num_kv_heads: int = 12
-    vocab_size: int = 0  # 0: the tokenizer's
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
-    dropout: float = 0.0  # on the output of every attention and MLP block
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    def check(self) -> None:
-        """Raise ValueError where the shapes do not fit together."""
-        for name in (
-            *("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"),
-            *("rope_theta", "norm_eps", "init_std"),
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be above 0")
-        if self.hidden_size % self.num_heads or self.head_dim % 2:
-            raise ValueError(
-                f"model.hidden_size={self.hidden_size} must be an even multiple of "
-                f"model.num_heads={self.num_heads}: rotary embeddings turn pairs of channels"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_heads={self.num_heads} must be a multiple of "
-                f"model.num_kv_heads={self.num_kv_heads} (grouped-query attention)"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout} must be in [0, 1)")
-
-    def parameter_count(self) -> int:
-        """All parameters, both embeddings included."""
-        kv_size = self.num_kv_heads * self.head_dim
-        attention = 2 * self.hidden_size * (self.hidden_size + kv_size)
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        blocks = self.num_layers * (attention + mlp + 2 * self.hidden_size)
-        return blocks + self.hidden_size + 2 * self.vocab_size * self.hidden_size
+from trainer.config.schema import ModelConfig, RuntimeConfig
 
 
 @dataclass(frozen=True)
@@ -75,6 +27,13 @@ class Kernels:
     attention: str = "auto"  # backend of varlen_attention
     loss: str = "torch"  # backend of linear_cross_entropy
     loss_memory: str = "fast"  # or lean
+
+    @classmethod
+    def of(cls, runtime: RuntimeConfig) -> Kernels:
+        """The backends that a run asks for."""
+        return cls(
+            runtime.attention_backend.value, runtime.loss_backend.value, runtime.loss_memory.value
+        )
 
     def tiles(self, config: ModelConfig, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Any:
         """The tables that our attention kernels share among the layers; None for others."""

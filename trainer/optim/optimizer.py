@@ -84,9 +84,9 @@ def learning_rate(step: int, total_steps: int, peak: float, config: OptimizerCon
         progress = (step - warmup) / max(1, total_steps - warmup)
         shape = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        decay = max(1, int(config.decay_fraction * total_steps))
+        decay = max(1, int(config.lr_decay_fraction * total_steps))
         shape = min(1.0, (total_steps - step) / decay)
-    return peak * (config.min_ratio + (1 - config.min_ratio) * shape)
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
 def weight_decay(step: int, total_steps: int, peak: float, config: OptimizerConfig) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from trainer.config.schema import Averaging, Recompute, TrainConfig
+from trainer.config.schema import ActivationCheckpointing, Averaging, TrainConfig
 from trainer.model.llama import Llama
 
 # Operators whose results a selective block keeps, by name: ours, PyTorch's, flash-attn's.
@@ -32,12 +32,12 @@ USABLE = 0.94  # of the device's memory
 LOSS_BYTES = 1 << 30  # chunks of logits
 
 
-def recompute_blocks(model: Llama, mode: Recompute) -> None:
+def recompute_blocks(model: Llama, mode: ActivationCheckpointing) -> None:
     """Wrap every block so that ``mode`` says what is computed again."""
-    if mode is Recompute.none:
+    if mode is ActivationCheckpointing.none:
         return
     options: dict[str, Any] = {}
-    if mode is Recompute.selective:
+    if mode is ActivationCheckpointing.selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = checkpoint_wrapper(layer, **options)
@@ -52,7 +52,7 @@ def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
 
 def choose_recompute(
     config: TrainConfig, tokens: int, shards: int, device: torch.device
-) -> Recompute:
+) -> ActivationCheckpointing:
     """The cheapest mode that fits the device's memory; ``none`` on a CPU.
 
     Args:
@@ -61,18 +61,18 @@ def choose_recompute(
         shards: ranks that share one copy of the model's states.
         device: where it runs.
     """
-    if config.runtime.recompute is not Recompute.auto:
-        return config.runtime.recompute
+    if config.runtime.activation_checkpointing is not ActivationCheckpointing.auto:
+        return config.runtime.activation_checkpointing
     if device.type != "cuda":
-        return Recompute.none
+        return ActivationCheckpointing.none
     memory = USABLE * torch.cuda.get_device_properties(device).total_memory
-    for mode in (Recompute.none, Recompute.selective):
+    for mode in (ActivationCheckpointing.none, ActivationCheckpointing.selective):
         if step_bytes(config, tokens, shards, mode) <= memory:
             return mode
-    return Recompute.full
+    return ActivationCheckpointing.full
 
 
-def step_bytes(config: TrainConfig, tokens: int, shards: int, mode: Recompute) -> int:
+def step_bytes(config: TrainConfig, tokens: int, shards: int, mode: ActivationCheckpointing) -> int:
     """Estimate of the peak of one step in bytes, activations in bf16."""
     model = config.model
     width, kv_width = model.hidden_size, model.num_kv_heads * model.head_dim
@@ -80,11 +80,13 @@ def step_bytes(config: TrainConfig, tokens: int, shards: int, mode: Recompute) -
     # three products of the feed-forward block.
     block = 2 * (6 * width + 2 * kv_width + 3 * model.intermediate_size)
     kept = {
-        Recompute.none: block,
-        Recompute.selective: 2 * 2 * width,
-        Recompute.full: 2 * width,
+        ActivationCheckpointing.none: block,
+        ActivationCheckpointing.selective: 2 * 2 * width,
+        ActivationCheckpointing.full: 2 * width,
     }[mode]
-    working = 0 if mode is Recompute.none else block  # of the block that is computed again
+    working = (
+        0 if mode is ActivationCheckpointing.none else block
+    )  # of the block that is computed again
     activations = tokens * (model.num_layers * kept + working + 4 * 2 * width)
     head = 2 * 4 * model.vocab_size * width  # fp32 gradient of the head and its copy
     averaged = WEIGHT_BYTES if config.optimizer.averaging is not Averaging.none else 0

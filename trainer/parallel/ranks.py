@@ -84,8 +84,8 @@ def join_ranks(config: RuntimeConfig) -> Iterator[Ranks]:
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     for name, size in (
         ("runtime.context_parallel", config.context_parallel),

@@ -38,7 +38,7 @@ class Teachers:
     """
 
     def __init__(self, config: DistillationConfig, stream: MegadocStream, ranks: Ranks) -> None:
-        self.share = config.share
+        self.share = config.alpha
         self.models = []
         for run in config.teachers:
             checkpoint = newest_checkpoint(run)

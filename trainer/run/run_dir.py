@@ -55,7 +55,7 @@ def check_same_config(run_dir: Path, config: TrainConfig) -> None:
     # A recorded config has the tokenizer's vocabulary; before the streams are open it may be 0.
     vocabulary = config.model.vocab_size or earlier.model.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocabulary))
-    if earlier.identity() != config.identity():
+    if earlier.science_hash() != config.science_hash():
         raise ValueError(
             f"{run_dir} holds a run with another config ({differences(earlier, config)}); "
             "choose another name=... or delete that folder"
@@ -85,7 +85,7 @@ def differences(earlier: TrainConfig, config: TrainConfig) -> str:
                 items[prefix + key] = value
         return items
 
-    old, new = flat(earlier.learnt()), flat(config.learnt())
+    old, new = flat(earlier.science()), flat(config.science())
     return ", ".join(
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in old | new

@@ -306,7 +306,7 @@ def no_separate_real(study: Study) -> Drawing | Missing:
         ],
         lambda run: run.kind,
     ).values():
-        stream, root = group.first.config.recipe.base, group.first.config.data.root
+        stream, root = group.first.config.recipe.real_stream, group.first.config.data.root
         mixed = best_by(
             [
                 other
@@ -320,7 +320,7 @@ def no_separate_real(study: Study) -> Drawing | Missing:
             pairs[f"{stream}\nwith the real stream"] = next(iter(mixed.values()))
             pairs[f"{stream}\nalone"] = group
     if not pairs:
-        return Missing(title, "no stream was trained both alone (recipe.base) and mixed")
+        return Missing(title, "no stream was trained both alone (recipe.real_stream) and mixed")
     figure, axes = new_figure("", panels=2)
     bars(axes[0], pairs)
     published_bars(axes[1], paper.NO_SEPARATE_REAL, ["stitched"] * 2)

@@ -43,13 +43,13 @@ class Run:
         for real-only training, which is the reference of data efficiency.
         """
         recipe = self.config.recipe
-        kind = f"{recipe.base} alone" if self.alone else recipe.stream or recipe.base
+        kind = f"{recipe.real_stream} alone" if self.alone else recipe.stream or recipe.real_stream
         return f"{kind} distilled" if self.config.distillation.teachers else kind
 
     @property
     def alone(self) -> bool:
         """Whether the base is a synthetic stream; how much of it is real is not known here."""
-        return self.config.recipe.stream is None and self.config.recipe.base != "real"
+        return self.config.recipe.stream is None and self.config.recipe.real_stream != "real"
 
     @property
     def generations(self) -> int:
@@ -67,7 +67,7 @@ class Run:
     @property
     def real_tokens(self) -> int:
         """Unique real tokens: of the base stream, all of it where it is read alone."""
-        return self.stream_tokens(self.config.recipe.base)
+        return self.stream_tokens(self.config.recipe.real_stream)
 
     @property
     def generation_tokens(self) -> int:
@@ -92,7 +92,7 @@ class Run:
     def real_tokens_seen(self) -> int:
         """Real tokens trained on: of the base stream, and of the copies in the synthetic one."""
         copies = 0 if "no-real" in self.kind else self.synthetic_passes * self.real_tokens
-        return round(self.result["tokens_seen"][self.config.recipe.base] + copies)
+        return round(self.result["tokens_seen"][self.config.recipe.real_stream] + copies)
 
     @property
     def flops(self) -> int:
@@ -119,8 +119,8 @@ class Run:
     @cached_property
     def group(self) -> str:
         """The same for runs that differ in their seeds alone."""
-        data = replace(self.config.data, seed=0)
-        return replace(self.config, seed=0, data=data).identity()
+        data = replace(self.config.data, order_seed=0)
+        return replace(self.config, seed=0, data=data).science_hash()
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 )
     seen: dict[str, Run] = {}
     for run in runs:
-        twin = seen.setdefault(run.config.identity(), run)
+        twin = seen.setdefault(run.config.science_hash(), run)
         if twin is not run:
             raise ValueError(
                 f"{run.path} repeats {twin.path}, its seeds included; as two seeds they would make "

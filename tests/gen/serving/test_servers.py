@@ -179,7 +179,7 @@ def test_the_slurm_script_gives_each_array_task_its_share(tmp_path: Path) -> Non
     """Run as Slurm would, with /bin/false for SGLang: its log has the writer's number."""
     done = subprocess.run(
         [
-            *("bash", "conf/launcher/generate.sbatch", "scale=demo"),
+            *("bash", "conf/generate/launcher/generate.sbatch", "scale=demo"),
             *("generator.sglang.python=/bin/false", f"root={tmp_path}"),
             "generator.sglang.device=cuda",
         ],

@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 
 from trainer.config.schema import TrainConfig, load_config, save_config
 
-CONF = str(Path(__file__).parents[3] / "conf")
+CONF = str(Path(__file__).parents[3] / "conf" / "train")
 
 
 def composed(*overrides: str) -> TrainConfig:
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     with initialize_config_dir(CONF, version_base="1.3"):
-        config = OmegaConf.to_object(compose("train", list(overrides)))
+        config = OmegaConf.to_object(compose("config", list(overrides)))
     assert isinstance(config, TrainConfig)
     return config
 
@@ -45,13 +45,13 @@ def test_unknown_keys_and_wrong_types_fail_before_anything_runs(
         (["recipe=stitched", "recipe.generations=0"], "generations=0"),
         (["data.context_length=1"], "at least 2"),
         (["recipe.epochs=0"], "recipe.epochs=0"),
-        (["recipe.weight_decay=-1"], "must not be negative"),
+        (["recipe.weight_decay=-1"], "recipe.weight_decay=-1.0 must be at least 0"),
         (["data.batch_size=0"], "data.batch_size=0"),
-        (["data.micro_batch_size=0"], "data.micro_batch_size=0 must be above 0"),
+        (["data.micro_batch_size=0"], "data.micro_batch_size=0 must be at least 1"),
         (["recipe.epochs=inf"], "recipe.epochs=inf must be above 0"),
         (["recipe.learning_rate=nan"], "recipe.learning_rate=nan"),
-        (["data.seed=-1"], "data.seed=-1 must not be negative"),
-        (["optimizer.clip_norm=0"], "optimizer.clip_norm=0"),
+        (["data.order_seed=-1"], "data.order_seed=-1 must be at least 0"),
+        (["optimizer.max_grad_norm=0"], "optimizer.max_grad_norm=0"),
         (["optimizer.warmup_fraction=2"], r"optimizer.warmup_fraction=2.0 must be in \[0, 1\]"),
         (["optimizer.beta2=1"], r"optimizer.beta2=1.0 must be in \[0, 1\)"),
         (
@@ -59,7 +59,7 @@ def test_unknown_keys_and_wrong_types_fail_before_anything_runs(
             "data.context_length=4100 must be a multiple of 8",
         ),
         (["runtime.shard_size=2"], "runtime.shard_size=2 needs runtime.parallel=fsdp"),
-        (["model.num_heads=0"], "model.num_heads=0 must be above 0"),
+        (["model.num_heads=0"], "model.num_heads=0 must be at least 1"),
     ],
 )
 def test_values_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
@@ -84,7 +84,7 @@ def test_the_run_folder_is_named_by_what_is_learnt() -> None:
     )
     assert config.run_dir() == other_machine.run_dir()
     assert config.run_dir().name.startswith("stitched-g8-")
-    for override in ("seed=1", "data.seed=1", "recipe.epochs=3", "data.mask=megadoc"):
+    for override in ("seed=1", "data.order_seed=1", "recipe.epochs=3", "data.mask=megadoc"):
         assert composed("recipe=stitched", override).run_dir() != config.run_dir()
 
 

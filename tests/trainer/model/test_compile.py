@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tests.trainer.conftest import VOCABULARY, StreamMaker
-from trainer.config.schema import Mask
+from trainer.config.schema import Mask, ModelConfig
 from trainer.data.batches import BatchLoader
 from trainer.data.plan import Plan, Source
-from trainer.model.llama import Llama, ModelConfig
+from trainer.model.llama import Llama
 
 
 @pytest.mark.parametrize("mask", list(Mask))

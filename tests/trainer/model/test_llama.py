@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from trainer.model.llama import Llama, ModelConfig
+from trainer.config.schema import ModelConfig
+from trainer.model.llama import Llama
 
-CONF = Path(__file__).parents[3] / "conf" / "model"
+CONF = Path(__file__).parents[3] / "conf" / "train" / "model"
 TINY = ModelConfig(32, 64, 2, 4, 2, vocab_size=61)
 
 

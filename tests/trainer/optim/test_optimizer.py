@@ -9,13 +9,14 @@ from trainer.config.schema import (
     Averaging,
     BadStep,
     DecaySchedule,
+    ModelConfig,
     OptimizerConfig,
     OptimizerKind,
     RecipeConfig,
     ScheduleKind,
 )
 from trainer.errors import NonFiniteLossError
-from trainer.model.llama import Llama, ModelConfig
+from trainer.model.llama import Llama
 from trainer.optim.averaging import WeightAverage
 from trainer.optim.bad_steps import StepGuard
 from trainer.optim.optimizer import build_optimizers, learning_rate, set_schedules, weight_decay
@@ -44,7 +45,7 @@ def test_cosine_warms_up_for_one_percent_and_ends_near_zero() -> None:
 
 
 def test_wsd_holds_then_falls_linearly() -> None:
-    config = OptimizerConfig(schedule=ScheduleKind.wsd, decay_fraction=0.25, min_ratio=0.1)
+    config = OptimizerConfig(schedule=ScheduleKind.wsd, lr_decay_fraction=0.25, min_lr_ratio=0.1)
     rates = [learning_rate(step, 400, 1.0, config) for step in range(401)]
     assert set(rates[4:301]) == {1.0}
     assert rates[350] == pytest.approx(0.1 + 0.9 * 0.5)

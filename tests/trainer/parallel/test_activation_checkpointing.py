@@ -6,20 +6,21 @@ import pytest
 import torch
 
 from trainer.config.schema import (
+    ActivationCheckpointing,
     Averaging,
     DataConfig,
     DistillationConfig,
+    ModelConfig,
     OptimizerConfig,
-    Recompute,
     TrainConfig,
 )
-from trainer.model.llama import Llama, ModelConfig
+from trainer.model.llama import Llama
 from trainer.parallel.activation_checkpointing import recompute_blocks, step_bytes
 
 M300 = ModelConfig(768, 2688, 12, 12, 12, vocab_size=128_256)
 
 
-def gradients(mode: Recompute, compiled: bool) -> tuple[list[torch.Tensor], int]:
+def gradients(mode: ActivationCheckpointing, compiled: bool) -> tuple[list[torch.Tensor], int]:
     """Gradients of a step with dropout, and how often attention was computed."""
     model = Llama(ModelConfig(32, 64, 2, 2, 1, vocab_size=61, dropout=0.1))
     calls = 0
@@ -43,15 +44,17 @@ def gradients(mode: Recompute, compiled: bool) -> tuple[list[torch.Tensor], int]
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None], calls
 
 
-@pytest.mark.parametrize("mode", [Recompute.selective, Recompute.full])
-def test_gradients_are_the_same_to_the_bit_and_attention_is_kept(mode: Recompute) -> None:
-    expected, once = gradients(Recompute.none, False)
+@pytest.mark.parametrize("mode", [ActivationCheckpointing.selective, ActivationCheckpointing.full])
+def test_gradients_are_the_same_to_the_bit_and_attention_is_kept(
+    mode: ActivationCheckpointing,
+) -> None:
+    expected, once = gradients(ActivationCheckpointing.none, False)
     found, calls = gradients(mode, False)
     assert len(found) == len(expected)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     compiled, _ = gradients(mode, True)
     torch.testing.assert_close(compiled, expected)
-    assert calls == (once if mode is Recompute.selective else 2 * once)
+    assert calls == (once if mode is ActivationCheckpointing.selective else 2 * once)
 
 
 def run(context: int) -> TrainConfig:
@@ -60,15 +63,16 @@ def run(context: int) -> TrainConfig:
 
 def test_the_estimate_says_what_fits_where() -> None:
     gib = 2**30
-    assert step_bytes(run(131_072), 131_072, 1, Recompute.none) < 80 * gib
-    assert step_bytes(run(1_048_576), 1_048_576, 1, Recompute.none) > 141 * gib
-    assert step_bytes(run(1_048_576), 1_048_576, 1, Recompute.full) < 131 * gib
-    sizes = [step_bytes(run(65_536), 65_536, 1, mode) for mode in list(Recompute)[1:]]
+    assert step_bytes(run(131_072), 131_072, 1, ActivationCheckpointing.none) < 80 * gib
+    assert step_bytes(run(1_048_576), 1_048_576, 1, ActivationCheckpointing.none) > 141 * gib
+    assert step_bytes(run(1_048_576), 1_048_576, 1, ActivationCheckpointing.full) < 131 * gib
+    sizes = [step_bytes(run(65_536), 65_536, 1, mode) for mode in list(ActivationCheckpointing)[1:]]
     assert sizes == sorted(sizes, reverse=True)
     averaged = replace(run(4096), optimizer=OptimizerConfig(averaging=Averaging.ema))
     taught = replace(run(4096), distillation=DistillationConfig(teachers=["a", "b"]))
     plain, *others = (
-        step_bytes(config, 4096, 1, Recompute.none) for config in (run(4096), averaged, taught)
+        step_bytes(config, 4096, 1, ActivationCheckpointing.none)
+        for config in (run(4096), averaged, taught)
     )
     weights = 4 * M300.parameter_count()
     assert [other - plain for other in others] == [weights, 2 * weights]

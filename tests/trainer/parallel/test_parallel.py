@@ -31,10 +31,10 @@ ARGUMENTS = [
     "data.micro_batch_size=1",
     "data.mask=megadoc",
     "tracking.log_every=1",
-    "tracking.checkpoints=1",
-    "tracking.evaluations=1",
+    "checkpoint.count=1",
+    "tracking.num_evaluations=1",
     "tracking.tensorboard=false",
-    "runtime.threads=1",
+    "runtime.num_threads=1",
     "name=run",
 ]
 
@@ -126,7 +126,7 @@ def one_and_two_processes(folder: Path, options: list[str], *shared: str) -> tup
 def test_a_student_learns_the_same_with_its_windows_shared_out(
     corpus_root: Path, alone: Path, tmp_path: Path
 ) -> None:
-    teacher = [f"distillation.teachers=[{alone / 'run'}]", "distillation.share=0.9"]
+    teacher = [f"distillation.teachers=[{alone / 'run'}]", "distillation.alpha=0.9"]
     options = [f"data.root={corpus_root}", *teacher]
     one, two = one_and_two_processes(tmp_path, options, "runtime.context_parallel=2")
     same_learning(two, one)
@@ -168,7 +168,7 @@ def test_killed_ranks_and_nodes_restart_and_another_number_of_ranks_goes_on(
         *("--max-restarts=3", "--rdzv-id=test", "--rdzv-backend=c10d"),
         f"--rdzv-endpoint=localhost:{free_port()}",
     ]
-    script = ["train.py", *arguments, "runtime.parallel=fsdp", "tracking.checkpoints=1000"]
+    script = ["train.py", *arguments, "runtime.parallel=fsdp", "checkpoint.count=1000"]
     # What README says for several nodes.
     environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 

@@ -49,7 +49,7 @@ def test_all_sixteen_tuned_recipes_are_there() -> None:
         name = f"{tuned.kind}-g{tuned.generations}" if tuned.generations else tuned.kind
         config = composed(f"experiment=paper/{name}")
         recipe = config.recipe
-        assert (recipe.stream or recipe.base, recipe.used_generations) == (
+        assert (recipe.stream or recipe.real_stream, recipe.used_generations) == (
             tuned.kind,
             tuned.generations,
         )
@@ -64,14 +64,14 @@ def test_all_sixteen_tuned_recipes_are_there() -> None:
 
 def test_members_of_an_ensemble_differ_in_both_seeds() -> None:
     config = composed("experiment=paper/ensemble-stitched", "seed=3")
-    assert (config.seed, config.data.seed) == (3, 3)
+    assert (config.seed, config.data.order_seed) == (3, 3)
 
 
 def test_the_cap_changes_the_stream_and_nothing_else() -> None:
     capped = composed("experiment=paper/stitched-g32", "recipe.max_generations=4")
     assert capped.recipe.synthetic == "stitched-g4"
     plain = composed("experiment=paper/stitched-g32", "recipe.generations=4")
-    assert capped.identity() == plain.identity()
+    assert capped.science_hash() == plain.science_hash()
     with pytest.raises(ValueError, match="max_generations=0"):
         composed("recipe.max_generations=0").check()
 

@@ -61,7 +61,7 @@ def fabricate(
         weight_decay=weight_decay,
     )
     config = TrainConfig(
-        data=DataConfig(root=f"d{real_tokens}", seed=seed, context_length=1024),
+        data=DataConfig(root=f"d{real_tokens}", order_seed=seed, context_length=1024),
         recipe=recipe,
         model=model,
         seed=seed,
@@ -330,7 +330,9 @@ def read_alone(run: Path) -> None:
     """Turn a fabricated real-only run into one of the stream stitched-g8 alone."""
     for name in ("config.yaml", "result.json"):
         text = (run / name).read_text()
-        text = text.replace("base: real", "base: stitched-g8").replace('"real"', '"stitched-g8"')
+        text = text.replace("real_stream: real", "real_stream: stitched-g8").replace(
+            '"real"', '"stitched-g8"'
+        )
         (run / name).write_text(text)
 
 

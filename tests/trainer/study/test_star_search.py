@@ -105,7 +105,7 @@ def sweeper_for(*overrides: str) -> Any:
     import train  # noqa: F401  (puts trainer/plugins on sys.path, registers the schema)
 
     plugin = importlib.import_module("hydra_plugins.star_sweeper")
-    master = compose("train", list(overrides), return_hydra_config=True)
+    master = compose("config", list(overrides), return_hydra_config=True)
     sweeper = plugin.StarSweeper(dict(master.hydra.sweeper.params))
     sweeper.master, sweeper.loader = master, GlobalHydra.instance().config_loader()
     return sweeper
@@ -139,9 +139,9 @@ def test_what_is_no_axis_makes_searches_of_their_own() -> None:
 def test_the_sweeper_trains_stars_resumes_and_certifies(corpus_root: Path, tmp_path: Path) -> None:
     command = [
         *("train.py", "-m", "sweep=star", "experiment=demo", "model=tiny"),
-        *(f"data.root={corpus_root}", f"output={tmp_path}", "runtime.threads=1"),
+        *(f"data.root={corpus_root}", f"output={tmp_path}", "runtime.num_threads=1"),
         *("data.context_length=64", "data.batch_size=64", "tracking.tensorboard=false"),
-        *("tracking.log_every=1", "tracking.evaluations=1", "tracking.checkpoints=1"),
+        *("tracking.log_every=1", "tracking.num_evaluations=1", "checkpoint.count=1"),
         *("recipe=simple", "recipe.generations=2", "recipe.weight_decay=0.4,0.8"),
         *("recipe.learning_rate=3e-3,1e30", "recipe.mixing_fraction=0.5,0.75"),
         *("recipe.epochs=2,4",),

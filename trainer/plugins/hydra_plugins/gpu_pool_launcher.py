@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
@@ -167,6 +166,8 @@ class GpuPoolLauncher(Launcher):
 
 def visible_devices() -> list[str]:
     """The GPUs this process may use, by the names that its own jobs must use for them."""
+    import torch  # seconds that --help and a sweep elsewhere need not wait
+
     count = torch.cuda.device_count()
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     return names.split(",")[:count]

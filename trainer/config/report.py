@@ -1,0 +1,20 @@
+"""The schema of ``report.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.config.fields import setting
+
+
+@dataclass
+class ReportConfig:
+    """Which runs, and where the report goes."""
+
+    runs: str = setting("runs", "Folder with run folders, at any depth.")
+    output: str | None = setting(None, "Folder of the report; null: <runs>/report.")
+    question: str | None = setting(
+        None,
+        "data_efficiency: print that answer and write nothing; null: the whole report.",
+        choices=("data_efficiency",),
+    )

@@ -1,0 +1,114 @@
+"""What the four scripts share: Hydra, and mistakes on the command line told in one helpful line."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from trainer.config.renamed import RENAMED
+from trainer.errors import user_errors
+
+Result = TypeVar("Result")
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+PLUGINS = ROOT / "trainer" / "plugins"  # the gpu_pool launcher and the star sweeper
+
+
+def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Callable[[], Result]]:
+    """Make a function of a config the program ``name``: its Hydra configs lie in ``conf/<name>``.
+
+    The function is given an instance of ``schema``. Keys that have a new name, choices that belong
+    to another program and keys that the schema lacks end the program with one line that says what
+    to write instead.
+    """
+
+    def decorate(main: Callable[[Any], Result]) -> Callable[[], Result]:
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        make_importable(ROOT, PLUGINS)
+
+        @functools.wraps(main)
+        def composed(config: DictConfig) -> Result:
+            if unknown := sorted(unknown_keys(config, OmegaConf.structured(schema))):
+                raise ValueError(
+                    f"{name}.py has no key {', '.join(unknown)}; docs/config.md lists all there are"
+                )
+            return main(OmegaConf.to_object(config))
+
+        run = hydra.main(version_base="1.3", config_path=str(CONF / name), config_name="config")(
+            user_errors(composed)
+        )
+
+        def start() -> Result:
+            user_errors(check_overrides)(name, sys.argv[1:])
+            return run()
+
+        return start
+
+    return decorate
+
+
+def make_importable(*folders: Path) -> None:
+    """Let this process, and those that it or a launcher starts, import from ``folders``."""
+    for folder in map(str, folders):
+        if folder not in sys.path:
+            sys.path.append(folder)
+        before = os.environ.get("PYTHONPATH", "")
+        if folder not in before.split(os.pathsep):
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (before, folder)))
+
+
+def unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:
+    """Keys of ``config``, below ``prefix``, that ``schema`` does not have."""
+    for key in config:
+        if key not in schema:
+            yield f"{prefix}{key}"
+        elif OmegaConf.is_dict(schema._get_node(key)) and OmegaConf.is_dict(config._get_node(key)):
+            yield from unknown_keys(config[key], schema[key], f"{prefix}{key}.")
+
+
+def check_overrides(name: str, arguments: list[str]) -> None:
+    """Raise ValueError for an old key, or for a choice of another program's config group."""
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            continue  # Hydra says what is wrong with it
+        key = override.key_or_group
+        if key in RENAMED:
+            value = argument.partition("=")[2]
+            raise ValueError(f"{key} is called {RENAMED[key]} now: write {RENAMED[key]}={value}")
+        choices = (
+            [str(choice) for choice in override.sweep_string_iterator()]
+            if override.is_sweep_override()
+            else [str(override.value())]
+        )
+        own = options(name, key)
+        for other in ("train", "generate", "evaluate", "report"):
+            theirs = set(options(other, key)) - set(own)
+            if other == name or not theirs:
+                continue
+            if not own and not (CONF / name / key).exists():
+                raise ValueError(f"{key}= belongs to {other}.py; {name}.py has no such choice")
+            if foreign := theirs.intersection(choices):
+                raise ValueError(
+                    f"{key}={', '.join(sorted(foreign))} belongs to {other}.py; {name}.py takes "
+                    f"{key}={', '.join(own)}"
+                )
+
+
+def options(name: str, group: str) -> list[str]:
+    """The choices of a config group of the program ``name``; none where it has no such group."""
+    return sorted(path.stem for path in (CONF / name / group).glob("*.yaml"))

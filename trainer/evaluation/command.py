@@ -1,0 +1,90 @@
+"""What ``evaluate.py`` does: scores printed, kept beside the run, and written where asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trainer.config.evaluate import EvaluateConfig
+from trainer.evaluation.downstream import SETS, TASKS, evaluate_tasks, keep_scores
+from trainer.evaluation.ensemble import evaluate_ensemble
+from trainer.run.checkpoint import newest_checkpoint
+from trainer.run.export import export_run
+from trainer.run.run_dir import write_json
+
+
+def evaluate(config: EvaluateConfig) -> float | None:
+    """Score or export as asked; returns the i.i.d. loss in nats per token, None for an export.
+
+    Raises:
+        ValueError: options that do not fit together, or runs that do not fit one another.
+    """
+    config.check()
+    if config.export:
+        export_run(config.runs[0], Path(config.export))
+        print(f"{config.runs[0]} written to {config.export}")
+        return None
+    for run in config.runs:
+        checkpoint = newest_checkpoint(run)
+        if checkpoint != Path(run) and not (Path(run) / "result.json").exists():
+            print(f"{run} is not finished: this is its newest checkpoint, {checkpoint.name}")
+    sizes = [
+        scores.to_dict()
+        for scores in evaluate_ensemble(config.runs, config.validation, config.mean)
+    ]
+    scores = sizes[-1]
+    if len(sizes) > 1:
+        for count, size in enumerate(sizes, 1):
+            print(f"{count:>6} members: {size['loss']['iid']:.4f} nats per token")
+    show(scores)
+    scores["sets"] = score_sets(config)
+    write_scores(config, scores, sizes)
+    folder = Path(config.runs[0])
+    # What a checkpoint or an ensemble scores is not what the report shows of a run.
+    reported = len(config.runs) == 1 and (folder / "result.json").exists()
+    if config.sets and reported:
+        print(f"written: {keep_scores(folder / SETS, scores['sets'])}")
+    if config.tasks:
+        scores["tasks"] = evaluate_tasks(
+            config.runs[0], config.tasks, config.task_folder, config.task_limit
+        )
+        for task, metrics in scores["tasks"].items():
+            print(f"{task}: " + ", ".join(f"{name} {x:.4g}" for name, x in metrics.items()))
+        if reported:
+            print(f"written: {keep_scores(folder / TASKS, scores['tasks'])}")
+        write_scores(config, scores, sizes)
+    return scores["loss"]["iid"]
+
+
+def show(scores: dict[str, Any]) -> None:
+    """Print the scores on the validation stream, one a line."""
+    for name, loss in scores["loss"].items():
+        print(f"{name:>6} {loss:.4f} nats per token")
+    print(f"{'':>6} {scores['bits_per_byte']:.4f} bits per byte")
+    for position, loss in scores["loss_by_position"].items():
+        print(f"from position {position:>7} {loss:.4f}")
+    for kind, loss in scores.get("loss_by_kind", {}).items():
+        print(f"{kind:>8} members {loss:.4f} nats per token")
+
+
+def score_sets(config: EvaluateConfig) -> dict[str, Any]:
+    """Scores on each further text set, printed as they come."""
+    found = {}
+    for name in config.sets:
+        scores = evaluate_ensemble(config.runs, name, config.mean)[-1]
+        found[name] = scores.to_dict()
+        print(
+            f"{name}: {scores.loss['iid']:.4f} nats per token, "
+            f"{scores.bits_per_byte:.4f} bits per byte"
+        )
+    return found
+
+
+def write_scores(
+    config: EvaluateConfig, scores: dict[str, Any], sizes: list[dict[str, Any]]
+) -> None:
+    """Scores of the whole ensemble, and of its parts if there are several, to ``output``."""
+    if config.output:
+        ensemble = {"members": config.runs, "mean": config.mean.value, "sizes": sizes}
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(config.output), scores | (ensemble if len(sizes) > 1 else {}))
