@@ -71,7 +71,7 @@ def make_importable(*folders: Path) -> None:
 def unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:
     """Keys of ``config``, below ``prefix``, that ``schema`` does not have."""
     for key in config:
-        if key not in schema:
+        if key not in schema.keys():  # noqa: SIM118  ('in' is false for what is missing)
             yield f"{prefix}{key}"
         elif OmegaConf.is_dict(schema._get_node(key)) and OmegaConf.is_dict(config._get_node(key)):
             yield from unknown_keys(config[key], schema[key], f"{prefix}{key}.")

@@ -27,7 +27,7 @@ SWEEP = [
 def test_a_failing_job_ends_alone_and_a_second_start_runs_only_what_is_missing(
     corpus_root: Path, tmp_path: Path
 ) -> None:
-    own = tmp_path / "conf" / "train" / "recipe"  # configs of one's own reach the jobs too
+    own = tmp_path / "conf" / "recipe"  # configs of one's own reach the jobs too
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("name: mine\nepochs: 1\n")
     options = [f"--config-dir={tmp_path / 'conf'}", *SWEEP, f"output={tmp_path}", "recipe=mine"]
