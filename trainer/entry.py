@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -73,7 +74,7 @@ def unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:
     for key in config:
         if key not in schema.keys():  # noqa: SIM118  ('in' is false for what is missing)
             yield f"{prefix}{key}"
-        elif OmegaConf.is_dict(schema._get_node(key)) and OmegaConf.is_dict(config._get_node(key)):
+        elif dataclasses.is_dataclass(OmegaConf.get_type(schema, key)):  # a dict has any keys
             yield from unknown_keys(config[key], schema[key], f"{prefix}{key}.")
 
 

@@ -295,8 +295,8 @@ def choose_attention(config: TrainConfig, device: torch.device) -> str:
         return automatic_backend(device, dtype, head_dim, fits)
     if attention == "cudnn" and not fits:
         raise ValueError(
-            f"runtime.attention_backend=cudnn needs data.mask=none, not {config.data.mask.value}: its "
-            "backward pass holds segments x longest tokens; use flash or auto"
+            "runtime.attention_backend=cudnn needs data.mask=none, not "
+            f"{config.data.mask.value}: its backward pass holds segments x longest tokens; use flash or auto"
         )
     check_backend(attention, device, dtype, head_dim, "the model")
     return attention
