@@ -296,7 +296,8 @@ def choose_attention(config: TrainConfig, device: torch.device) -> str:
     if attention == "cudnn" and not fits:
         raise ValueError(
             "runtime.attention_backend=cudnn needs data.mask=none, not "
-            f"{config.data.mask.value}: its backward pass holds segments x longest tokens; use flash or auto"
+            f"{config.data.mask.value}: its backward pass holds segments x "
+            "longest tokens; use flash or auto"
         )
     check_backend(attention, device, dtype, head_dim, "the model")
     return attention
