@@ -19,14 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from kernels.attention.interface import automatic_backend, check_backend
 from trainer.config.schema import (
     ActivationCheckpointing,
     Averaging,
-    Dtype,
-    Mask,
     Parallel,
-    RuntimeConfig,
     TrainConfig,
     to_dict,
 )
@@ -36,7 +32,7 @@ from trainer.data.packing import pack_whole
 from trainer.data.plan import Plan, Source
 from trainer.errors import NonFiniteLossError
 from trainer.evaluation.losses import evaluate_model
-from trainer.model.llama import Kernels, Llama
+from trainer.model.llama import Llama
 from trainer.optim.averaging import WeightAverage
 from trainer.optim.bad_steps import StepGuard
 from trainer.optim.optimizer import build_optimizers, set_schedules
@@ -52,6 +48,7 @@ from trainer.run.checkpoint import (
 )
 from trainer.run.distillation import Teachers
 from trainer.run.export import load_hugging_face
+from trainer.run.kernel_choice import check_kernels, choose_kernels, compute_dtype
 from trainer.run.metrics import Meter
 from trainer.run.run_dir import claimed, finished_loss, write_json
 from trainer.run.trackers import Tracker
@@ -77,7 +74,7 @@ def train(config: TrainConfig) -> float:
         return trained
 
     with join_ranks(config.runtime) as ranks, contextlib.ExitStack() as cleanup:
-        attention = choose_attention(config, ranks.device)
+        check_kernels(config, ranks.device)
         # The data: streams, and a plan that says which document is read when.
         streams = open_streams(config)
         validation = open_stream(config, config.data.validation)
@@ -90,9 +87,9 @@ def train(config: TrainConfig) -> float:
         steps = plan.steps(config.recipe.epochs)
 
         # The model.
-        runtime = config.runtime
-        kernels = replace(Kernels.of(runtime), attention=attention)
-        dtype = compute_dtype(runtime, ranks.device)
+        a_batch = partial(first_batch, config, plan, streams, ranks)
+        kernels = choose_kernels(config, a_batch, ranks)
+        dtype = compute_dtype(config.runtime, ranks.device)
         model = Llama(config.model, config.seed, dtype, kernels)
         if config.initial_weights is not None and not checkpoints(run_dir):
             tokenizer = Path(config.data.root) / "tokenizer" / "tokenizer.json"
@@ -100,8 +97,6 @@ def train(config: TrainConfig) -> float:
         model.to(ranks.device)
         prepare_blocks(model, config, ranks)
         wrapped = parallelize(model, ranks, config.runtime)
-        if ranks.is_main:
-            print(describe_kernels(model, attention), flush=True)
         optimizers = build_optimizers(model, config.optimizer, config.recipe)
         average = None
         if config.optimizer.averaging is not Averaging.none:
@@ -273,34 +268,21 @@ def how_to_fill(lengths: np.ndarray, plan: Plan) -> str:
     return "  Few documents fit together; data.packing=stream cuts them to fill the windows."
 
 
-def describe_kernels(model: Llama, attention: str) -> str:
-    """Which implementations run, in one line."""
-    if attention == "gluon" and model.config.head_dim != 64:
-        attention = "gluon (dK and dV: triton)"
-    return f"kernels: {attention} attention, {model.kernels.loss} {model.kernels.loss_memory} loss"
-
-
-def choose_attention(config: TrainConfig, device: torch.device) -> str:
-    """The backend that runs; ``auto`` becomes one name for the whole run.
-
-    Raises:
-        ValueError: the backend asked for cannot run here.
-    """
-    head_dim, dtype = config.model.head_dim, compute_dtype(config.runtime, device)
-    fits = config.data.mask is Mask.none  # one segment a window
-    attention = config.runtime.attention_backend.value
-    if attention == "auto":
-        if config.runtime.context_parallel > 1:  # other borders for queries than for keys
-            return automatic_backend(device, dtype, head_dim, False)
-        return automatic_backend(device, dtype, head_dim, fits)
-    if attention == "cudnn" and not fits:
-        raise ValueError(
-            "runtime.attention_backend=cudnn needs data.mask=none, not "
-            f"{config.data.mask.value}: its backward pass holds segments x "
-            "longest tokens; use flash or auto"
-        )
-    check_backend(attention, device, dtype, head_dim, "the model")
-    return attention
+def first_batch(
+    config: TrainConfig, plan: Plan, streams: list[MegadocStream], ranks: Ranks
+) -> PackedBatch:
+    """A micro-batch of the first step."""
+    loader = BatchLoader(
+        plan,
+        streams,
+        config.data.mask,
+        rank=ranks.data_rank,
+        world_size=ranks.data_size,
+        micro_batch_size=config.data.micro_batch_size,
+        start_step=0,
+        stop_step=1,
+    )
+    return loader.read(0)[0]
 
 
 def model_vocabulary(config: TrainConfig, stream: MegadocStream) -> int:
@@ -312,13 +294,6 @@ def model_vocabulary(config: TrainConfig, stream: MegadocStream) -> int:
             f"{stream.path} was written with; leave it at 0 to take the tokenizer's"
         )
     return wanted or needed
-
-
-def compute_dtype(runtime: RuntimeConfig, device: torch.device) -> torch.dtype:
-    """Dtype of the activations; parameters are always fp32."""
-    if runtime.dtype is Dtype.auto:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if runtime.dtype is Dtype.bfloat16 else torch.float32
 
 
 def prepare_blocks(model: Llama, config: TrainConfig, ranks: Ranks) -> None:

@@ -7,6 +7,7 @@ here and the other one switched off.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any, Literal
 
@@ -93,6 +94,11 @@ def cudnn_refusal(device: torch.device, head_dim: int) -> str | None:
     if head_dim > 128 or head_dim % 8:
         return f"it has head dimensions up to 128 in multiples of 8, not {head_dim}"
     return None
+
+
+def has_flash_attn() -> bool:
+    """Whether the flash-attn package is installed."""
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def cudnn_fits(segments: int, max_seqlen: int, tokens: int) -> bool:

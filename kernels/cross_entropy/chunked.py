@@ -120,7 +120,7 @@ def sweep_tokens(
     rows_per_chunk = max(1, chunk_elements // weight.shape[0])
     for start in range(0, len(hidden), rows_per_chunk):
         rows = slice(start, start + rows_per_chunk)
-        x = hidden[rows]
+        x = finite_where_ignored(hidden[rows], row_weight[rows])
         logits = steps.logits(x, weight, bias, options, gradients is None)  # [C, V]
         statistics = steps.statistics(logits, bias, local[rows], options)
         lse, target_logit, total = combined(statistics, group)
@@ -174,7 +174,7 @@ def sweep_vocabulary(
         rows_per_chunk = max(1, chunk_elements // len(part))
         for start in range(0, len(hidden), rows_per_chunk):
             rows = slice(start, start + rows_per_chunk)
-            x, place = hidden[rows], local[rows] - first
+            x, place = finite_where_ignored(hidden[rows], row_weight[rows]), local[rows] - first
             logits = steps.logits(x, part, part_bias, options, False)  # [C, slab]
             gradient = steps.gradient(
                 logits, part_bias, place, lses[rows], row_weight[rows], options, vocabulary, None
@@ -184,6 +184,11 @@ def sweep_vocabulary(
             add_product(total, gradient.to(hidden.dtype).T, x)
         if gradients.weight is not None:
             gradients.weight[slab] += total
+
+
+def finite_where_ignored(x: Tensor, row_weight: Tensor) -> Tensor:
+    """``x [C, D]`` with 0 in rows of weight 0: NaN there would be NaN x 0 in every gradient."""
+    return torch.where((row_weight != 0)[:, None], x, 0)
 
 
 def placed(targets: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:

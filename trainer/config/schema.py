@@ -281,6 +281,7 @@ class AttentionBackend(enum.Enum):
 class LossBackend(enum.Enum):
     """Backends of ``kernels.linear_cross_entropy``."""
 
+    auto = "auto"
     torch = "torch"
     triton = "triton"
 
@@ -311,10 +312,10 @@ class RuntimeConfig:
         "What the backward pass computes again; auto: as little as the memory allows.",
     )
     attention_backend: AttentionBackend = setting(
-        AttentionBackend.auto, "Backend of kernels.varlen_attention."
+        AttentionBackend.auto, "Of kernels.varlen_attention; auto: the fastest that is right here."
     )
     loss_backend: LossBackend = setting(
-        LossBackend.torch, "Backend of kernels.linear_cross_entropy."
+        LossBackend.auto, "Of kernels.linear_cross_entropy; auto: the fastest that is right here."
     )
     loss_memory: LossMemory = setting(
         LossMemory.fast, "lean: the loss works in 128 MiB, for a fourth matrix product."

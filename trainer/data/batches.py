@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.segments import padded_borders
 from trainer.config.schema import Mask
 from trainer.data.mds import MegadocStream, Sample, StreamManifest
 from trainer.data.packing import Window
@@ -83,10 +84,8 @@ def pack(
 ) -> PackedBatch:
     """Read the documents of ``windows`` and put them on one token axis.
 
-    The borders have as many segments as there are, and ``max_seqlen`` is the longest of them, both
-    rounded up to a power of two: attention pays for padded segments in memory and in empty blocks
-    (cuDNN's backward pass holds segments x longest), and a compiled step for every new size. A mask
-    of ``none`` has one segment a window and the same sizes always.
+    The borders have as many segments as the windows, rounded up to a power of two as the longest
+    segment is; a mask of ``none`` has one segment a window and the same sizes always.
     """
     places = len(windows) * context_length
     input_ids = np.full(places, streams[0].manifest.eos_id, dtype=np.int64)
@@ -126,29 +125,23 @@ def pack(
         if mask is Mask.none:
             borders.append(place)
     lengths = np.diff(borders)
-    segments, longest = len(windows), context_length
-    if mask is not Mask.none:
-        segments = power_of_two(len(lengths))
-        longest = min(power_of_two(int(lengths.max())), context_length)
     positions = np.zeros(places, dtype=np.int64)
     positions[:place] = np.arange(place) - np.repeat(borders[:-1], lengths)
-    borders.extend([place] * (segments + 1 - len(borders)))
+    if mask is Mask.none:
+        cu_seqlens, longest = torch.tensor(borders, dtype=torch.int32), context_length
+    else:
+        cu_seqlens, longest = padded_borders(borders, context_length)
     return PackedBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(targets),
         torch.from_numpy(positions),
-        torch.tensor(borders, dtype=torch.int32),
+        cu_seqlens,
         longest,
         torch.from_numpy(target_documents),
         torch.from_numpy(target_positions),
         place,
         int((targets != NO_TARGET).sum()),
     )
-
-
-def power_of_two(count: int) -> int:
-    """The smallest power of two that is at least ``count``, and at least 1."""
-    return 1 << max(0, count - 1).bit_length()
 
 
 class BatchLoader:

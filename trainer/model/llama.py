@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import attention_tiles, linear_cross_entropy, token_losses, varlen_attention
-from trainer.config.schema import ModelConfig, RuntimeConfig
+from trainer.config.schema import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,6 @@ class Kernels:
     attention: str = "auto"  # backend of varlen_attention
     loss: str = "torch"  # backend of linear_cross_entropy
     loss_memory: str = "fast"  # or lean
-
-    @classmethod
-    def of(cls, runtime: RuntimeConfig) -> Kernels:
-        """The backends that a run asks for."""
-        return cls(
-            runtime.attention_backend.value, runtime.loss_backend.value, runtime.loss_memory.value
-        )
 
     def tiles(self, config: ModelConfig, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Any:
         """The tables that our attention kernels share among the layers; None for others."""

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chunked import add_product, product_in_fp32
+from ..chunked import add_product, finite_where_ignored, product_in_fp32
 from .fused_exponentials import fused_exponentials
 
 SHIFT = 30.0  # c: p below exp(-57) counts as 0
@@ -220,7 +220,7 @@ def anchored_cross_entropy(
     overflow = torch.zeros(rows, dtype=torch.int32, device=hidden.device)
     for start in range(0, rows, rows_per_chunk):
         part = slice(start, start + rows_per_chunk)
-        x = hidden[part]
+        x = finite_where_ignored(hidden[part], row_weight[part])
         count = x.shape[0]
         chunk = (targets[part], anchor[part], overflow[part])
         # E [C, V] and its sums [C, tiles]

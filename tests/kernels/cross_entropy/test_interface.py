@@ -122,9 +122,15 @@ def test_ignored_rows_may_hold_anything() -> None:
     hidden, weight, _, targets = problem(12, 9, 0.0)
     targets[3:6] = -100
     spoiled = hidden.detach().clone()
-    spoiled[3:6] = torch.inf
-    loss = linear_cross_entropy(spoiled, weight, targets)
-    torch.testing.assert_close(loss, definition(hidden, weight, targets))
+    spoiled[3:6] = torch.tensor([torch.inf, torch.nan, -torch.inf]).repeat(2)
+    expected = definition(hidden, weight, targets)
+    gradients = torch.autograd.grad(expected, (hidden, weight))
+    for memory in ("fast", "lean"):
+        leaves = (spoiled.detach().requires_grad_(), weight)
+        loss = linear_cross_entropy(*leaves, targets, memory=memory)
+        torch.testing.assert_close(loss, expected)
+        for ours, theirs in zip(torch.autograd.grad(loss, leaves), gradients, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_bf16_gradients_are_within_twice_the_rounding_of_plain_bf16() -> None:
