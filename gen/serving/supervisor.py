@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
+TREE = Path(__file__).resolve().parents[2]
 GUARD = Path(__file__).with_name("parent_watch.py")
 POLL = 0.5  # seconds between looks at the process
 HEALTH_EVERY = 15.0  # seconds; SGLang's /health generates a token and sleeps a second
@@ -86,7 +88,7 @@ class SupervisedServer:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **self.environment},
+                env={**without_our_tree(os.environ), **self.environment},
             )
 
     def wait_until_healthy(self) -> None:
@@ -184,3 +186,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def without_our_tree(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables without our folders in PYTHONPATH, which launchers need and servers must not.
+
+    A server's own Python environment may hold another package called ``kernels``.
+    """
+    ours = {str(TREE), str(TREE / "trainer" / "plugins")}
+    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
+    foreign = [path for path in paths if path and path not in ours]
+    kept = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+    return kept | ({"PYTHONPATH": os.pathsep.join(foreign)} if foreign else {})

@@ -142,8 +142,8 @@ def flash_attn_attention(
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
         raise ValueError(
-            "backend='flash_attn' needs the flash-attn package (pip install 'megadocs[gpu]'); "
-            "use backend='flash' for PyTorch's own FlashAttention"
+            "backend='flash_attn' needs the flash-attn package "
+            "(pip install --no-build-isolation flash-attn); use backend='flash' for PyTorch's own"
         ) from error
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     inside = (torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1])[:, None, None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..namespace import NAMESPACE
 from .tile_config import TileConfig, tile_config
 from .tile_scheduler import Tiles, make_tiles
 
@@ -162,7 +163,7 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@torch.library.custom_op("megadocs::varlen_attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::varlen_attention", mutates_args=())
 def attention_op(
     q: Tensor,
     k: Tensor,
@@ -207,7 +208,7 @@ def _(
     return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("megadocs::varlen_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::varlen_attention_backward", mutates_args=())
 def attention_backward_op(
     q: Tensor,
     k: Tensor,
@@ -288,7 +289,7 @@ def most_pairs(tokens: int, max_seqlen: int, window: int) -> int:
     return tokens * (reach * (reach + 1) // 2 + (longest - reach) * reach) // longest
 
 
-@register_flop_formula(torch.ops.megadocs.varlen_attention)
+@register_flop_formula(getattr(torch.ops, NAMESPACE).varlen_attention)
 def attention_flops(
     q_shape: Sequence[int],
     k_shape: Sequence[int],
@@ -312,7 +313,7 @@ def attention_flops(
     return 4 * heads * size * most_pairs(tokens, max_seqlen, window)
 
 
-@register_flop_formula(torch.ops.megadocs.varlen_attention_backward)
+@register_flop_formula(getattr(torch.ops, NAMESPACE).varlen_attention_backward)
 def attention_backward_flops(
     q_shape: Sequence[int],
     *rest: Any,

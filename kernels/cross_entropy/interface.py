@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ..namespace import NAMESPACE
 from .chunked import (
     Gradients,
     Options,
@@ -248,7 +249,7 @@ def token_losses(
     return losses.masked_fill(~counts, 0.0), lses
 
 
-@torch.library.custom_op("megadocs::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(
     hidden: Tensor,
     weight: Tensor,
@@ -392,7 +393,7 @@ def scale_gradients(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | No
 linear_cross_entropy_op.register_autograd(scale_gradients, setup_context=save_gradients)
 
 
-@torch.library.custom_op("megadocs::add_weight_gradient", mutates_args=("buffer",))
+@torch.library.custom_op(f"{NAMESPACE}::add_weight_gradient", mutates_args=("buffer",))
 def add_weight_gradient(
     buffer: Tensor,
     hidden: Tensor,

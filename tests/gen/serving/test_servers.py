@@ -20,7 +20,9 @@ from gen.prompts import MethodConfig
 from gen.serving import sglang_environment
 from gen.serving.servers import EMBEDDED, GeneratorConfig, Servers, embedded_weights, serving
 from gen.serving.sglang import SglangConfig
+from gen.serving.supervisor import without_our_tree
 from tests.conftest import REPOSITORY, run_script
+from trainer.entry import PLUGINS, ROOT, make_importable
 
 
 def flags(config: SglangConfig) -> list[str]:
@@ -100,6 +102,19 @@ def test_an_sglang_that_is_not_installed_says_how_to_install_it(
     config.check()
     assert config.sglang.command("m", 512, 1)[0] == str(environment / "bin" / "python")
     assert config.gpus_used == 0
+
+
+def test_a_servers_environment_does_not_see_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers need our tree on PYTHONPATH; SGLang's environment may hold another `kernels`."""
+    monkeypatch.setenv("PYTHONPATH", "/mine/plugins")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    make_importable(ROOT, PLUGINS)
+    before = os.environ["PYTHONPATH"]
+    assert str(REPOSITORY) in before.split(os.pathsep)
+    kept = without_our_tree(os.environ)
+    assert kept["PYTHONPATH"] == "/mine/plugins"
+    assert kept == {**os.environ, "PYTHONPATH": "/mine/plugins"}
+    assert "PYTHONPATH" not in without_our_tree({"PYTHONPATH": str(REPOSITORY)})
 
 
 def test_an_unknown_model_is_refused_with_those_served(server: str, tmp_path: Path) -> None:
