@@ -1,4 +1,8 @@
-"""Tensors in, tensors out: document-masked attention and fused linear cross-entropy."""
+"""Tensors in, tensors out: document-masked attention and fused linear cross-entropy.
+
+A library of its own: it knows nothing of data, models or configs. It imports torch and Triton, and
+nothing of the other packages.
+"""
 
 from .attention.interface import varlen_attention
 from .attention.op import attention_tiles

@@ -8,6 +8,8 @@ most twice as far from float64 as plain PyTorch's in the same dtype; if a second
 bits (of everything where it is deterministic, else of the output); and if nothing changes when
 every other segment and what lies behind the last one holds NaN. Those that are right are timed,
 forward and backward together. Verdicts are kept in a file, by everything that could change them.
+
+May import the rest of ``kernels``.
 """
 
 from .attention import Heads, Pack, check_attention, chunk_of

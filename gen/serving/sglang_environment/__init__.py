@@ -4,6 +4,8 @@ SGLang's pins (torch, transformers) and this project's cannot share an environme
 program beside, reached over HTTP. ``make sglang`` (:mod:`gen.serving.sglang_environment.__main__`)
 installs the release below once for all checkouts of a user: the GPU build where there is a GPU, and
 otherwise its Python part, which falls back to PyTorch for every compiled kernel a Llama needs.
+
+It imports the standard library alone.
 """
 
 from __future__ import annotations
