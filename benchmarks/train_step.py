@@ -153,7 +153,9 @@ def plain(setting: Setting) -> timing.Candidate:
         return F.cross_entropy(logits.float(), batch.targets)
 
     def gradients() -> None:
-        hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen)
+        hidden = model.hidden_states(
+            batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
+        )
         loss_of(hidden, model.lm_head.weight).backward()
 
     return setting.step(gradients)

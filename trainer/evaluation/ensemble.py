@@ -64,7 +64,9 @@ def evaluate_ensemble(
         states = []
         for batch, _ in evaluation_batches(stream, config.data):
             moved = batch.to(device)
-            state = model(moved.input_ids, moved.positions, moved.cu_seqlens, moved.max_seqlen)
+            state = model.hidden_states(
+                moved.input_ids, moved.positions, moved.cu_seqlens, moved.max_seqlen
+            )
             states.append(state.cpu())
         hidden.append(states)
         heads.append(model.lm_head.weight.to(model.compute_dtype))

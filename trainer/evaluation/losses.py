@@ -193,13 +193,8 @@ def evaluate_model(model: Llama, stream: MegadocStream, data: DataConfig, ranks:
     scores = Scores(stream)
     for batch, counts in evaluation_batches(stream, data, ranks):
         batch = split_batch(batch, ranks.context_rank, ranks.context_parallel).to(ranks.device)
-        losses = model(
-            batch.input_ids,
-            batch.positions,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            batch.targets,
-            per_token=True,
+        losses = model.token_losses(
+            batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.targets
         )
         if counts:
             scores.add(batch, losses)

@@ -199,12 +199,11 @@ class Llama(nn.Module):
         positions: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        targets: Tensor | None = None,
+        targets: Tensor,
         denominator: Tensor | None = None,
-        per_token: bool = False,
         soft: SoftTargets | None = None,
     ) -> Tensor:
-        """Hidden states, or the loss when ``targets`` are given.
+        """The training loss.
 
         Args:
             input_ids: int64 ``[T]``, the packed token axis.
@@ -213,29 +212,44 @@ class Llama(nn.Module):
             max_seqlen: upper bound of the segment lengths.
             targets: int64 ``[T]``, -100 where there is nothing to predict.
             denominator: scalar; the summed loss is divided by it (default: the valid targets).
-            per_token: give the loss of every token, without gradients.
             soft: teachers whose predictions share the loss; needs ``denominator``.
 
         Returns:
-            ``[T, D]`` hidden states after the final norm in ``compute_dtype``, or the fp32 loss in
-            nats: a scalar, or ``[T]`` with ``per_token``.
+            fp32 scalar, in nats.
         """
-        x = F.embedding(input_ids, self.model.embed_tokens.weight).to(self.compute_dtype)
-        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-        tiles = self.kernels.tiles(self.config, cu_seqlens, max_seqlen, len(input_ids))
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, cu_seqlens, max_seqlen, tiles)
-        hidden = self.model.norm(x)  # [T, D]
-        if targets is None:
-            return hidden
+        hidden = self.hidden_states(input_ids, positions, cu_seqlens, max_seqlen)
         weight = self.lm_head.weight.to(hidden.dtype)  # [V, D]
         if soft is not None:
             assert denominator is not None
             return soft.loss(hidden, weight, targets, denominator, soft)
         backend: Any = self.kernels.loss
-        if per_token:
-            return token_losses(hidden, weight, targets, backend=backend)[0]
         memory: Any = self.kernels.loss_memory
         return linear_cross_entropy(
             hidden, weight, targets, denominator=denominator, memory=memory, backend=backend
         )
+
+    def hidden_states(
+        self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        """``[T, D]`` in ``compute_dtype``, after the final norm; arguments as of ``forward``."""
+        x = F.embedding(input_ids, self.model.embed_tokens.weight).to(self.compute_dtype)
+        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        tiles = self.kernels.tiles(self.config, cu_seqlens, max_seqlen, len(input_ids))
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, cu_seqlens, max_seqlen, tiles)
+        return self.model.norm(x)
+
+    @torch.no_grad()
+    def token_losses(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        targets: Tensor,
+    ) -> Tensor:
+        """fp32 ``[T]``, the loss of every token in nats; 0 where there is nothing to predict."""
+        hidden = self.hidden_states(input_ids, positions, cu_seqlens, max_seqlen)
+        weight = self.lm_head.weight.to(hidden.dtype)
+        backend: Any = self.kernels.loss
+        return token_losses(hidden, weight, targets, backend=backend)[0]

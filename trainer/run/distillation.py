@@ -62,7 +62,7 @@ class Teachers:
     def targets(self, batch: PackedBatch) -> SoftTargets:
         """What the teachers make of a batch, as hidden states; their logits come later."""
         inputs = (batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen)
-        hidden = [model(*inputs) for model in self.models]
+        hidden = [model.hidden_states(*inputs) for model in self.models]
         heads = [model.lm_head.weight.to(model.compute_dtype) for model in self.models]
         return SoftTargets(self.share, hidden, heads, distillation_loss)
 

@@ -71,7 +71,7 @@ def document_losses(run: Path, stream: MegadocStream) -> list[torch.Tensor]:
         ids = torch.from_numpy(stream[index].tokens)
         borders = torch.tensor([0, len(ids)], dtype=torch.int32)
         with torch.no_grad():
-            hidden = model(ids, torch.arange(len(ids)), borders, len(ids))
+            hidden = model.hidden_states(ids, torch.arange(len(ids)), borders, len(ids))
         logits = hidden @ model.lm_head.weight.T
         losses.append(F.cross_entropy(logits[:-1], ids[1:], reduction="none"))
     return losses

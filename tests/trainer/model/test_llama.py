@@ -17,7 +17,7 @@ TINY = ModelConfig(32, 64, 2, 4, 2, vocab_size=61)
 def run(model: Llama, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])
-    return model(ids, positions, borders, max(lengths))
+    return model.hidden_states(ids, positions, borders, max(lengths))
 
 
 @pytest.mark.parametrize(
