@@ -90,9 +90,11 @@ def import_and_build(config: GenerateConfig, root: Path) -> None:
         corpus = prepare_corpus(replace(config, corpus=corpus_config), root)
     if config.task in ("all", "streams"):
         with only_one(root / "streams.lock"):
-            for name, record in records.items():
-                method = replace(config.method, name=name, generations=record["largest_g"])
-                build_streams(replace(config, method=method), corpus, root)
+            # Several styles in one stream are asked for instead of a stream of each.
+            for name in list(records)[:1] if config.streams.methods else records:
+                build_streams(
+                    replace(config, method=replace(config.method, name=name)), corpus, root
+                )
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,17 @@ def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
     if config.method.latent:  # thoughts belong to the cuts of one G
         build("latent", config.method.generations, corpus.train)
         return
-    for generations in config.streams.generations or [config.method.generations]:
+    for generations in config.streams.generations or [default_generations(config, root)]:
         build("simple", generations, corpus.train)
         build("stitched", generations, corpus.train)
+
+
+def default_generations(config: GenerateConfig, root: Path) -> int:
+    """G of streams that do not say it: what was imported, else what is generated."""
+    methods = config.streams.methods or [config.method.name]
+    stores = [GenerationStore.of_method(root, method, 0) for method in methods]
+    imported = [store.imported_generations for store in stores if store.imported]
+    return max(imported, default=config.method.generations)
 
 
 def hash_of(documents: list[Document]) -> str:

@@ -180,6 +180,6 @@ def describe(method: str, record: dict[str, Any], new: bool) -> str:
         f"from {len(record['files']):,} files in {record['seconds']:.0f} s"
     ]
     for reason, number in sorted(record["left_out"].items()):
-        example = record["examples"].get(reason, ["?"])[0]
-        lines.append(f"  {reason}: {number:,} (the first: {example})")
+        first = "" if reason == "held_out" else f" (the first: {record['examples'][reason][0]})"
+        lines.append(f"  {reason}: {number:,}{first}")
     return "\n".join(lines)

@@ -94,6 +94,11 @@ class GenerationStore:
         """Whether an import filled it (and ended): documents may lack generations."""
         return (self.folder / IMPORT_RECORD).exists()
 
+    @property
+    def imported_generations(self) -> int:
+        """The largest G of a document, as an import counted it."""
+        return read_json(self.folder / IMPORT_RECORD)["largest_g"]
+
     def claim(self, settings: dict[str, Any]) -> None:
         """Create the store, or check that it was written with the same settings.
 

@@ -25,6 +25,7 @@ class Member:
     kind: int  # REAL, REPHRASE or THOUGHT
     text: str
     index: int  # which generation; for real text which piece
+    style: int = 0  # which of the stream's methods it is of
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class Generations:
         self.kept = np.ones(len(order), dtype=bool)
         self.edit: Callable[[str], str] | None = None
 
+    def take(self, documents: np.ndarray) -> None:
+        """Use generations of those documents alone: bool ``[documents]``."""
+        self.kept = self.kept & np.repeat(documents, self.found)
+
     def select(self, kept: np.ndarray, edit: Callable[[str], str] | None) -> None:
         """Leave out what the quality gates drop and edit the rest.
 
@@ -138,31 +143,50 @@ def real_documents(documents: list[Document]) -> Iterator[Megadoc]:
 
 
 def simple(
-    documents: list[Document], generations: Generations, with_real: bool, seed: int
+    documents: list[Document], styles: list[Generations], with_real: bool, seed: int
 ) -> Iterator[Megadoc]:
     """Every rephrase, and one copy of every real document, as rows in one global shuffle.
 
     A dropped rephrase leaves the order of the others as it is.
     """
-    generations.require_all(documents)
-    rows = generations.count + with_real
+    for generations in styles:
+        generations.require_all(documents)
+    parts = [(style, index) for style, one in enumerate(styles) for index in range(one.count)]
+    rows = len(parts) + with_real
     for row in np.random.default_rng(seed).permutation(len(documents) * rows).tolist():
         place, part = divmod(row, rows)
         document = documents[place]
-        if part == generations.count:
+        if part == len(parts):
             member = Member(REAL, document.text, 0)
             yield Megadoc(document.id, document.id, [member])
-        elif (text := generations.one(place, part)) is not None:
-            yield Megadoc(f"{document.id}#{part}", document.id, [Member(REPHRASE, text, part)])
+            continue
+        style, index = parts[part]
+        if (text := styles[style].one(place, index)) is not None:
+            member = Member(REPHRASE, text, index, style)
+            yield Megadoc(f"{document.id}#{part}", document.id, [member])
 
 
 def stitched(
-    documents: list[Document], generations: Generations, real_document: str
+    documents: list[Document],
+    styles: list[Generations],
+    real_document: str,
+    shuffle_seed: int | None = None,
 ) -> Iterator[Megadoc]:
-    """All rephrases of a document in a row, the real document last, first or absent."""
-    generations.require_all(documents)
+    """All rephrases of a document in a row, the real document last, first or absent.
+
+    Styles follow each other, or all rephrases are shuffled where there is a seed.
+    """
+    for generations in styles:
+        generations.require_all(documents)
+    shuffle = None if shuffle_seed is None else np.random.default_rng(shuffle_seed).shuffle
     for place, document in enumerate(documents):
-        members = [Member(REPHRASE, text, index) for index, text in generations.of(place).items()]
+        members = [
+            Member(REPHRASE, text, index, style)
+            for style, generations in enumerate(styles)
+            for index, text in generations.of(place).items()
+        ]
+        if shuffle is not None:
+            shuffle(members)  # type: ignore[arg-type]
         real = Member(REAL, document.text, 0)
         if real_document == "last":
             members.append(real)

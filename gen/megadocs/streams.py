@@ -24,6 +24,7 @@ from gen.corpus.tokenizer import TokenizerManifest, encode
 from gen.generations.store import GenerationStore
 from gen.megadocs.assembly import (
     REAL,
+    REPHRASE,
     TEXT_COLUMNS,
     THOUGHT,
     Generations,
@@ -54,7 +55,14 @@ PLAIN = ("rephrase", "latent")  # methods that streams do not name: the paper's
 class StreamConfig:
     """How megadocs are put together."""
 
-    generations: list[int] = field(default_factory=list)  # G of the streams; empty: the method's
+    # G of the streams, of each method where there are several; empty: the method's
+    generations: list[int] = field(default_factory=list)
+    # simple, stitched: styles whose generations they take, in this order; empty: the method's alone
+    methods: list[str] = field(default_factory=list)
+    # Of each of methods, the share of the documents, in [0, 1], that take its generations, chosen
+    # by a hash of the id; empty: all of them.
+    shares: list[float] = field(default_factory=list)
+    member_order: str = "methods"  # of a stitched megadoc's rephrases: methods, or random
     # Text between the members of a megadoc; null is the end-of-text token, which the evidence says
     # the paper used.
     separator: str | None = None
@@ -74,15 +82,37 @@ class StreamConfig:
             )
         if any(generations < 1 for generations in self.generations):
             raise ValueError(f"streams.generations={self.generations} must all be at least 1")
+        if len(set(self.methods)) != len(self.methods):
+            raise ValueError(f"streams.methods={self.methods} names a method twice")
+        if self.shares and len(self.shares) != len(self.methods):
+            raise ValueError(
+                f"streams.shares={self.shares} must hold one share for each of "
+                f"streams.methods={self.methods}"
+            )
+        if any(not 0 <= share <= 1 for share in self.shares):
+            raise ValueError(f"streams.shares={self.shares} must all be in [0, 1]")
+        if self.member_order not in ("methods", "random"):
+            raise ValueError(f"streams.member_order={self.member_order} is not methods or random")
+
+    def styles(self, kind: str, method: str) -> list[str]:
+        """The methods whose generations a stream of a kind takes."""
+        return (self.methods if kind != "latent" and self.methods else [method]) * (
+            kind in SYNTHETIC
+        )
 
 
 def stream_name(kind: str, method: str, generations: int, config: StreamConfig) -> str:
-    """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-faq-real-first``, ..."""
+    """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-faq-real-first``, ...
+
+    The G in it counts all generations of a document: ``stitched-g2-faq+table`` has one a style.
+    """
     if kind not in SYNTHETIC:
         return kind
     variant = {"last": "", "first": "-real-first", "absent": "-no-real"}[config.real_document]
-    style = "" if method in PLAIN else f"-{method}"
-    return f"{kind}-g{generations}{style}" + ("" if kind == "latent" else variant)
+    styles = config.styles(kind, method)
+    style = "" if styles[0] in PLAIN and len(styles) == 1 else f"-{'+'.join(styles)}"
+    total = generations * len(styles)
+    return f"{kind}-g{total}{style}" + ("" if kind == "latent" else variant)
 
 
 def build_stream(
@@ -101,8 +131,9 @@ def build_stream(
 
     Args:
         kind: ``real``, ``val``, ``simple``, ``stitched`` or ``latent``.
-        method: whose generations; ignored for ``real`` and ``val``.
-        generations: G; ignored for ``real`` and ``val``.
+        method: whose generations, where ``config.methods`` names none; ignored for ``real`` and
+            ``val``.
+        generations: G of each method; ignored for ``real`` and ``val``.
         documents: training documents (``val``: the held-out ones) in corpus order.
         documents_hash: identity of those documents.
         tokenizer: of the corpus.
@@ -121,19 +152,20 @@ def build_stream(
     config.check()
     name = stream_name(kind, method, generations, config)
     folder = root / "streams" / name
-    store = None
-    if kind in SYNTHETIC:
-        store = GenerationStore.of_method(root, method, generations, kind == "latent")
+    styles = config.styles(kind, method)
+    stores = [
+        GenerationStore.of_method(root, style, generations, kind == "latent") for style in styles
+    ]
     identity = {
         "format": FORMAT,
         "kind": kind,
-        "method": method if store else None,
-        "generations": generations if store else 0,
-        "config": {**asdict(config), "generations": None},
+        "method": "+".join(styles) or None,
+        "generations": generations * len(styles),
+        "config": identity_of_config(config, kind),
         "documents": documents_hash,
         "tokenizer_sha256": vocabulary.sha256,
-        "generated": store.fingerprint() if store else None,
-        "quality": {**asdict(quality), "processes": None} if store else None,
+        "generated": "+".join(store.fingerprint() for store in stores) or None,
+        "quality": {**asdict(quality), "processes": None} if stores else None,
     }
     config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     if (folder / "manifest.json").exists():
@@ -142,20 +174,32 @@ def build_stream(
             print(f"{folder}: up to date", flush=True)
             return manifest
     judged: dict[str, Any] = {}
-    chosen = None
-    if store is not None:
+    chosen = []
+    for place, store in enumerate(stores):
         table = store.read(TEXT_COLUMNS)
-        chosen = Generations(table, documents, generations, str(store.folder), store.imported)
-        judged = select_generations(chosen, store, documents, documents_hash, quality)
+        one = Generations(table, documents, generations, str(store.folder), store.imported)
+        if store.imported and max(one.found, default=0) < generations:
+            raise ValueError(
+                f"no document has G={generations} generations in {store.folder}; the most are "
+                f"{max(one.found, default=0)}: set streams.generations to that or less"
+            )
+        found = select_generations(one, store, documents, documents_hash, quality)
+        judged = sum_of(judged, found) if judged else found
+        if config.shares:
+            one.take(takers(documents, styles[place], config.shares[place]))
+        chosen.append(one)
     megadocs = assemble(kind, documents, chosen, tokenizer, config)
     try:
         with replace_folder(folder) as unfinished:
-            statistics = write_shards(megadocs, unfinished, tokenizer, vocabulary, config, name)
+            statistics = write_shards(
+                megadocs, unfinished, tokenizer, vocabulary, config, name, styles
+            )
             manifest = {
                 **identity,
                 "name": name,
                 **statistics,
                 "judged": judged,
+                "styles": styles if len(styles) > 1 else [],
                 "vocab_size": vocabulary.vocab_size,
                 "eos_id": vocabulary.eos_id,
                 "members_are_documents": kind != "latent",
@@ -173,6 +217,36 @@ def build_stream(
         flush=True,
     )
     return manifest
+
+
+def identity_of_config(config: StreamConfig, kind: str) -> dict[str, Any]:
+    """The settings that a stream of this kind depends on.
+
+    A stream of one method is the same as before there were several.
+    """
+    settings: dict[str, Any] = {**asdict(config), "generations": None}
+    if not config.methods or kind not in ("simple", "stitched"):
+        for name in ("methods", "shares", "member_order"):
+            settings.pop(name)
+    return settings
+
+
+def takers(documents: list[Document], method: str, share: float) -> np.ndarray:
+    """Which documents take generations of a method: bool ``[documents]``, by a hash of their id.
+
+    A larger share takes the documents of a smaller one and more.
+    """
+    keys = (f"{method}/{document.id}".encode() for document in documents)
+    digests = (hashlib.blake2b(key, digest_size=8).digest() for key in keys)
+    limit = share * 2**64
+    return np.array([int.from_bytes(digest, "big") < limit for digest in digests], dtype=bool)
+
+
+def sum_of(one: Any, other: Any) -> Any:
+    """Counts of two stores together."""
+    if isinstance(one, dict):
+        return {name: sum_of(one[name], other[name]) for name in one}
+    return one + other
 
 
 def select_generations(
@@ -213,19 +287,20 @@ def describe_judged(judged: dict[str, Any]) -> str:
 def assemble(
     kind: str,
     documents: list[Document],
-    generations: Generations | None,
+    styles: list[Generations],
     tokenizer: Tokenizer,
     config: StreamConfig,
 ) -> Iterator[Megadoc]:
     """The megadocs of a stream in their stored order."""
-    if generations is None:
+    if not styles:
         return real_documents(documents)
     if kind == "simple":
-        return simple(documents, generations, config.real_document != "absent", config.shuffle_seed)
+        return simple(documents, styles, config.real_document != "absent", config.shuffle_seed)
     if kind == "stitched":
-        return stitched(documents, generations, config.real_document)
+        seed = config.shuffle_seed if config.member_order == "random" else None
+        return stitched(documents, styles, config.real_document, seed)
     if kind == "latent":
-        return latent(documents, generations, tokenizer, config.open_thought, config.close_thought)
+        return latent(documents, styles[0], tokenizer, config.open_thought, config.close_thought)
     raise ValueError(f"unknown stream {kind!r}; known: real, val, {', '.join(SYNTHETIC)}")
 
 
@@ -236,16 +311,18 @@ def write_shards(
     vocabulary: TokenizerManifest,
     config: StreamConfig,
     name: str,
+    styles: list[str],
 ) -> dict[str, int]:
     """Tokenize and write the samples, then read their count back; returns token statistics."""
     from streaming import LocalDataset, MDSWriter  # takes seconds to import
 
     separator = encode(tokenizer, [config.separator])[0] if config.separator is not None else None
+    columns = COLUMNS | ({"member_styles": "ndarray:uint8"} if len(styles) > 1 else {})
     lengths: list[int] = []
     member_lengths: list[int] = []
     text_bytes = real_tokens = 0
     with (
-        MDSWriter(out=str(folder), columns=COLUMNS, size_limit=config.shard_bytes) as writer,
+        MDSWriter(out=str(folder), columns=columns, size_limit=config.shard_bytes) as writer,
         tqdm(desc=name, unit="megadoc", leave=False) as bar,
     ):
         for batch in batches(megadocs):
@@ -267,7 +344,7 @@ def write_shards(
                     ends.append(len(tokens))
                     if member.kind == REAL:
                         real_tokens += ends[-1] - (ends[-2] if place else 0)
-                writer.write(sample(megadoc, tokens, ends))
+                writer.write(sample(megadoc, tokens, ends, styles))
                 lengths.append(len(tokens))
                 member_lengths.extend(np.diff([0, *ends]).tolist())
             bar.update(len(batch))
@@ -292,8 +369,17 @@ def batches(megadocs: Iterator[Megadoc]) -> Iterator[list[Megadoc]]:
         yield batch
 
 
-def sample(megadoc: Megadoc, tokens: list[int], ends: list[int]) -> dict[str, Any]:
-    """One MDS sample."""
+def sample(
+    megadoc: Megadoc, tokens: list[int], ends: list[int], styles: list[str]
+) -> dict[str, Any]:
+    """One MDS sample; with several styles it says of which of them every member is."""
+    members: list[list[Any]] = [[member.kind, member.index] for member in megadoc.members]
+    several = {}
+    if len(styles) > 1:
+        marks = [member.style + 1 if member.kind == REPHRASE else 0 for member in megadoc.members]
+        several["member_styles"] = np.array(marks, dtype=np.uint8)
+        for member, mark in zip(members, marks, strict=True):
+            member.append(styles[mark - 1] if mark else None)
     return {
         "id": megadoc.id,
         "tokens": np.array(tokens, dtype=np.uint32),
@@ -301,6 +387,7 @@ def sample(megadoc: Megadoc, tokens: list[int], ends: list[int]) -> dict[str, An
         "member_kinds": np.array([member.kind for member in megadoc.members], dtype=np.uint8),
         "provenance": {
             "document_id": megadoc.document_id,
-            "members": [[member.kind, member.index] for member in megadoc.members],
+            "members": members,
         },
+        **several,
     }

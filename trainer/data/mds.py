@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ class StreamManifest:
     eos_id: int
     tokenizer_sha256: str
     members_are_documents: bool  # False: a megadoc is one text, mask=document does not cut it
+    # methods of its rephrases where there are several
+    styles: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Sample:
     tokens: np.ndarray  # int64 [L]
     member_ends: np.ndarray  # int64 [M], cumulative; the last is L
     member_kinds: np.ndarray  # uint8 [M]: 0 real, 1 rephrase, 2 thought
+    # uint8 [M]: 0 for none, else 1 + the place in the manifest's styles; None: there is one style
+    member_styles: np.ndarray | None = None
 
 
 class MegadocStream:
@@ -103,7 +107,8 @@ class MegadocStream:
                 f"{tokens.max()}, outside the vocabulary of {self.manifest.vocab_size}; build "
                 f"{self.path} again with the tokenizer it is used with"
             )
-        return Sample(row["id"], tokens, member_ends, row["member_kinds"])
+        styles = row["member_styles"] if self.manifest.styles else None
+        return Sample(row["id"], tokens, member_ends, row["member_kinds"], styles)
 
     def shard_of(self, index: int) -> Path:
         """The shard file that holds sample ``index``."""
@@ -120,8 +125,8 @@ def read_manifest(path: Path) -> StreamManifest:
             f"{path} is not a finished stream (no manifest.json). Finished ones beside it: "
             f"{', '.join(known) or 'none'}. Build it with generate.py"
         )
-    content: dict[str, Any] = json.loads(file.read_text())
-    return StreamManifest(**{field.name: content[field.name] for field in fields(StreamManifest)})
+    content: dict[str, Any] = {"styles": [], **json.loads(file.read_text())}
+    return StreamManifest(**{one.name: content[one.name] for one in fields(StreamManifest)})
 
 
 def open_shards(path: Path) -> LocalDataset:

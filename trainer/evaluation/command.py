@@ -63,7 +63,8 @@ def show(scores: dict[str, Any]) -> None:
     print(f"{'':>6} {scores['bits_per_byte']:.4f} bits per byte")
     for position, loss in scores["loss_by_position"].items():
         print(f"from position {position:>7} {loss:.4f}")
-    for kind, loss in scores.get("loss_by_kind", {}).items():
+    by_member = scores.get("loss_by_kind", {}) | scores.get("loss_by_style", {})
+    for kind, loss in by_member.items():
         print(f"{kind:>8} members {loss:.4f} nats per token")
 
 

@@ -40,9 +40,12 @@ class Scores:
     bucket_tokens: np.ndarray = field(init=False)  # float64 [BUCKETS]
     kind_loss: np.ndarray = field(init=False)  # float64 [KINDS], nats
     kind_tokens: np.ndarray = field(init=False)  # float64 [KINDS]
+    style_loss: np.ndarray = field(init=False)  # float64 [1 + styles], nats; the first: of no style
+    style_tokens: np.ndarray = field(init=False)  # float64 [1 + styles]
 
     def __post_init__(self) -> None:
         self.kind_loss, self.kind_tokens = np.zeros((2, len(KINDS)))
+        self.style_loss, self.style_tokens = np.zeros((2, 1 + len(self.stream.manifest.styles)))
         self.document_loss, self.document_tokens = np.zeros((2, len(self.stream)))
         self.bucket_loss, self.bucket_tokens = np.zeros((2, BUCKETS))
 
@@ -53,10 +56,12 @@ class Scores:
         documents = batch.target_documents.cpu().numpy()[valid]
         positions = batch.target_positions.cpu().numpy()[valid]
         buckets = position_bucket(positions)
-        if self.has_members:
-            kinds = self.member_kinds(documents, positions)
+        if self.has_members or self.stream.manifest.styles:
+            kinds, styles = self.member_kinds_and_styles(documents, positions)
             self.kind_loss += np.bincount(kinds, loss, len(KINDS))
             self.kind_tokens += np.bincount(kinds, minlength=len(KINDS))
+            self.style_loss += np.bincount(styles, loss, len(self.style_loss))
+            self.style_tokens += np.bincount(styles, minlength=len(self.style_loss))
         size = len(self.stream)
         self.document_loss += np.bincount(documents, loss, size)
         self.document_tokens += np.bincount(documents, minlength=size)
@@ -68,21 +73,25 @@ class Scores:
         """Whether the documents are megadocs of several members."""
         return len(self.stream.member_lengths) > len(self.stream)
 
-    def member_kinds(self, documents: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Kind of the member that each position ``[T]`` of its document ``[T]`` lies in."""
-        kinds = np.empty(len(documents), dtype=np.int64)
+    def member_kinds_and_styles(
+        self, documents: np.ndarray, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Kind and style of the member that each position ``[T]`` of its document ``[T]`` is in."""
+        kinds, styles = np.zeros((2, len(documents)), dtype=np.int64)
         for document in np.unique(documents):
             sample = self.stream[int(document)]
             mine = documents == document
             member = np.searchsorted(sample.member_ends, positions[mine], side="right")
             kinds[mine] = sample.member_kinds[member]
-        return kinds
+            if sample.member_styles is not None:
+                styles[mine] = sample.member_styles[member]
+        return kinds, styles
 
     def sum_over(self, ranks: Ranks) -> None:
         """Add the other ranks' parts."""
         for name in (
             *("document_loss", "document_tokens", "bucket_loss", "bucket_tokens"),
-            *("kind_loss", "kind_tokens"),
+            *("kind_loss", "kind_tokens", "style_loss", "style_tokens"),
         ):
             total = torch.from_numpy(getattr(self, name)).to(ranks.device)
             setattr(self, name, ranks.all_reduce(total).cpu().numpy())
@@ -131,6 +140,20 @@ class Scores:
             if tokens
         }
 
+    @property
+    def loss_by_style(self) -> dict[str, float]:
+        """Nats per token of the rephrases of each method, where the stream has several."""
+        return {
+            name: float(loss / tokens)
+            for name, loss, tokens in zip(
+                self.stream.manifest.styles,
+                self.style_loss[1:],
+                self.style_tokens[1:],
+                strict=True,
+            )
+            if tokens
+        }
+
     def metrics(self) -> dict[str, float]:
         """For the log."""
         named = {f"eval/{name}": value for name, value in self.loss.items()}
@@ -144,6 +167,7 @@ class Scores:
             "bits_per_byte": self.bits_per_byte,
             "loss_by_position": self.loss_by_position,
             **({"loss_by_kind": self.loss_by_kind} if self.has_members else {}),
+            **({"loss_by_style": self.loss_by_style} if self.loss_by_style else {}),
             "evaluation": {
                 "stream": manifest.name,
                 "documents": len(self.stream),

@@ -6,6 +6,7 @@ their own: losses of another corpus and tokenizer share no axis with ours.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,6 +45,7 @@ def recipe_figures(study: Study) -> list[Drawing | Missing]:
         by_axis(study, "epochs", "epochs over the real stream (E)"),
         by_axis(study, "mixing_fraction", "mixing fraction (w)"),
         order_bars(study),
+        *by_style(study),
         mask_bars(study),
         no_separate_real(study),
         by_context(study),
@@ -255,6 +257,58 @@ def order_bars(study: Study) -> Drawing | Missing:
     axes[1].set_title(f"published, 300M, G = {shown}", fontsize="medium")
     rows = [row(group) for group in groups.values()]
     return Drawing("order", title, figure, rows, [BARS, describe_setting(study)])
+
+
+def by_style(study: Study) -> list[Drawing | Missing]:
+    """Loss against generated tokens, several styles in one stream beside one; where there are any.
+
+    In its numbers every group of several styles stands beside the group of one style, of the same
+    kind of stream, that has most nearly as many generated tokens.
+    """
+    title = "Several styles in one stream, against generated tokens"
+    kinds = ("simple", "stitched")
+    groups = [one for one in study.main if one.first.kind.split("-")[0] in kinds]
+    best = best_by(groups, lambda run: (run.kind, run.generations))
+    several = [group for group in best.values() if "+" in group.first.kind]
+    if not several:  # the paper has none
+        return []
+    lines: dict[str, dict[float, Group]] = defaultdict(dict)
+    for group in best.values():
+        lines[group.first.kind][group.first.generation_tokens] = group
+    figure, (axes,) = new_figure("generated tokens in the stream")
+    for kind, points in lines.items():
+        ordered = dict(sorted(points.items()))
+        axes.errorbar(
+            list(ordered),
+            [group.mean() for group in ordered.values()],
+            [group.spread() for group in ordered.values()],
+            marker="D" if "+" in kind else marker(kind),
+            capsize=3,
+            label=kind,
+        )
+    legend(axes)
+    rows = []
+    for group in best.values():
+        values = row(group) | {"generated_tokens": group.first.generation_tokens}
+        if group in several:
+            values |= nearest_single(group, [one for one in best.values() if one not in several])
+        rows.append(values)
+    return [Drawing("loss-by-style", title, figure, rows, [describe_setting(study)])]
+
+
+def nearest_single(group: Group, singles: Sequence[Group]) -> dict[str, Any]:
+    """The group of one style that is most nearly of a group's generated tokens, and by how much."""
+    kind, tokens = group.first.kind.split("-")[0], group.first.generation_tokens
+    alike = [one for one in singles if one.first.kind.split("-")[0] == kind]
+    if not alike:
+        return {}
+    nearest = min(alike, key=lambda one: abs(math.log(one.first.generation_tokens / tokens)))
+    return {
+        "one_style": nearest.first.kind,
+        "its_generations": nearest.first.generations,
+        "its_generated_tokens": nearest.first.generation_tokens,
+        "loss_minus_its": group.mean() - nearest.mean(),
+    }
 
 
 def mask_bars(study: Study) -> Drawing | Missing:

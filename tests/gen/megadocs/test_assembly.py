@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -45,7 +46,7 @@ def test_stitched_puts_the_real_document_where_it_is_asked_for() -> None:
         ("first", [REAL, REPHRASE, REPHRASE, REPHRASE]),
         ("absent", [REPHRASE, REPHRASE, REPHRASE]),
     ):
-        megadocs = list(stitched(DOCUMENTS, generations, place))
+        megadocs = list(stitched(DOCUMENTS, [generations], place))
         assert [megadoc.id for megadoc in megadocs] == [document.id for document in DOCUMENTS]
         for megadoc in megadocs:
             assert [member.kind for member in megadoc.members] == kinds
@@ -55,22 +56,54 @@ def test_stitched_puts_the_real_document_where_it_is_asked_for() -> None:
 
 def test_simple_holds_the_same_members_as_stitched_in_a_global_shuffle() -> None:
     generations = Generations(table(4), DOCUMENTS, 4, "store")
-    shuffled = list(simple(DOCUMENTS, generations, True, seed=0))
-    together = [m.text for d in stitched(DOCUMENTS, generations, "last") for m in d.members]
+    shuffled = list(simple(DOCUMENTS, [generations], True, seed=0))
+    together = [m.text for d in stitched(DOCUMENTS, [generations], "last") for m in d.members]
     assert all(len(megadoc.members) == 1 for megadoc in shuffled)
     texts = [megadoc.members[0].text for megadoc in shuffled]
     assert Counter(texts) == Counter(together)
     assert texts != together
     assert len({megadoc.id for megadoc in shuffled}) == len(shuffled)
-    again = [megadoc.id for megadoc in simple(DOCUMENTS, generations, True, seed=0)]
+    again = [megadoc.id for megadoc in simple(DOCUMENTS, [generations], True, seed=0)]
     assert again == [megadoc.id for megadoc in shuffled]
-    assert sum(m.members[0].kind == REAL for m in simple(DOCUMENTS, generations, False, 0)) == 0
+    assert sum(m.members[0].kind == REAL for m in simple(DOCUMENTS, [generations], False, 0)) == 0
+
+
+def test_several_styles_stand_one_after_the_other_or_shuffled() -> None:
+    def styled(name: str, count: int) -> Generations:
+        rows = table(4).to_pylist()
+        for row in rows:
+            row["text"] = f"{name} {row['text']}"
+        return Generations(pa.Table.from_pylist(rows, table(4).schema), DOCUMENTS, count, name)
+
+    styles = [styled("faq", 2), styled("table", 1)]
+    styles[1].take(np.array([place != 3 for place in range(len(DOCUMENTS))]))
+    megadocs = list(stitched(DOCUMENTS, styles, "last"))
+    texts = [member.text for member in megadocs[0].members]
+    assert texts == ["faq d0/0", "faq d0/1", "table d0/0", DOCUMENTS[0].text]
+    assert [member.style for member in megadocs[0].members[:3]] == [0, 0, 1]
+    assert [member.text for member in megadocs[3].members[:-1]] == ["faq d3/0", "faq d3/1"]
+    shuffled = list(stitched(DOCUMENTS, styles, "last", shuffle_seed=1))
+    assert [sorted(m.text for m in d.members) for d in shuffled] == [
+        sorted(m.text for m in d.members) for d in megadocs
+    ]
+    assert [d.members for d in shuffled] != [d.members for d in megadocs]
+    assert all(d.members[-1].kind == REAL for d in shuffled)
+    rows = Counter(m.text for d in simple(DOCUMENTS, styles, True, 0) for m in d.members)
+    assert rows == Counter(m.text for d in megadocs for m in d.members)
+
+
+def test_documents_may_lack_what_others_generated() -> None:
+    found = Generations(table(3, skip=("d3", 1)), DOCUMENTS, 3, "store", may_lack=True)
+    lengths = [len(megadoc.members) for megadoc in stitched(DOCUMENTS, [found], "last")]
+    assert lengths == [4, 4, 4, 3, 4, 4, 4]
+    texts = {m.text for d in simple(DOCUMENTS, [found], False, 0) for m in d.members}
+    assert texts == {f"{d.id}/{i}" for d in DOCUMENTS for i in range(3)} - {"d3/1"}
 
 
 def test_smaller_g_is_a_subset_of_larger_g() -> None:
     def texts(count: int) -> set[str]:
         generations = Generations(table(8), DOCUMENTS, count, "store")
-        megadocs = stitched(DOCUMENTS, generations, "absent")
+        megadocs = stitched(DOCUMENTS, [generations], "absent")
         return {member.text for megadoc in megadocs for member in megadoc.members}
 
     assert texts(4) < texts(8)
@@ -96,7 +129,7 @@ def test_a_generation_that_is_there_twice_is_refused() -> None:
 
 def test_g_larger_than_generated_is_refused_with_counts() -> None:
     with pytest.raises(ValueError, match=r"7 of 7 documents have fewer than G=9 .* with 8\)"):
-        list(stitched(DOCUMENTS, Generations(table(8), DOCUMENTS, 9, "store"), "last"))
+        list(stitched(DOCUMENTS, [Generations(table(8), DOCUMENTS, 9, "store")], "last"))
     gap = Generations(table(8, skip=("d3", 2)), DOCUMENTS, 4, "store")
     with pytest.raises(ValueError, match=r"1 of 7 documents .* 'd3' with 3"):
-        list(simple(DOCUMENTS, gap, True, 0))
+        list(simple(DOCUMENTS, [gap], True, 0))

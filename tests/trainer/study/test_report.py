@@ -447,3 +447,21 @@ def test_ensembles_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(content | {"evaluation": evaluation}))
     with pytest.raises(ValueError, match="score the ensemble again"):
         read_study(tmp_path)
+
+
+def test_several_styles_stand_beside_one_style_of_as_many_tokens(tmp_path: Path) -> None:
+    fabricate(tmp_path, "real", 0, 3.3)
+    for generations in (2, 8, 32):
+        fabricate(tmp_path, "stitched-faq", generations, 3.2)
+    fabricate(tmp_path, "simple-faq", 8, 3.1)
+    fabricate(tmp_path, "stitched-faq+math+table+tutorial", 8, 3.15)
+    figures = {one.title: one for one in recipe_figures(read_study(tmp_path))}
+    drawing = figures["Several styles in one stream, against generated tokens"]
+    assert isinstance(drawing, Drawing)
+    (several,) = [row for row in drawing.rows if "+" in row["kind"]]
+    assert (several["one_style"], several["its_generations"]) == ("stitched-faq", 8)
+    assert several["its_generated_tokens"] == several["generated_tokens"]
+    (single,) = [
+        row for row in drawing.rows if row["kind"] == "stitched-faq" and row["generations"] == 8
+    ]
+    assert several["loss_minus_its"] == pytest.approx(several["loss"] - single["loss"])
