@@ -1,5 +1,6 @@
 """The paper's experiments compose to runs that can start, with the values it published."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,45 @@ def test_all_sixteen_tuned_recipes_are_there() -> None:
 
 
 def test_members_of_an_ensemble_differ_in_both_seeds() -> None:
-    config = composed("experiment=paper/ensemble-stitched", "seed=3")
-    assert (config.seed, config.data.order_seed) == (3, 3)
+    for name in ("ensemble-real", "stitched-g32"):
+        config = composed(f"experiment=paper/{name}", "tuning=ensemble", "seed=3")
+        assert (config.seed, config.data.order_seed) == (3, 3)
+
+
+CONTEXTS = sorted(path.stem for path in Path(CONF, "context").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("choice", CONTEXTS)
+def test_a_context_is_one_choice_for_every_recipe(choice: str) -> None:
+    length = int(choice.removesuffix("_tokens"))
+    text = Path(CONF, "context", f"{choice}.yaml").read_text()
+    for kind, losses in paper.BY_CONTEXT.items():
+        plain = composed(f"experiment=paper/{kind}-g16")
+        config = composed(f"experiment=paper/{kind}-g16", f"context={choice}")
+        assert config == replace(plain, data=replace(plain.data, context_length=length))
+        assert length not in losses or f"{kind} {losses[length]}" in text
+
+
+@pytest.mark.parametrize("generations", [2, 4, 8, 16, 32])
+def test_the_optimum_of_simple_is_a_choice_for_the_others(generations: int) -> None:
+    (simple,) = (t for t in paper.TUNED if (t.kind, t.generations) == ("simple", generations))
+    for kind in ("stitched", "latent"):
+        chosen = (f"experiment=paper/{kind}-g{generations}", f"tuning=simple_g{generations}")
+        recipe = composed(*chosen).recipe
+        assert recipe.synthetic == f"{kind}-g{generations}"
+        for key in ("epochs", "mixing_fraction", "learning_rate", "weight_decay"):
+            assert getattr(recipe, key) == getattr(simple, key)
+
+
+def test_students_and_masks_are_choices() -> None:
+    config = composed("experiment=paper/latent-g32", "tuning=student_1_5b", "mask=document")
+    config.check()
+    assert config.model.hidden_size == composed("model=1_5b").model.hidden_size
+    assert (config.recipe.learning_rate, config.recipe.generations) == (1e-3, 32)
+    assert config.data.mask.value == "document"
+    text = Path(CONF, "mask", "document.yaml").read_text()
+    for (kind, _), losses in paper.MASKS.items():
+        assert kind == "stitched" or str(losses["document"]) in text
 
 
 def test_the_cap_changes_the_stream_and_nothing_else() -> None:
