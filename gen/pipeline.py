@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from gen.client.answers import GenerationFailed
 from gen.corpus.documents import CorpusConfig, Document, build_documents, load_split
 from gen.corpus.tokenizer import (
     TokenizerConfig,
@@ -67,14 +68,25 @@ def generate(config: GenerateConfig) -> None:
     with only_one(root / "corpus.lock"):  # several nodes may begin with a new corpus at once
         corpus = prepare_corpus(config, root)
     if config.task in ("all", "generate"):
-        session = run_job(
-            config.method, config.generator, corpus.train, corpus.tokenizer, root, serving
-        )
-        print(describe(config.method, session), flush=True)
+        generate_missing(config, corpus, root)
     if config.task in ("all", "streams"):
         with only_one(root / "streams.lock"):  # jobs of several methods build `real` as well
             build_streams(config, corpus, root)
     return None
+
+
+def generate_missing(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
+    """Generate what is missing; failures end the call unless streams may do without them."""
+    try:
+        session = run_job(
+            config.method, config.generator, corpus.train, corpus.tokenizer, root, serving
+        )
+    except GenerationFailed as failed:
+        if config.task == "generate" or config.streams.missing == "refuse":
+            raise
+        print(failed, flush=True)  # how many of them a stream may lack is checked there
+    else:
+        print(describe(config.method, session), flush=True)
 
 
 def import_and_build(config: GenerateConfig, root: Path) -> None:

@@ -4,44 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import email.utils
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import aiohttp
+from tokenizers import Tokenizer
 
+from gen.client.answers import (
+    Completion,
+    ConnectionsLost,
+    GenerationFailed,
+    StillThinking,
+    completion_of,
+    read_answer,
+    start_of,
+)
+from gen.client.connection import Connection, api_of, proxy_for, root_of
 from gen.client.routing import Routing
 
-RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 504}
 UNAVAILABLE = 503  # still loading, or its queue is full: not this request's fault
-CONNECT_TIMEOUT = 10.0  # seconds
+TOO_MANY_REQUESTS = 429
+NOT_SERVED = {404, 405, 501}
 SUSPECT = 3  # lost connections after which a request may be given up, at the earliest
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
+LONGEST_TOLD_PAUSE = 600.0  # seconds: the most that a server's Retry-After is heeded
+BYTES_A_TOKEN = 3  # where nothing counts tokens; fewer than in most texts, so prompts rather fit
 
-
-class GenerationFailed(ConnectionError):
-    """A request that stayed without a usable answer."""
-
-
-class ConnectionsLost(GenerationFailed):
-    """A request during which the server went away again and again: it may be what kills it."""
-
-
-class PromptTooLong(GenerationFailed):
-    """The server says that prompt and answer do not fit its context."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A server's answer."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
+Answer = TypeVar("Answer")
 
 
 class ChatClient:
@@ -57,7 +49,9 @@ class ChatClient:
         concurrency: requests in flight.
         timeout: seconds until a request counts as lost.
         attempts: tries before a request is given up.
-        api_key: sent as a bearer token.
+        connection: headers and certificates.
+        extra_body: fields added to every request for a generation.
+        tokenizer: counts prompts in place of the server's ``/tokenize``.
     """
 
     def __init__(
@@ -67,7 +61,9 @@ class ChatClient:
         concurrency: int,
         timeout: float,
         attempts: int,
-        api_key: str | None = None,
+        connection: Connection | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.routing = routing
         self.model = model
@@ -75,17 +71,16 @@ class ChatClient:
         self.retries = 0
         self.suspects = asyncio.Lock()  # requests that may kill a server go one at a time
         self.concurrency = concurrency
-        self.timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT)
-        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.timeout = timeout
+        self.connection = connection or Connection()
+        self.extra_body = extra_body or {}
+        self.tokenizer = tokenizer
+        self.servers_count = True  # until one has no /tokenize
+        self.apis = {url: api_of(url) for url in routing.urls}
+        self.proxies = {url: proxy_for(url) for url in routing.urls}
 
     async def __aenter__(self) -> ChatClient:
-        # aiohttp, because thousands of connections are open: httpx's pool looks at all of them for
-        # every request.
-        self.http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self.concurrency + 4),
-            timeout=self.timeout,
-            headers=self.headers,
-        )
+        self.http = self.connection.session(self.concurrency + 4, self.timeout)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -106,6 +101,7 @@ class ChatClient:
 
         Raises:
             PromptTooLong: the prompt does not fit; trying again would not help.
+            StillThinking: the model did not come to its answer.
             GenerationFailed: every attempt failed; says how.
             ServersLost: no server is left.
         """
@@ -116,123 +112,113 @@ class ChatClient:
             "top_p": top_p,
             "seed": seed,
             "stream": False,
+            **self.extra_body,
         }
+        prompt = "".join(part["content"] for part in messages)
         if template:
-            path, body["messages"] = "/v1/chat/completions", messages
+            path, body["messages"] = "/chat/completions", messages
         else:
-            path, body["prompt"] = "/v1/completions", "".join(part["content"] for part in messages)
-        return completion_of(await self.post(document_id, path, body, is_answer))
+            path, body["prompt"] = "/completions", prompt
+        answer = await self.post(
+            document_id, self.apis, path, body, lambda found: completion_of(found, prompt)
+        )
+        if not answer.thinking_ended:
+            raise StillThinking(answer)
+        return answer
 
     async def count_tokens(self, document_id: str, text: str) -> int:
-        """Length of ``text`` in the server's tokens (llama.cpp and SGLang both have /tokenize)."""
-        body = {"model": self.model, "content": text, "prompt": text}
-        answer = await self.post(document_id, "/tokenize", body, lambda found: "tokens" in found)
-        return len(answer["tokens"])
+        """Length of ``text`` in tokens.
+
+        Counted by the tokenizer that was given, else by the server (llama.cpp, vLLM and SGLang have
+        ``/tokenize``), else estimated from its bytes: the server's own refusal is the last word.
+        """
+        if self.tokenizer is not None:
+            return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        if self.servers_count:
+            body = {"model": self.model, "content": text, "prompt": text}
+            roots = {url: root_of(url) for url in self.apis}
+            try:
+                return await self.post(document_id, roots, "/tokenize", body, number_of_tokens)
+            except GenerationFailed as error:
+                if error.reason not in {f"HTTP {status}" for status in NOT_SERVED}:
+                    raise
+                self.servers_count = False
+        return -(-len(text.encode()) // BYTES_A_TOKEN)
 
     async def post(
         self,
         document_id: str,
+        bases: Mapping[str, str],
         path: str,
         body: dict[str, Any],
-        usable: Callable[[dict[str, Any]], bool],
-    ) -> dict[str, Any]:
-        """POST until the answer is usable; pauses grow twofold, with jitter.
+        read: Callable[[Any], Answer | None],
+    ) -> Answer:
+        """POST until the answer can be read; pauses grow twofold, with jitter.
 
         A request that lost its connection twice is sent while no other such request is, so that the
         one that kills servers is found out and the others get their answer.
+
+        Args:
+            document_id: chooses the server.
+            bases: what ``path`` is below, by the server's URL.
+            path: of the request.
+            body: its JSON.
+            read: what is wanted of an answer's JSON; None where it does not hold that.
         """
-        problem, attempt, lost, url = "no attempt", 0, 0, path
+        problem, reason, attempt, lost, url = "no attempt", "unusable answer", 0, 0, path
         while attempt < self.attempts and lost < max(SUSPECT, self.attempts // 2):
             server = await self.routing.server_for(document_id)
-            url = server + path
+            url = bases[server] + path
             try:
                 turn = self.suspects if lost >= SUSPECT - 1 else contextlib.nullcontext()
-                async with turn, self.http.post(url, json=body) as response:
+                request = self.http.post(url, json=body, proxy=self.proxies[server])
+                async with turn, request as response:
                     status, content = response.status, await response.read()
+                    pause = pause_told(response.headers)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 self.routing.down(server, f"{type(error).__name__}: {error}")
                 continue
             except (aiohttp.ClientError, TimeoutError) as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem, reason = f"{type(error).__name__}: {error}", "connection lost"
                 if isinstance(error, TimeoutError):  # it may hang, another one may not
-                    self.routing.down(server, problem, self.timeout.total or 0.0)
+                    reason = "timeout"
+                    self.routing.down(server, problem, self.timeout)
                 else:
                     lost += 1
             else:
-                if status == UNAVAILABLE:
-                    self.routing.down(server, f"HTTP 503: {start_of(content)}")
+                if status == UNAVAILABLE or (status == TOO_MANY_REQUESTS and pause is not None):
+                    self.routing.down(server, f"HTTP {status}: {start_of(content)}", told=pause)
                     continue
                 self.routing.up(server)
-                answer, problem = read_answer(url, status, content)
-                if answer is not None and usable(answer):
+                found, problem = read_answer(url, status, content)
+                reason = "unusable answer" if status == 200 else f"HTTP {status}"
+                if found is not None and (answer := read(found)) is not None:
                     return answer
             attempt += 1
             if attempt < self.attempts:
                 self.retries += 1
-                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
-                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                wait = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
+                await asyncio.sleep(wait * random.uniform(0.5, 1.5))
         failed = GenerationFailed if attempt == self.attempts else ConnectionsLost
-        raise failed(f"{url}: {attempt} attempts failed, the last with {problem}")
+        raise failed(f"{url}: {attempt} attempts failed, the last with {problem}", reason)
 
 
-def read_answer(url: str, status: int, content: bytes) -> tuple[dict[str, Any] | None, str]:
-    """The JSON object of an answer, or None and what to say if trying again does not help.
-
-    Raises:
-        PromptTooLong: the server says so.
-        GenerationFailed: a status that will not change.
-    """
-    if status == 200:
-        try:
-            answer = json.loads(content)
-        except ValueError:
-            return None, f"an answer that is not JSON: {start_of(content)!r}"
-        return (
-            answer if isinstance(answer, dict) else None,
-            f"an unusable answer: {start_of(content)}",
-        )
-    if status == 400 and b"context" in content.lower():
-        raise PromptTooLong(start_of(content))
-    if status in RETRIED_STATUS:
-        return None, f"HTTP {status}: {start_of(content)}"
-    raise GenerationFailed(f"{url}: HTTP {status}: {start_of(content)}")
-
-
-def start_of(content: bytes) -> str:
-    """The beginning of an answer, for messages."""
-    return content[:300].decode(errors="replace")
-
-
-def is_answer(answer: dict[str, Any]) -> bool:
-    """Whether a chat answer holds a finished text; an aborted one does not."""
+def pause_told(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to be left alone (Retry-After: seconds or a date)."""
+    value = headers.get("Retry-After")
+    if value is None:
+        return None
     try:
-        choice = answer["choices"][0]
-        return (
-            isinstance(text_of(choice), str)
-            and choice["finish_reason"] in ("stop", "length")
-            and isinstance(answer["usage"]["completion_tokens"], int)
-            and isinstance(answer["usage"]["prompt_tokens"], int)
-        )
-    except (KeyError, IndexError, TypeError):
-        return False
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(LONGEST_TOLD_PAUSE, max(0.0, seconds)) if seconds == seconds else None
 
 
-def text_of(choice: dict[str, Any]) -> Any:
-    """What a choice says, in the form of a chat or of a plain completion."""
-    return choice["message"]["content"] if "message" in choice else choice["text"]
-
-
-def completion_of(answer: dict[str, Any]) -> Completion:
-    """The parts of a chat answer that are kept."""
-    choice, usage = answer["choices"][0], answer["usage"]
-    details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens") or (answer.get("timings") or {}).get("cache_n") or 0
-    # JSON can escape one half of a character, which no file can hold.
-    text = text_of(choice).encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    return Completion(
-        text.strip(),
-        choice["finish_reason"],
-        usage["prompt_tokens"],
-        usage["completion_tokens"],
-        cached,
-    )
+def number_of_tokens(answer: Any) -> int | None:
+    """Of a ``/tokenize`` answer."""
+    tokens = answer.get("tokens") if isinstance(answer, dict) else None
+    return len(tokens) if isinstance(tokens, list) else None

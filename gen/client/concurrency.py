@@ -9,7 +9,9 @@ server is full.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 SLOW_START = 1.5  # growth until the server was full for the first time
@@ -42,6 +44,15 @@ class Slots:
     def release(self) -> None:
         self.taken -= 1
         self.wake()
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """A slot for as long as the block runs."""
+        await self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
 
     async def yield_if_fewer(self) -> None:
         """Wait for a new turn where the limit has become smaller than what is in flight."""

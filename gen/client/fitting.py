@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from gen.client.chat import ChatClient, GenerationFailed
+from tokenizers import Tokenizer
+
+from gen.client.answers import GenerationFailed
+from gen.client.chat import ChatClient
 from gen.prompts import MethodConfig
 
 TEMPLATE_ROOM = 64  # tokens a chat template may add around the messages
 SHORTEN = 0.95  # a prompt that the server still refuses loses 5 % of its document
+
+
+def counting_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer to count prompts with: a JSON file, a folder with one, or a name at the hub.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    try:
+        if file.exists():
+            return Tokenizer.from_file(str(file))
+        return Tokenizer.from_pretrained(name)
+    except Exception as error:  # what the library raises has no narrower type
+        raise ValueError(f"generator.tokenizer={name} cannot be loaded: {error}") from error
 
 
 def rephrase_fields(text: str) -> Callable[[int], dict[str, str]]:
@@ -63,7 +82,8 @@ async def fit(
     if await tokens(dict.fromkeys(fields, "")) > room:
         raise GenerationFailed(
             f"generator.context_length={context_length} leaves {room} tokens for the prompt beside "
-            f"method.max_tokens={method.max_tokens}: not even the instructions fit"
+            f"method.max_tokens={method.max_tokens}: not even the instructions fit",
+            "prompt too long",
         )
     low, high = 0.0, 1.0  # shares of the document that fit and do not fit
     for _ in range(10):

@@ -25,6 +25,7 @@ class Route:
     closed_until: float = 0.0
     pause: float = 0.0
     problem: str = ""
+    told: bool = False  # the server itself said until when
 
 
 @dataclass
@@ -63,16 +64,21 @@ class Routing:
     def up(self, url: str) -> None:
         """Note an answer."""
         route = self.routes[url]
+        if route.told and route.closed_until > self.clock():
+            return  # an earlier request's answer
         if route.down_since is not None:
             self.routes[url] = Route(url)
 
-    def down(self, url: str, problem: str, pause: float = FIRST_PAUSE) -> None:
+    def down(
+        self, url: str, problem: str, pause: float = FIRST_PAUSE, told: float | None = None
+    ) -> None:
         """Note that a server did not take a request; many requests at once count as one.
 
         Args:
             url: the server.
             problem: for messages.
             pause: seconds it is left alone, at least.
+            told: seconds that the server itself asked for.
         """
         route, now = self.routes[url], self.clock()
         route.problem = problem
@@ -80,7 +86,8 @@ class Routing:
             return
         route.down_since = now if route.down_since is None else route.down_since
         route.pause = min(LONGEST_PAUSE, max(pause, 2 * route.pause))
-        route.closed_until = now + route.pause
+        route.told = told is not None
+        route.closed_until = now + (route.pause if told is None else max(told, FIRST_PAUSE))
 
     def check(self) -> None:
         """Raise ServersLost where waiting is no use."""

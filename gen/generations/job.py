@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,36 +20,29 @@ import aiohttp
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from gen.client.chat import (
-    ChatClient,
+from gen.client.answers import (
     Completion,
     ConnectionsLost,
     GenerationFailed,
     PromptTooLong,
+    StillThinking,
 )
+from gen.client.chat import ChatClient
 from gen.client.concurrency import AdaptiveLimit, Slots
-from gen.client.fitting import SHORTEN, fit, latent_fields, rephrase_fields, shorten
+from gen.client.fitting import counting_tokenizer, latent_fields, rephrase_fields
 from gen.client.routing import Routing
 from gen.corpus.documents import Document
+from gen.generations.failures import Failures
 from gen.generations.sessions import Session
+from gen.generations.siblings import Siblings, Work
 from gen.generations.store import Generation, GenerationStore, drop_leftovers, owns
 from gen.megadocs.split import split_text
 from gen.prompts import MethodConfig, sibling_seed
 from gen.serving.load import read_load
 from gen.serving.servers import GeneratorConfig, Servers
-from trainer.files import write_json
 
 FLUSH_ROWS = 512
 LOOK_EVERY = 2.0  # seconds between looks at the servers' queues
-
-
-@dataclass(frozen=True)
-class Work:
-    """The missing generations of one document, in the order in which they are asked for."""
-
-    document: Document
-    indices: list[int]
-    fields: Callable[[int], dict[str, str]]  # the template's fields of a generation
 
 
 @dataclass
@@ -75,14 +68,13 @@ class Job:
     method: MethodConfig
     config: GeneratorConfig
     store: GenerationStore
-    tokenizer: Tokenizer
     session: Session
     servers: Servers
     client: ChatClient
     bar: tqdm
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: Failures
     unsaved: list[Generation] = field(default_factory=list)
-    fits: dict[tuple[str, int], tuple[dict[str, str], bool]] = field(default_factory=dict)
+    thinks: bool = False  # an answer ended before the model's thinking did
 
     async def run(self, works: list[Work]) -> None:
         """Generate everything in ``works``; failures of requests are collected, not raised.
@@ -99,7 +91,7 @@ class Job:
                     helpers.append(background.create_task(self.adapt(lanes)))
                 async with asyncio.TaskGroup() as group:
                     for lane in lanes:
-                        group.create_task(self.feed(lane, group))
+                        group.create_task(self.open_documents(lane, group))
                 for helper in helpers:
                     helper.cancel()
         except BaseExceptionGroup as errors:
@@ -121,140 +113,128 @@ class Job:
             lanes[self.client.routing.order(work.document.id)[0]].works.append(work)
         return list(lanes.values())
 
-    async def feed(self, lane: Lane, group: asyncio.TaskGroup) -> None:
+    async def open_documents(self, lane: Lane, group: asyncio.TaskGroup) -> None:
         """Open documents one after the other, each when the open ones leave a slot free."""
         for work in lane.works:
-            await lane.slots.acquire()
-            group.create_task(self.document(lane, work))
+            opened = asyncio.Event()
+            group.create_task(self.document(lane, work, opened))
+            await opened.wait()
 
-    async def document(self, lane: Lane, work: Work) -> None:
+    async def document(self, lane: Lane, work: Work, opened: asyncio.Event) -> None:
         """All generations of a document, after one request has put its prompt into the cache.
 
-        Begins with one slot; siblings that run at the same time wait for slots of their own.
+        The document's first slot is this call's; siblings beside it wait for slots of their own.
         """
-        queue = iter(work.indices)
-        size = min(self.config.siblings_in_flight, len(work.indices))
-        try:
-            if size > 1 and self.config.warm_up:
-                await self.warm_up(work, queue)
-            elif size > 1:
-                await self.one(lane, work, next(queue), queue)
-        except BaseException:
-            lane.slots.release()
-            raise
+        siblings = Siblings(work, self.client, self.method, self.config.context_length)
+        beside = min(self.config.siblings_in_flight, len(work.indices)) - 1
+        async with asyncio.TaskGroup() as group, lane.slots.held():
+            opened.set()
+            if beside and self.config.warm_up:
+                await self.warm_up(siblings)
+            elif beside:
+                await self.one(lane, siblings, siblings.next_index())
+            for _ in range(beside):
+                group.create_task(self.worker(lane, siblings))
+            await self.make_all(lane, siblings)
 
-        async def worker(has_slot: bool) -> None:
-            if not has_slot:
-                await lane.slots.acquire()
-            try:
-                for index in queue:
-                    await self.one(lane, work, index, queue)
-                    await lane.slots.yield_if_fewer()
-            finally:
-                lane.slots.release()
+    async def worker(self, lane: Lane, siblings: Siblings) -> None:
+        async with lane.slots.held():
+            await self.make_all(lane, siblings)
 
-        async with asyncio.TaskGroup() as siblings:
-            for number in range(size):
-                siblings.create_task(worker(number == 0))
-        for index in (0, *work.indices):
-            self.fits.pop((work.document.id, index), None)
+    async def make_all(self, lane: Lane, siblings: Siblings) -> None:
+        """One generation after the other, until another worker has taken the last."""
+        while siblings.to_come:
+            await self.one(lane, siblings, siblings.next_index())
+            await lane.slots.yield_if_fewer()
 
-    async def one(self, lane: Lane, work: Work, index: int, queue: Iterator[int]) -> None:
-        """One generation, and what is learned from it; ``queue`` holds the siblings to come."""
+    async def one(self, lane: Lane, siblings: Siblings, index: int) -> None:
+        """One generation, and what is learned from it."""
         began = time.monotonic()
         try:
-            answer = await self.generate(work, index)
+            answer = await self.generate(siblings, index)
         except GenerationFailed as error:
-            self.fail(work, index, str(error))
+            self.fail(siblings.document, index, error.reason, str(error))
             if isinstance(error, ConnectionsLost):
-                self.fail_all(work, queue, str(error))
+                self.give_up(siblings, error)
         else:
-            lane.finished(time.monotonic() - began, answer.completion_tokens)
+            lane.finished(time.monotonic() - began, answer.completion_tokens or 0)
             self.bar.update()
         self.bar.set_postfix(self.speed(), refresh=False)
 
-    async def warm_up(self, work: Work, queue: Iterator[int]) -> None:
+    async def warm_up(self, siblings: Siblings) -> None:
         """Put the document's prompt into the server's cache: one token of the first sibling."""
-        index = work.indices[0]
+        index = siblings.to_come[0]
         try:
-            fields, _ = await self.fitted(work, index)
-            self.count(await self.ask(work.document.id, index, fields, max_tokens=1))
+            fields, _ = await siblings.fitted(index)
+            self.count(await self.ask(siblings.document, index, fields, max_tokens=1))
         except ConnectionsLost as error:
-            self.fail_all(work, queue, str(error))
+            self.give_up(siblings, error)
+        except StillThinking as thinking:
+            self.count(thinking.answer)
         except GenerationFailed:
             pass  # the siblings will say what is wrong, or a shorter document helps them
 
-    def fail(self, work: Work, index: int, problem: str) -> None:
+    def fail(self, document: Document, index: int, reason: str, problem: str) -> None:
         """Note a generation that this call does not make."""
-        self.failures[f"{work.document.id}#{index}"] = problem
+        self.failures.add(document.id, index, reason, problem)
         self.session.failed += 1
         self.bar.update()
 
-    def fail_all(self, work: Work, queue: Iterator[int], problem: str) -> None:
-        """Give up the siblings to come of a document whose prompt seems to kill servers."""
-        for index in queue:
-            self.fail(work, index, f"not tried after: {problem}")
+    def give_up(self, siblings: Siblings, error: ConnectionsLost) -> None:
+        """Do not try the siblings to come of a document whose prompt seems to kill servers."""
+        while siblings.to_come:
+            problem = f"not tried after: {error}"
+            self.fail(siblings.document, siblings.next_index(), error.reason, problem)
 
-    async def fitted(self, work: Work, index: int) -> tuple[dict[str, str], bool]:
-        """The fields of a prompt that fits, and whether the document was cut for it.
-
-        Rephrases of a document have the same one, so it is looked for once.
-        """
-        key = (work.document.id, index if self.method.latent else 0)
-        if key not in self.fits:
-            self.fits[key] = await fit(
-                self.client,
-                self.method,
-                self.config.context_length,
-                work.document.id,
-                index,
-                work.fields(index),
-            )
-        return self.fits[key]
-
-    async def generate(self, work: Work, index: int) -> Completion:
+    async def generate(self, siblings: Siblings, index: int) -> Completion:
         """One generation, its document cut as far as the context demands."""
-        document_id = work.document.id
-        fields, truncated = await self.fitted(work, index)
+        document = siblings.document
+        fields, truncated = await siblings.fitted(index)
+        more = self.config.thinking_tokens if self.thinks else 0
         while True:
             try:
-                answer = await self.ask(document_id, index, fields, self.method.max_tokens)
+                answer = await self.ask(document, index, fields, self.method.max_tokens + more)
                 break
-            except PromptTooLong:
-                shorter = shorten(fields, SHORTEN)
-                if shorter == fields:
+            except StillThinking as unfinished:
+                self.count(unfinished.answer)
+                if more or not self.config.thinking_tokens:
                     raise
-                fields, truncated = shorter, True
+                self.thinks, more = True, self.config.thinking_tokens
+            except PromptTooLong:
+                fields, truncated = siblings.shorter(fields), True
         self.count(answer)
-        self.keep(work.document, index, answer, truncated)
+        self.keep(document, index, answer, truncated)
         return answer
 
     async def ask(
-        self, document_id: str, index: int, fields: dict[str, str], max_tokens: int
+        self, document: Document, index: int, fields: dict[str, str], max_tokens: int
     ) -> Completion:
         """Send one request."""
         method = self.method
         return await self.client.chat(
-            document_id,
+            document.id,
             method.messages(index, **fields),
             template=method.chat,
             max_tokens=max_tokens,
             temperature=method.temperature,
             top_p=method.top_p,
-            seed=sibling_seed(self.config.seed, document_id, method.name, index),
+            seed=sibling_seed(self.config.seed, document.id, method.name, index),
         )
 
     def count(self, answer: Completion) -> None:
         """Add a request to the session."""
         self.session.requests += 1
-        self.session.prompt_tokens += answer.prompt_tokens
+        self.session.uncounted += answer.completion_tokens is None
+        self.session.prompt_tokens += answer.prompt_tokens or 0
         self.session.cached_tokens += answer.cached_tokens
+        self.session.thinking_tokens += answer.thinking_tokens
+        self.session.thoughts += answer.thinking_tokens > 0
 
     def keep(self, document: Document, index: int, answer: Completion, truncated: bool) -> None:
         """Note a finished generation; it reaches the disk with the next flush."""
         method = self.method
         self.session.generations += 1
-        self.session.completion_tokens += answer.completion_tokens
+        self.session.completion_tokens += answer.completion_tokens or 0
         self.unsaved.append(
             Generation(
                 document.id,
@@ -284,6 +264,7 @@ class Job:
             self.store.append(self.unsaved, self.config.writer)
             self.unsaved = []
             self.store.merge(self.config.writer, self.config.merge_parts)
+        self.failures.save()
         self.session.retries = self.client.retries
         self.session.restarts = self.servers.restarts()
         self.session.save(self.store.folder)
@@ -385,11 +366,13 @@ def run_job(
             "top_p": method.top_p,
             "max_tokens": method.max_tokens,
             "seed": config.seed,
+            "extra_body": config.extra_body,
+            "extra_headers": config.extra_headers,
             # Cuts fall on borders of tokens: another tokenizer makes other ones.
             **({"vocabulary": hash_of_vocabulary(tokenizer)} if method.latent else {}),
         }
     )
-    failures = store.folder / f"failures-{config.writer:03d}.json"
+    failures = Failures(store.folder, config.writer)
     with store.lock(config.writer, config.writers):
         if config.writers == 1:
             drop_leftovers(store.folder)
@@ -399,7 +382,7 @@ def run_job(
             config.writer, config.writers, expected, expected - missing, config.gpus_used
         )
         if not works:
-            failures.unlink(missing_ok=True)
+            failures.path.unlink(missing_ok=True)
             return session
         with serve(config, root / "generations" / f"server-{config.writer}.log") as servers:
             session.began = time.time()
@@ -410,29 +393,19 @@ def run_job(
                 config.concurrency * len(servers.urls),
                 config.timeout,
                 config.attempts,
-                config.api_key,
+                config.connection(),
+                config.extra_body,
+                counting_tokenizer(config.tokenizer) if config.tokenizer else None,
             )
             bar = tqdm(total=missing, desc=store.folder.name, unit="text", dynamic_ncols=True)
-            job = Job(method, config, store, tokenizer, session, servers, client, bar)
+            job = Job(method, config, store, session, servers, client, bar, failures)
             asyncio.run(job.run(works))
-        failures.unlink(missing_ok=True)
-        if job.failures:
-            write_json(failures, job.failures)
-            raise GenerationFailed(describe_failures(job.failures, failures))
+        if failures.found:
+            raise GenerationFailed(failures.describe())
+        failures.path.unlink(missing_ok=True)
     return session
 
 
 def hash_of_vocabulary(tokenizer: Tokenizer) -> str:
     content = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()[:12]
-
-
-def describe_failures(failures: dict[str, str], path: Path) -> str:
-    """How many generations of which documents failed, and what to do."""
-    names = sorted({key.rsplit("#", 1)[0] for key in failures})
-    return (
-        f"{len(failures)} generations of {len(names)} documents failed "
-        f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); the first: "
-        f"{next(iter(failures.values()))}. All of them: {path}. What succeeded is "
-        "stored; the same command tries the rest again"
-    )

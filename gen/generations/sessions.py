@@ -26,7 +26,10 @@ class Session:
     completion_tokens: int = 0
     prompt_tokens: int = 0  # of all requests, warm-ups included
     cached_tokens: int = 0  # of these, from the server's cache
+    thinking_tokens: int = 0  # of the generated ones, before the text and not kept
+    thoughts: int = 0  # answers that began with thinking
     requests: int = 0
+    uncounted: int = 0  # of these, answered without counts of tokens
     retries: int = 0
     restarts: int = 0
     failed: int = 0

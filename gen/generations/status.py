@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.compute as pc
 
+from gen.generations.failures import describe_reasons, failures_path, read_failures
 from gen.generations.sessions import Session, latest_of_writers, read_sessions
 from gen.generations.store import GenerationStore
-from trainer.files import read_json
 
 ACTIVE = 120.0  # seconds since its last part after which a session no longer counts as running
 COLUMNS = ["document_id", "index", "completion_tokens", "finish_reason"]
@@ -29,8 +30,12 @@ def store_status(store: GenerationStore) -> str:
     latest = latest_of_writers(sessions)
     expected = sum(session.expected for session in latest)
     # Files of an earlier division of the work tell of what has been tried again since.
-    files = [store.folder / f"failures-{session.writer:03d}.json" for session in latest]
-    failed = sum(len(read_json(path)) for path in files if path.exists())
+    failures = [
+        failure
+        for session in latest
+        for failure in read_failures(failures_path(store.folder, session.writer))
+    ]
+    failed = Counter(failure.reason for failure in failures)
     if not store.parts():
         return f"{store.folder}: empty" + (f" of {expected:,} generations" if expected else "")
     table = store.read(COLUMNS)
@@ -49,10 +54,12 @@ def store_status(store: GenerationStore) -> str:
     return "\n".join(lines)
 
 
-def progress(done: int, expected: int, failed: int, latest: list[Session]) -> str:
+def progress(done: int, expected: int, failed: Counter[str], latest: list[Session]) -> str:
     """Done and missing of what all writers owe."""
     missing = max(0, expected - done)
-    text = f"{done / max(1, expected):.1%} done, {missing:,} missing, {failed:,} failed"
+    text = f"{done / max(1, expected):.1%} done, {missing:,} missing, {failed.total():,} failed"
+    if failed:
+        text += f" ({describe_reasons(dict(failed.most_common()))})"
     absent = set(range(latest[0].writers)) - {session.writer for session in latest}
     if absent:
         names = ", ".join(map(str, sorted(absent)))
@@ -80,5 +87,11 @@ def speed_and_cost(
     parts.append(f"{sum(session.seconds for session in sessions) / 3600:.2f} hours")
     if hours:
         parts.append(f"{hours:.2f} GPU-hours, {generated / hours:,.0f} tokens per GPU-hour")
+    thoughts = sum(session.thoughts for session in sessions)
+    if thoughts:
+        thinking = sum(session.thinking_tokens for session in sessions)
+        parts.append(f"{thinking:,} tokens of thinking before {thoughts:,} answers, not kept")
+    if uncounted := sum(session.uncounted for session in sessions):
+        parts.append(f"{uncounted:,} answers without counts of tokens")
     restarts = sum(session.restarts for session in sessions)
     return ", ".join(parts) + f", {len(sessions)} sessions, {restarts} server restarts"

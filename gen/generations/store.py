@@ -50,6 +50,8 @@ SCHEMA = pa.schema(
 )
 
 IMPORT_RECORD = "import.json"  # of a store that gen/exchange filled; written last
+# Settings that older versions did not have and did not write down, with what they meant.
+ADDED_SETTINGS: dict[str, Any] = {"extra_body": {}, "extra_headers": {}}
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Generation:
     max_tokens: int
     seed: int
     finish_reason: str  # stop, or length where it was cut off
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None  # None where the server does not tell
+    completion_tokens: int | None
     cached_tokens: int  # prompt tokens the server had in its cache
     truncated: bool  # the document was cut to fit the generator's context
     text_hash: str | None = None  # of the document; one that was edited needs new generations
@@ -112,7 +114,8 @@ class GenerationStore:
         if not manifest.exists():
             write_json(manifest, settings)
             return
-        found = read_json(manifest)
+        found = {**ADDED_SETTINGS, **read_json(manifest)}
+        settings = {**ADDED_SETTINGS, **settings}
         different = [
             f"{key}: {difference(found[key], settings.get(key))}"
             for key in sorted(found)

@@ -45,7 +45,7 @@ class Generations:
         documents: the documents in corpus order.
         count: G.
         where: what to name in errors: the store's folder.
-        may_lack: whether documents may have fewer than G, as where others generated them.
+        may_lack: whether documents may have fewer than G.
 
     Raises:
         ValueError: a generation is there twice.
@@ -208,7 +208,7 @@ def latent(
         pieces = split_text(document.text, generations.count + 1, tokenizer)
         thoughts, made = generations.of(place), generations.made(place)
         missing = [cut for cut in range(len(pieces) - 1) if cut not in made]
-        if missing:
+        if missing and not generations.may_lack:
             raise ValueError(
                 f"document {document.id!r} has no thought for {len(missing)} of its "
                 f"{len(pieces) - 1} cuts in {generations.where}; run generate.py with "

@@ -34,6 +34,7 @@ from gen.megadocs.assembly import (
     simple,
     stitched,
 )
+from gen.megadocs.missing import Missing, missing_of
 from gen.quality.gates import QualityConfig, gates, select, strip_preamble
 from gen.quality.table import columns_of, quality_table
 from trainer.files import read_json, replace_folder
@@ -71,6 +72,9 @@ class StreamConfig:
     # re-implementation uses.
     open_thought: str = "<think>"
     close_thought: str = "</think>"
+    # Generations that are not there: refuse to build, or allow a share of them to be left out.
+    missing: str = "refuse"
+    missing_share: float = 0.01  # allow: of all generations of the stream, at most
     shuffle_seed: int = 0  # order of the simple stream
     shard_bytes: int = 1 << 26
 
@@ -80,6 +84,10 @@ class StreamConfig:
             raise ValueError(
                 f"streams.real_document={self.real_document} is not one of last, first, absent"
             )
+        if self.missing not in ("refuse", "allow"):
+            raise ValueError(f"streams.missing={self.missing} is not one of refuse, allow")
+        if not 0 <= self.missing_share <= 1:
+            raise ValueError(f"streams.missing_share={self.missing_share} must be in [0, 1]")
         if any(generations < 1 for generations in self.generations):
             raise ValueError(f"streams.generations={self.generations} must all be at least 1")
         if len(set(self.methods)) != len(self.methods):
@@ -171,10 +179,12 @@ def build_stream(
     if (folder / "manifest.json").exists():
         manifest = read_json(folder / "manifest.json")
         if manifest["config_hash"] == config_hash:
+            for known in manifest.get("missing", []):
+                Missing(**known).check(config.missing, config.missing_share)
             print(f"{folder}: up to date", flush=True)
             return manifest
     judged: dict[str, Any] = {}
-    chosen = []
+    chosen, lacking = [], []
     for place, store in enumerate(stores):
         table = store.read(TEXT_COLUMNS)
         one = Generations(table, documents, generations, str(store.folder), store.imported)
@@ -183,6 +193,12 @@ def build_stream(
                 f"no document has G={generations} generations in {store.folder}; the most are "
                 f"{max(one.found, default=0)}: set streams.generations to that or less"
             )
+        if not store.imported:
+            missing = missing_of(one, documents, store, tokenizer if kind == "latent" else None)
+            missing.check(config.missing, config.missing_share)
+            one.may_lack = True
+            if missing.generations:
+                lacking.append(missing)
         found = select_generations(one, store, documents, documents_hash, quality)
         judged = sum_of(judged, found) if judged else found
         if config.shares:
@@ -199,6 +215,7 @@ def build_stream(
                 "name": name,
                 **statistics,
                 "judged": judged,
+                "missing": [asdict(missing) for missing in lacking],
                 "styles": styles if len(styles) > 1 else [],
                 "vocab_size": vocabulary.vocab_size,
                 "eos_id": vocabulary.eos_id,
@@ -213,7 +230,8 @@ def build_stream(
         ) from error
     print(
         f"{folder}: {manifest['samples']} samples, {manifest['tokens']:,} tokens "
-        f"({manifest['synthetic_tokens']:,} synthetic){describe_judged(judged)}",
+        f"({manifest['synthetic_tokens']:,} synthetic){describe_judged(judged)}"
+        + "".join(f"; {missing.describe()}" for missing in lacking),
         flush=True,
     )
     return manifest
@@ -228,6 +246,8 @@ def identity_of_config(config: StreamConfig, kind: str) -> dict[str, Any]:
     if not config.methods or kind not in ("simple", "stitched"):
         for name in ("methods", "shares", "member_order"):
             settings.pop(name)
+    for name in ("missing", "missing_share"):  # they only permit
+        settings.pop(name)
     return settings
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from gen.client.connection import proxy_for, root_of
+
 # Requests that a server has accepted and not begun.
 WAITING = (
     "sglang:num_queue_reqs",
@@ -50,5 +52,5 @@ async def read_load(http: aiohttp.ClientSession, url: str) -> ServerLoad | None:
     Raises:
         aiohttp.ClientError: the server does not answer.
     """
-    async with http.get(f"{url}/metrics") as response:
+    async with http.get(f"{root_of(url)}/metrics", proxy=proxy_for(url)) as response:
         return parse_load(await response.text()) if response.status == 200 else None

@@ -10,13 +10,19 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
+from gen.client.chat import NOT_SERVED
+from gen.client.connection import Connection, api_of, check_secrets, proxy_for, root_of
 from gen.serving.sglang import SglangConfig
 from gen.serving.supervisor import SupervisedServer, free_port
 
 EMBEDDED = Path(__file__).with_name("embedded.py")
+RESERVED = {
+    *("model", "messages", "prompt", "max_tokens", "temperature", "top_p", "seed", "stream", "n"),
+}
 EMBEDDED_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -28,7 +34,19 @@ class GeneratorConfig:
     kind: str = "embedded"
     model: str = "SmolLM2-135M-Instruct"  # sglang: a path or hub name
     urls: list[str] = field(default_factory=list)  # openai: one or more servers of that model
-    api_key: str | None = None
+    api_key: str | None = None  # '$NAME': the environment variable that holds it
+    # Sent with every request. A secret's value is '$NAME', as for api_key. Part of the store's
+    # settings, as is extra_body.
+    extra_headers: dict[str, str] = field(default_factory=dict)
+    # Fields added to every request: top_k, min_p, repetition_penalty, chat_template_kwargs, ...
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    ca_file: str | None = None  # certificates of the authority that signed the servers' own
+    # Counts prompts where servers have no /tokenize: a tokenizer.json, a folder with one, or a name
+    # at the hub. Null: their bytes are counted, three to a token.
+    tokenizer: str | None = None
+    # Tokens beside method.max_tokens for a generation whose answer ended while the model was still
+    # thinking, and for those after it; 0: it is failed.
+    thinking_tokens: int = 0
     context_length: int = 2048  # tokens of prompt and answer together
     concurrency: int = 8  # requests in flight at each server, at most
     adaptive: bool = False  # fewer than that where they only wait in the server's queue
@@ -66,6 +84,17 @@ class GeneratorConfig:
             )
         if self.kind == "sglang":
             self.sglang.check()
+        check_secrets(self.api_key, self.extra_headers)
+        if taken := RESERVED & self.extra_body.keys():
+            raise ValueError(
+                f"generator.extra_body.{sorted(taken)[0]} is sent already: set it by "
+                "method.max_tokens, method.temperature, method.top_p, generator.seed or "
+                "generator.model"
+            )
+        if self.thinking_tokens < 0:
+            raise ValueError(
+                f"generator.thinking_tokens={self.thinking_tokens} must not be negative"
+            )
         for name in ("concurrency", "siblings_in_flight", "attempts", "merge_parts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"generator.{name}={getattr(self, name)} must be at least 1")
@@ -73,6 +102,14 @@ class GeneratorConfig:
             raise ValueError(
                 f"generator.writer={self.writer} must be in [0, generator.writers={self.writers})"
             )
+
+    def connection(self) -> Connection:
+        """Headers and certificates, secrets read from the environment.
+
+        Raises:
+            ValueError: a variable is not set, or the file holds no certificates.
+        """
+        return Connection.of(self.api_key, self.extra_headers, self.ca_file)
 
     @property
     def gpus_used(self) -> int:
@@ -96,10 +133,11 @@ def serving(config: GeneratorConfig, log: Path) -> Iterator[Servers]:
     """Servers of the model; what was started here is watched, and stopped at the end."""
     config.check()
     if config.kind == "openai":
-        urls = [url.rstrip("/").removesuffix("/v1") for url in config.urls]
+        urls = [url.rstrip("/") for url in config.urls]
+        connection = config.connection()
         for url in urls:
-            check_reachable(url)
-            check_model(url, config)
+            check_reachable(url, connection)
+            check_model(url, config.model, connection)
         yield Servers(urls)
         return
     if config.kind == "embedded":
@@ -125,30 +163,35 @@ def serving(config: GeneratorConfig, log: Path) -> Iterator[Servers]:
         )
 
 
-def check_reachable(url: str) -> None:
+def check_reachable(url: str, connection: Connection) -> None:
     """Raise ValueError early where nothing listens at ``url``."""
     try:
-        httpx.get(f"{url}/health", timeout=30.0)
+        connection.get(f"{root_of(url)}/health", timeout=30.0)
     except httpx.HTTPError as error:
+        through = proxy_for(url)
         raise ValueError(
-            f"no server answers at generator.urls={url} ({type(error).__name__}: {error})"
+            f"no server answers at generator.urls={url}{f' through {through}' if through else ''} "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
-def check_model(url: str, config: GeneratorConfig) -> None:
+def check_model(url: str, model: str, connection: Connection) -> None:
     """Raise ValueError where a server lists its models and the one asked for is not among them."""
-    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    answer = httpx.get(f"{url}/v1/models", timeout=30.0, headers=headers)
-    if answer.status_code == 404:
-        print(f"{url} does not list its models: generator.model={config.model} is not checked")
+    listing = f"{api_of(url)}/models"
+    answer = connection.get(listing, timeout=30.0)
+    if answer.status_code in NOT_SERVED:
+        print(f"{url} does not list its models: generator.model={model} is not checked")
         return
     if answer.status_code != 200:
-        raise ValueError(f"{url}/v1/models answers HTTP {answer.status_code}: {answer.text[:200]}")
-    served = [model["id"] for model in answer.json()["data"]]
-    if config.model not in served:
+        raise ValueError(f"{listing} answers HTTP {answer.status_code}: {answer.text[:200]}")
+    try:
+        served = [str(entry["id"]) for entry in answer.json()["data"]]
+    except (ValueError, KeyError, TypeError):
+        print(f"{listing} is no list of models: generator.model={model} is not checked")
+        return
+    if model not in served:
         raise ValueError(
-            f"generator.model={config.model} is not served at {url}, which serves "
-            f"{', '.join(served)}"
+            f"generator.model={model} is not served at {url}, which serves {', '.join(served)}"
         )
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import httpx
 
+from gen.client.connection import Connection
+
 TREE = Path(__file__).resolve().parents[2]
 GUARD = Path(__file__).with_name("parent_watch.py")
 POLL = 0.5  # seconds between looks at the process
@@ -150,7 +152,7 @@ class SupervisedServer:
     def healthy(self) -> bool:
         """Whether ``/health`` answers 200."""
         try:
-            return httpx.get(f"{self.url}/health", timeout=HEALTH_TIMEOUT).status_code == 200
+            return Connection().get(f"{self.url}/health", HEALTH_TIMEOUT).status_code == 200
         except httpx.HTTPError:
             return False
 

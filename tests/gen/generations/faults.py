@@ -12,9 +12,12 @@ from typing import ClassVar
 
 PASSING = (
     *("reset", "429", "500", "502", "503", "504"),
-    *("garbage", "truncated", "abort", "uncounted", "timeout"),
+    *("garbage", "nested", "truncated", "abort", "timeout"),
 )
 POISON = b"a text that kills servers"  # requests with it always lose their connection
+FILTERED = b"a text that is filtered"  # answers to it are taken back
+THOUGHTFUL = b"a text to think about"  # answers to it begin with thinking
+THINKING = 50  # tokens that takes
 SLOW = 3.0  # seconds a timeout takes; the client under test must give up earlier
 
 
@@ -31,7 +34,11 @@ class Faults(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         fault = "reset" if POISON in body else self.next_fault()
-        if fault == "reset":
+        if FILTERED in body:
+            self.answer(200, json.dumps(answer_of("", 0, "content_filter")).encode())
+        elif THOUGHTFUL in body:
+            self.answer(200, json.dumps(thoughtful(json.loads(body)["max_tokens"])).encode())
+        elif fault == "reset":
             self.connection.close()
         elif fault == "timeout":
             time.sleep(SLOW)
@@ -39,11 +46,13 @@ class Faults(http.server.BaseHTTPRequestHandler):
         elif fault == "garbage":
             self.answer(200, b"<html>not json")
         elif fault == "abort":
-            self.answer(200, json.dumps(aborted()).encode())
+            self.answer(200, json.dumps(answer_of("half a sen", 3, "abort")).encode())
         elif fault == "uncounted":
-            self.answer(200, json.dumps(finished("no prompt_tokens", {})).encode())
+            self.answer(200, json.dumps({**answer_of("not counted", 3), "usage": [2**40]}).encode())
+        elif fault == "nested":
+            self.answer(200, b"[" * 100_000)
         elif fault == "surrogate":
-            self.answer(200, json.dumps(finished("half \ud83d", {"prompt_tokens": 1})).encode())
+            self.answer(200, json.dumps(answer_of("half \ud83d", 3)).encode())
         elif fault == "truncated":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -80,20 +89,19 @@ class Faults(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def aborted() -> dict[str, object]:
-    message = {"content": "half a sen"}
+def answer_of(text: str, tokens: int, finish_reason: str = "stop") -> dict[str, object]:
     return {
-        "choices": [{"message": message, "finish_reason": "abort"}],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 3},
-    }
-
-
-def finished(text: str, usage: dict[str, int]) -> dict[str, object]:
-    return {
-        "choices": [{"message": {"content": text}, "finish_reason": "stop"}],
-        "usage": {"completion_tokens": 3, **usage},
+        "choices": [{"message": {"content": text}, "finish_reason": finish_reason}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": tokens},
         "timings": None,
     }
+
+
+def thoughtful(max_tokens: int) -> dict[str, object]:
+    """What a reasoning model says within so many tokens."""
+    if max_tokens <= THINKING:
+        return answer_of("<think>Okay, the user wants", max_tokens, "length")
+    return answer_of("<think>Okay.</think>\n\nThe rewritten text.", THINKING + 4)
 
 
 @contextlib.contextmanager

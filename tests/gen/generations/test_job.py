@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -13,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from gen.client.chat import GenerationFailed
+from gen.client.answers import GenerationFailed
 from gen.client.concurrency import AdaptiveLimit
 from gen.client.fitting import shorten
 from gen.corpus.documents import Document, load_split
 from gen.corpus.tokenizer import TokenizerConfig, train_bpe
 from gen.generations import job as generation
+from gen.generations.failures import all_failures
 from gen.generations.job import run_job
 from gen.generations.status import status
 from gen.generations.store import GenerationStore
@@ -43,8 +43,9 @@ def test_failed_documents_are_reported_and_tried_again(
         run([url])
     store = GenerationStore(tmp_path / "generations" / "rephrase")
     assert store.done(DOCUMENTS) == [{1, 2}, *[{0, 1, 2}] * 3]
-    failures = json.loads((store.folder / "failures-000.json").read_text())
-    assert list(failures) == ["d0#0"]
+    (failure,) = all_failures(store.folder).values()
+    assert (failure.document_id, failure.index, failure.reason) == ("d0", 0, "HTTP 500")
+    assert "1 failed (1 HTTP 500)" in status(tmp_path)
     run([server])
     assert store.done(DOCUMENTS) == [{0, 1, 2}] * 4
     texts = store.read()["text"].to_pylist()
@@ -133,18 +134,19 @@ def test_a_full_disk_ends_the_job_and_the_next_one_goes_on(
 ) -> None:
     config = GeneratorConfig("openai", urls=[server], concurrency=2, flush_seconds=0.2)
     full = threading.Event()
-    write = pq.write_table
+    write = pq.ParquetWriter.write_table
 
-    def write_until_full(table: pa.Table, path: Path, **options: str) -> None:
+    def write_until_full(writer: pq.ParquetWriter, table: pa.Table) -> None:
         """The third part meets a full disk: a real one, half of the part is written."""
+        path = Path(writer.where)
         if len(GenerationStore(path.parent).parts()) >= 2 and not full.is_set():
             full.set()
             path.write_bytes(b"PAR1 half a part")
             with open("/dev/full", "wb", buffering=0) as disk:
                 disk.write(b"the other half")
-        write(table, path, **options)
+        write(writer, table)
 
-    monkeypatch.setattr(pq, "write_table", write_until_full)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", write_until_full)
     with pytest.raises(OSError, match=r"could not write a part .*No space left"):
         run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
     assert full.is_set()

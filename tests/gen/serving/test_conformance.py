@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
-from gen.client.chat import ChatClient, Completion, PromptTooLong
+from gen.client.answers import Completion, PromptTooLong
+from gen.client.chat import ChatClient
+from gen.client.connection import Connection
 from gen.client.routing import Routing
 from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, train_bpe
@@ -76,7 +78,7 @@ async def chat(client: ChatClient, text: str, max_tokens: int, seed: int = 1) ->
 
 def test_it_is_healthy_and_lists_its_model(target: Target) -> None:
     assert httpx.get(f"{target.url}/health", timeout=60.0).status_code == 200
-    check_model(target.url, GeneratorConfig("openai", urls=[target.url], model=target.model))
+    check_model(target.url, target.model, Connection())
 
 
 def test_an_answer_has_text_reason_and_counts(target: Target) -> None:
