@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-random lint sglang test-sglang clean
+.PHONY: demo test test-random lint sglang test-sglang test-cluster clean
 
 # The environment is finished when its stamp is; an interrupted installation is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -48,6 +48,10 @@ sglang: $(VENV)/.installed
 test-sglang: $(VENV)/.installed
 	$(PY) -m gen.serving.sglang_environment --device cpu
 	$(PY) -m pytest tests/sglang --sglang
+
+# A real Slurm of two nodes and a real Ray on this machine; needs root to install and start Slurm.
+test-cluster: $(VENV)/.installed
+	$(PY) -m pytest --cluster tests/cluster
 
 clean:
 	rm -rf demo $(VENV)

@@ -9,12 +9,9 @@ One job on several GPUs: ``torchrun --nproc-per-node 8 train.py recipe=stitched`
 import math
 import sys
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
-
 from trainer.config.schema import TrainConfig
 from trainer.entry import program
-from trainer.errors import NonFiniteLossError
+from trainer.errors import NonFiniteLossError, in_sweep
 
 
 @program("train", TrainConfig)
@@ -26,7 +23,7 @@ def main(run: TrainConfig) -> float:
         loss = train(run)
     except NonFiniteLossError as error:
         (run.run_dir() / "diverged.txt").write_text(f"{error}\n")  # a search reads it
-        if OmegaConf.is_missing(HydraConfig.get().job, "num"):  # not a job of a sweep
+        if not in_sweep():
             raise
         print(f"diverged: {error}", file=sys.stderr, flush=True)  # one bad point, not the end
         return math.inf

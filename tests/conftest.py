@@ -56,6 +56,11 @@ def run_script(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.addoption
+    add(
+        "--cluster",
+        action="store_true",
+        help="tests of a real Slurm and Ray: make test-cluster",
+    )
     add("--kills", type=int, default=3, help="SIGKILLs of the generation client; in full: 50")
     add("--sglang", action="store_true", help="the tests against the real SGLang: make test-sglang")
     add("--server-url", help="a running server for the tests marked server; else the embedded one")
@@ -65,9 +70,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The tests against SGLang take minutes and an environment of their own."""
-    if collection_path == REPOSITORY / "tests" / "sglang" and not config.getoption("--sglang"):
-        return True
+    """The tests against SGLang, Slurm and Ray take minutes and more than a virtual environment."""
+    for apart in ("sglang", "cluster"):
+        if collection_path == REPOSITORY / "tests" / apart and not config.getoption(f"--{apart}"):
+            return True
     return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer.config.renamed import RENAMED
 from trainer.errors import user_errors
+from trainer.plugins import discover_plugins
 
 Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-PLUGINS = ROOT / "trainer" / "plugins"  # the gpu_pool launcher and the star sweeper
 
 
 def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Callable[[], Result]]:
@@ -36,7 +35,7 @@ def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Call
 
     def decorate(main: Callable[[Any], Result]) -> Callable[[], Result]:
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-        make_importable(ROOT, PLUGINS)
+        discover_plugins()
 
         @functools.wraps(main)
         def composed(config: DictConfig) -> Result:
@@ -57,16 +56,6 @@ def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Call
         return start
 
     return decorate
-
-
-def make_importable(*folders: Path) -> None:
-    """Let this process, and those that it or a launcher starts, import from ``folders``."""
-    for folder in map(str, folders):
-        if folder not in sys.path:
-            sys.path.append(folder)
-        before = os.environ.get("PYTHONPATH", "")
-        if folder not in before.split(os.pathsep):
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (before, folder)))
 
 
 def unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:

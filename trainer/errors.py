@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 Result = TypeVar("Result")
 
@@ -18,18 +24,49 @@ class NonFiniteLossError(RuntimeError):
 def user_errors(entry: Callable[..., Result]) -> Callable[..., Result]:
     """Print a user's mistake as one message and exit with status 1.
 
-    The traceback stays available: ``MEGADOCS_TRACEBACK=1`` lets the exception through. In a
-    Hydra ``--multirun`` the exception reaches Hydra as ``SystemExit`` and ends the sweep.
+    The traceback stays available: ``MEGADOCS_TRACEBACK=1`` lets the exception through. A job of a
+    sweep raises, so that the sweep learns the reason and goes on with the others.
     """
 
     @functools.wraps(entry)
     def wrapped(*args: object, **kwargs: object) -> Result:
         try:
+            enter_job()
             return entry(*args, **kwargs)
         except (ValueError, OSError, NonFiniteLossError) as error:
             if os.environ.get("MEGADOCS_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
+            if in_sweep():
+                raise
             raise SystemExit(1) from None
 
     return wrapped
+
+
+def in_sweep() -> bool:
+    """Whether this is a job of a Hydra sweep."""
+    return HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def enter_job(patience: float = 60.0) -> None:
+    """In a job of a sweep: be where the sweep was started, wherever the scheduler started the job.
+
+    Args:
+        patience: seconds that a shared folder may take to appear on a node.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+    """
+    if not in_sweep():
+        return
+    folder = Path(HydraConfig.get().runtime.cwd)
+    deadline = time.monotonic() + patience
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"{folder}, where the sweep was started, is not there on {socket.gethostname()}: "
+                "start it in a folder that all nodes share"
+            )
+        time.sleep(1.0)
+    os.chdir(folder)

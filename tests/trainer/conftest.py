@@ -17,46 +17,54 @@ EOS = 0
 StreamMaker = Callable[..., MegadocStream]
 
 
+def write_stream(
+    folder: Path, members: list[list[int]], members_are_documents: bool = True, **changes: object
+) -> MegadocStream:
+    """Write a stream whose token at place p of sample s is 1 + (31 s + p) % 96, EOS at the end."""
+    name = folder.name
+    with MDSWriter(out=str(folder), columns=COLUMNS) as writer:
+        for index, lengths in enumerate(members):
+            size = sum(lengths)
+            tokens = 1 + (31 * index + np.arange(size)) % (VOCABULARY - 1)
+            tokens[-1] = EOS
+            writer.write(
+                {
+                    "id": f"{name}-{index}",
+                    "tokens": tokens.astype(np.uint32),
+                    "member_ends": np.cumsum(lengths).astype(np.uint32),
+                    "member_kinds": np.zeros(len(lengths), dtype=np.uint8),
+                    "provenance": {},
+                }
+            )
+    lengths = [sum(sizes) for sizes in members]
+    np.save(folder / "lengths.npy", np.array(lengths, dtype=np.uint32))
+    flat = [size for sizes in members for size in sizes]
+    np.save(folder / "member_lengths.npy", np.array(flat, dtype=np.uint32))
+    manifest = {
+        "name": name,
+        "kind": name,
+        "generations": 1,
+        "samples": len(members),
+        "tokens": sum(lengths),
+        "bytes": 4 * sum(lengths),
+        "vocab_size": VOCABULARY,
+        "eos_id": EOS,
+        "tokenizer_sha256": "f" * 64,
+        "members_are_documents": members_are_documents,
+        **changes,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return MegadocStream(folder)
+
+
 @pytest.fixture
 def make_stream(tmp_path: Path) -> StreamMaker:
-    """Write a stream whose token at place p of sample s is 1 + (31 s + p) % 96, EOS at the end."""
+    """:func:`write_stream` by the name of the stream."""
 
     def make(
         name: str, members: list[list[int]], members_are_documents: bool = True, **changes: object
     ) -> MegadocStream:
         folder = tmp_path / "streams" / name
-        with MDSWriter(out=str(folder), columns=COLUMNS) as writer:
-            for index, lengths in enumerate(members):
-                size = sum(lengths)
-                tokens = 1 + (31 * index + np.arange(size)) % (VOCABULARY - 1)
-                tokens[-1] = EOS
-                writer.write(
-                    {
-                        "id": f"{name}-{index}",
-                        "tokens": tokens.astype(np.uint32),
-                        "member_ends": np.cumsum(lengths).astype(np.uint32),
-                        "member_kinds": np.zeros(len(lengths), dtype=np.uint8),
-                        "provenance": {},
-                    }
-                )
-        lengths = [sum(sizes) for sizes in members]
-        np.save(folder / "lengths.npy", np.array(lengths, dtype=np.uint32))
-        flat = [size for sizes in members for size in sizes]
-        np.save(folder / "member_lengths.npy", np.array(flat, dtype=np.uint32))
-        manifest = {
-            "name": name,
-            "kind": name,
-            "generations": 1,
-            "samples": len(members),
-            "tokens": sum(lengths),
-            "bytes": 4 * sum(lengths),
-            "vocab_size": VOCABULARY,
-            "eos_id": EOS,
-            "tokenizer_sha256": "f" * 64,
-            "members_are_documents": members_are_documents,
-            **changes,
-        }
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        return MegadocStream(folder)
+        return write_stream(folder, members, members_are_documents, **changes)
 
     return make

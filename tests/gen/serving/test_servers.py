@@ -22,7 +22,7 @@ from gen.serving.servers import EMBEDDED, GeneratorConfig, Servers, embedded_wei
 from gen.serving.sglang import SglangConfig
 from gen.serving.supervisor import without_our_tree
 from tests.conftest import REPOSITORY, run_script
-from trainer.entry import PLUGINS, ROOT, make_importable
+from trainer.plugins import importable_in_jobs
 
 
 def flags(config: SglangConfig) -> list[str]:
@@ -107,13 +107,10 @@ def test_an_sglang_that_is_not_installed_says_how_to_install_it(
 def test_a_servers_environment_does_not_see_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launchers need our tree on PYTHONPATH; SGLang's environment may hold another `kernels`."""
     monkeypatch.setenv("PYTHONPATH", "/mine/plugins")
-    monkeypatch.setattr("sys.path", list(sys.path))
-    make_importable(ROOT, PLUGINS)
-    before = os.environ["PYTHONPATH"]
-    assert str(REPOSITORY) in before.split(os.pathsep)
-    kept = without_our_tree(os.environ)
-    assert kept["PYTHONPATH"] == "/mine/plugins"
-    assert kept == {**os.environ, "PYTHONPATH": "/mine/plugins"}
+    with importable_in_jobs():
+        assert str(REPOSITORY) in os.environ["PYTHONPATH"].split(os.pathsep)
+        kept = without_our_tree(os.environ)
+        assert kept == {**os.environ, "PYTHONPATH": "/mine/plugins"}
     assert "PYTHONPATH" not in without_our_tree({"PYTHONPATH": str(REPOSITORY)})
 
 

@@ -2,22 +2,18 @@
 
     python train.py --multirun hydra/launcher=gpu_pool recipe=real,stitched seed=0,1,2
 
-Every job is a process of its own, so a job that fails or runs out of memory ends alone. Finished
-runs are not started again, and ``results.csv`` in the output folder holds a row for every run of
-the sweep. SIGTERM reaches the jobs, which save and end; the same command goes on later. Hydra finds
-plugins only in a package called ``hydra_plugins``, hence this folder.
+Every job is a process of its own, so a job that fails or runs out of memory ends alone. SIGTERM
+reaches the jobs, which save and end; the same command goes on later.
 """
 
 import copy
-import csv
-import json
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +56,8 @@ class GpuPoolLauncher(Launcher):
             )
         self.children: list[subprocess.Popen[bytes]] = []
         self.stopping = False
-        self.table = threading.Lock()
+        self.one_by_one = threading.Lock()
+        self.on_end: Callable[[int, JobReturn], None] = lambda index, done: None
         self.slots: queue.Queue[list[str]] = queue.Queue()
         for first in range(0, len(chosen) - gpus_per_job + 1, gpus_per_job):
             self.slots.put(chosen[first : first + gpus_per_job])
@@ -74,49 +71,37 @@ class GpuPoolLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run every job; raises RuntimeError naming the jobs that failed, after all have ended."""
-        self.common = set.intersection(*(set(overrides) for overrides in job_overrides))
+        """Run every job to its end; one that failed holds its error.
+
+        ``on_end`` is called with the place and the return of each as it ends.
+        """
         before = signal.signal(signal.SIGTERM, self.stop)
         try:
             with ThreadPoolExecutor(self.slots.qsize()) as pool:
                 try:
-                    returns = list(pool.map(self.run, job_overrides))
+                    returns = list(pool.map(self.run, range(len(job_overrides)), job_overrides))
                 except BaseException:  # such as Ctrl-C: no job may live on alone
                     self.stop()
                     raise
         finally:
             signal.signal(signal.SIGTERM, before)
-        failed = [done for done in returns if done.status is not JobStatus.COMPLETED]
-        if failed:
-            names = "\n".join(f"  {' '.join(done.overrides or [])}" for done in failed)
-            raise RuntimeError(f"{len(failed)} of {len(returns)} jobs failed:\n{names}")
         return returns
 
-    def run(self, overrides: Sequence[str]) -> JobReturn:
+    def run(self, index: int, overrides: Sequence[str]) -> JobReturn:
         """One job from the moment a slot is free until its process has ended."""
         composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
-        label = " ".join(overrides)
         done = JobReturn(overrides=list(overrides), cfg=composed, task_name=composed.hydra.job.name)
         try:
-            run = training_config(composed)
-            own = [one for one in filter_overrides(overrides) if one not in self.common]
-            label = " ".join([run.run_dir().name, *own])
-            loss = finished_loss(run)
-            if loss is None:
-                loss = self.train(run, overrides, label)
+            done.return_value = self.train(training_config(composed), overrides)
+            done.status = JobStatus.COMPLETED
         except (ValueError, OSError, RuntimeError) as error:
-            print(f"FAILED {label}: {error}", flush=True)
-            done.status = JobStatus.FAILED
             done.return_value = error
-            return done
-        done.status = JobStatus.COMPLETED
-        done.return_value = loss
-        print(f"done   {label}: {loss:.4f}", flush=True)
-        with self.table:
-            write_results(Path(run.output))
+            done.status = JobStatus.FAILED
+        with self.one_by_one:
+            self.on_end(index, done)
         return done
 
-    def train(self, run: TrainConfig, overrides: Sequence[str], label: str) -> float:
+    def train(self, run: TrainConfig, overrides: Sequence[str]) -> float:
         """Train one run to its end on the next free slot and return its loss."""
         folder = run.run_dir()
         log = folder.with_name(f"{folder.name}.log")
@@ -124,7 +109,8 @@ class GpuPoolLauncher(Launcher):
         try:
             if self.stopping:
                 raise RuntimeError("the sweep was stopped before it began")
-            print(f"start  {label} on {','.join(slot)}", flush=True)
+            words = " ".join([folder.name, *filter_overrides(overrides)])
+            print(f"start  {words} on {','.join(slot)}", flush=True)
             status = self.start(overrides, log, slot)
         finally:
             self.slots.put(slot)
@@ -191,28 +177,3 @@ def training_config(composed: DictConfig) -> TrainConfig:
     config = OmegaConf.to_object(alone)
     assert isinstance(config, TrainConfig)
     return config
-
-
-def write_results(output: Path) -> None:
-    """``results.csv``: one row for every finished run below ``output``."""
-    rows = []
-    for path in sorted(output.glob("*/result.json")):
-        result = json.loads(path.read_text())
-        rows.append(
-            {
-                "run": path.parent.name,
-                **result["recipe"],
-                "seed": result["seed"],
-                "steps": result["steps"],
-                "seconds": round(result["seconds"], 1),
-                **{f"loss_{name}": loss for name, loss in result["loss"].items()},
-                "bits_per_byte": result["bits_per_byte"],
-            }
-        )
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    unfinished = output / f".results.{os.getpid()}.tmp"
-    with unfinished.open("w", newline="") as file:
-        table = csv.DictWriter(file, names)
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(unfinished, output / "results.csv")

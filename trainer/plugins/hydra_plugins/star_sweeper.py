@@ -18,13 +18,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.schema import TrainConfig
 from trainer.run.run_dir import finished_loss, write_json
+from trainer.run.sweeps import run_jobs, write_results
 from trainer.study.star_search import Certificate, Grid, Place, StarSearch
 
 
@@ -152,22 +152,21 @@ class StarSweeper(Sweeper):
         """Run ``batch`` to its end; diverged runs are results, other failures are not.
 
         Raises:
-            RuntimeError: a run ended with neither a result nor a diverged loss.
+            RuntimeError: runs ended with neither a result nor a diverged loss; names each.
         """
-        failure: object = "it ended without result.json"
-        try:
-            if batch:
-                for job in self.pool.launch(batch, initial_job_idx=first):
-                    if job.status is JobStatus.FAILED:
-                        failure = job._return_value
-        except RuntimeError as error:  # a launcher that raises once all jobs have ended
-            failure = error
-        for overrides in batch:
+        ends = run_jobs(self.pool, batch, first)
+        write_results(Path(self.master.hydra.sweep.dir))
+        failed = []
+        for overrides, end in zip(batch, ends, strict=True):
             if self.outcome(overrides) is None:
-                raise RuntimeError(
-                    f"the run {' '.join(overrides)} failed: {failure}. Finished runs are kept; "
-                    "mend it and start the same command again"
-                )
+                problem = end.problem or "it ended without result.json"
+                where = f"; see {end.log}" if end.log else ""
+                failed.append(f"  {' '.join(overrides)}: {problem}{where}")
+        if failed:
+            raise RuntimeError(
+                f"{len(failed)} of {len(batch)} runs failed:\n" + "\n".join(failed) + "\nFinished "
+                "runs are kept; mend it and start the same command again"
+            )
 
     def outcome(self, overrides: list[str]) -> float | None:
         """The loss in the run's folder, infinite where it diverged; None where nothing is there."""

@@ -1,0 +1,109 @@
+"""One Slurm for all tests here, and a small corpus to train on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import Slurm, Unavailable
+from tests.conftest import REPOSITORY
+from tests.trainer.conftest import write_stream
+
+# A run of seconds: a tiny model on 10 documents.
+TINY = [
+    "experiment=demo",
+    "model=tiny",
+    "data.context_length=64",
+    "runtime.num_threads=1",
+    "runtime.device=cpu",
+    "tracking.tensorboard=false",
+]
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with contextlib.ExitStack() as cleanup:
+        try:
+            yield cleanup.enter_context(Slurm(tmp_path_factory.mktemp("slurm")))
+        except Unavailable as error:
+            pytest.skip(f"no Slurm on this machine: {error}")
+
+
+@dataclass
+class Program:
+    """One call of train.py or generate.py, as a user makes it in a folder of his."""
+
+    script: str
+    words: list[str]
+    folder: Path
+    environment: dict[str, str]
+    output: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.log = self.folder / f"call-{time.monotonic_ns()}.log"
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, str(REPOSITORY / self.script), *self.words],
+                cwd=self.folder,
+                env=self.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self, status: int = 0, seconds: float = 180) -> str:
+        """What it printed; it must end with this status."""
+        try:
+            found = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.text()}") from None
+        assert found == status, f"status {found}:\n{self.text()}"
+        return self.text()
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+Start = Callable[..., Program]
+
+
+@pytest.fixture
+def start(slurm: Slurm, tmp_path: Path) -> Iterator[Start]:
+    """Start a program in a folder of its own, outside the checkout, with the Slurm at hand."""
+    programs = []
+
+    def starter(script: str, *words: str) -> Program:
+        programs.append(Program(script, list(words), tmp_path, slurm.environment))
+        return programs[-1]
+
+    yield starter
+    for program in programs:
+        program.process.kill()
+    slurm.command("scancel", "--user=root", check=False)
+
+
+@pytest.fixture(scope="session")
+def streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("corpus")
+    write_stream(root / "streams" / "real", [[90 + 7 * index] for index in range(32)])
+    write_stream(root / "streams" / "val", [[100]] * 4)
+    return root
+
+
+@pytest.fixture
+def corpus(streams: Path, tmp_path: Path) -> str:
+    """A corpus by a path relative to the folder that programs are started in."""
+    (tmp_path / "data").symlink_to(streams)
+    return "data"
+
+
+def result(run: Path) -> dict[str, object]:
+    return json.loads((run / "result.json").read_text())
