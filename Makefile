@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-random lint sglang test-sglang test-cluster clean
+.PHONY: demo quick test test-random lint sglang test-sglang test-cluster clean
 
 # The environment is finished when its stamp is; an interrupted installation is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -29,6 +29,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Lint, types and the fast tests: 3 minutes on two cores.
+quick: lint
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test: lint
 	$(PY) -m pytest -n 2 --dist loadfile

@@ -1,7 +1,7 @@
 """The command ``megadocs``: runs the script of that name, as ``python train.py`` does in a clone.
 
 ``megadocs train recipe=stitched``, ``torchrun --nproc-per-node 8 -m megadocs train ...``,
-``megadocs benchmark cross_entropy --help``.
+``megadocs -m kernels.check``.
 """
 
 import runpy
@@ -9,24 +9,20 @@ import sys
 
 from megadocs import ROOT, __version__
 
+FOLDERS = ("kernels", "trainer", "gen", "benchmarks")
 PROGRAMS = ("generate", "train", "evaluate", "report")
-BENCHMARKS = sorted(
-    path.stem
-    for path in (ROOT / "benchmarks").glob("[a-z]*.py")
-    if 'if __name__ == "__main__"' in path.read_text()
-)
 USAGE = f"""\
 usage: megadocs {{{",".join(PROGRAMS)}}} [KEY=VALUE ...] [--help]
-       megadocs benchmark NAME [--help]
+       megadocs -m MODULE [...]
        megadocs --version
 
   generate    documents -> generations -> megadocs -> streams
   train       streams -> one trained model, or a sweep of them
   evaluate    losses and benchmarks of a run or an ensemble; export to Hugging Face
   report      a table, figures and a page of all runs
-  benchmark   one of the microbenchmarks: {", ".join(BENCHMARKS)}
+  -m MODULE   kernels.check, benchmarks.attention, gen.serving.sglang_environment, ...
 
-As several processes: torchrun --nproc-per-node 8 -m megadocs train ..."""
+On several processes: torchrun --nproc-per-node 8 -m megadocs train ..."""
 
 
 def main() -> None:
@@ -35,10 +31,10 @@ def main() -> None:
         case ["--version"]:
             print(f"megadocs {__version__} in {ROOT}")
             return
-        case ["benchmark", name, *arguments] if name in BENCHMARKS:
-            sys.argv[:] = [name, *arguments]
+        case ["-m", module, *arguments] if module.split(".")[0] in FOLDERS:
+            sys.argv[:] = [module, *arguments]
             sys.path.insert(0, str(ROOT))
-            runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
             return
         case [program, *arguments] if program in PROGRAMS:
             script = str(ROOT / f"{program}.py")

@@ -176,6 +176,7 @@ def test_programs_run_from_an_empty_folder(
     assert swept.count("is already trained") == 1  # by the two ranks
     runs = sorted(path.parent for path in (work / "demo" / "runs").glob("*/result.json"))
     assert len(runs) == 2
+    assert "--shapes" in call(megadocs, "-m", "benchmarks.cross_entropy", "--help", cwd=work)
     scores = call(megadocs, "evaluate", f"runs=[{runs[0].relative_to(work)}]", cwd=work)
     assert "bits per byte" in scores
     assert "report: demo/runs/report/report.html" in call(

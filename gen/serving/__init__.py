@@ -1,5 +1,5 @@
 """Servers of a language model: started, watched, restarted, or just found.
 
 SGLang in its own environment, llama.cpp in a process beside, or any OpenAI-compatible URL. It
-imports nothing else of ``gen``.
+may import ``gen.client``.
 """

@@ -1,6 +1,8 @@
 """Hydra plugins: the GPU pool, sweeps that end well, the star search.
 
-Hydra finds plugins only in a package called ``hydra_plugins``, hence the folder of that name.
+Hydra finds plugins only in a package called ``hydra_plugins``, hence the folder of that name. They
+may import ``trainer.study``, ``trainer.run`` and ``trainer.config``; this file, which puts them on
+the search path, imports nothing of ``trainer``.
 """
 
 from __future__ import annotations
