@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from gen.corpus.files import files_below, lines_of, parquet_rows, whole_text
 from trainer.files import read_json, replace_file, write_json
 
 SCHEMA = pa.schema(
     [("id", pa.string()), ("text", pa.string()), ("split", pa.string()), ("metadata", pa.string())]
 )
 BATCH_ROWS = 1000
+JSON_LINES = tuple(
+    name + packed for name in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst")
+)
 SOURCE = ("format", "path", "subset", "split")  # of the config: where documents come from
 
 
@@ -92,60 +95,34 @@ def read_text_files(config: CorpusConfig) -> Iterator[Document]:
     """Every matching file of a folder is a document; its path below the folder is its id."""
     root = source_path(config)
     for path in sorted(root.rglob(config.pattern)) if root.is_dir() else [root]:
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(
+                f"{path} is a link to {path.readlink()}, which does not exist; mend or remove it"
+            )
         if path.is_file():
-            yield Document(str(path.relative_to(root) if root.is_dir() else path.name), utf8(path))
-
-
-def utf8(path: Path) -> str:
-    """The text of a file, or an error that says where it stops being UTF-8."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte {content[error.start]:#04x} at offset {error.start}; "
-            f"convert it (iconv -f latin1 -t utf-8) or leave it out with corpus.pattern"
-        ) from error
+            name = path.relative_to(root) if root.is_dir() else path.name
+            yield Document(str(name), whole_text(path))
 
 
 def read_jsonl(config: CorpusConfig) -> Iterator[Document]:
-    """One JSON object a line, in ``.jsonl``, ``.jsonl.gz`` or ``.jsonl.zst`` files."""
-    for path in matching_files(config, (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")):
-        with open_text(path) as lines:
-            for number in range(1, 1 << 62):
-                try:
-                    line = lines.readline()
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{path} is not UTF-8 near line {number}: {error}") from error
-                if not line:
-                    break
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-                yield from_record(record, config, f"{path}, line {number}")
-
-
-def open_text(path: Path) -> IO[str]:
-    """A UTF-8 text file, decompressed by its ending."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
-        import zstandard
-
-        stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
-        return io.TextIOWrapper(stream, encoding="utf-8")
-    return path.open(encoding="utf-8")
+    """One JSON object a line, in files of any of :data:`JSON_LINES`."""
+    for path in matching_files(config, JSON_LINES):
+        for number, line in lines_of(path):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                cut = "" if line.endswith("\n") else "; it is the file's last, is the file cut off?"
+                raise ValueError(f"{path}, line {number} is not JSON: {error}{cut}") from error
+            yield from_record(record, config, f"{path}, line {number}")
 
 
 def read_parquet(config: CorpusConfig) -> Iterator[Document]:
     """Rows of Parquet files, a batch at a time."""
     for path in matching_files(config, (".parquet",)):
-        for batch in pq.ParquetFile(path).iter_batches(BATCH_ROWS):
-            for record in batch.to_pylist():
-                yield from_record(record, config, str(path))
+        for record in parquet_rows(path, BATCH_ROWS):
+            yield from_record(record, config, str(path))
 
 
 def read_huggingface(config: CorpusConfig) -> Iterator[Document]:
@@ -169,13 +146,15 @@ def source_path(config: CorpusConfig) -> Path:
 
 
 def matching_files(config: CorpusConfig, endings: tuple[str, ...]) -> list[Path]:
-    """The file itself, or the files of a folder with one of ``endings``."""
-    path = source_path(config)
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.name.endswith(endings))
-    if not files:
-        raise FileNotFoundError(f"corpus.path={path} holds no file ending in {', '.join(endings)}")
+    """The file itself, or the files of a folder with one of ``endings``; says what is not read."""
+    files, others = files_below(source_path(config), endings, "corpus.path")
+    if others:
+        names = ", ".join(file.name for file in others[:3])
+        print(
+            f"corpus.path={config.path}: {len(others)} files are not read, they do not end in "
+            f"{', '.join(endings)}: {names}{', ...' if len(others) > 3 else ''}",
+            flush=True,
+        )
     return files
 
 
@@ -232,9 +211,10 @@ def build_documents(
             there come from another source.
     """
     folder = root / "documents"
-    wanted = {**config.__dict__, "token_budget": None}
+    wanted = {**config.__dict__, "token_budget": None, "path": spelled_out(config.path)}
     if (folder / "manifest.json").exists():
         manifest = read_json(folder / "manifest.json")
+        manifest["config"]["path"] = spelled_out(manifest["config"]["path"])
         if manifest["config"] == wanted and manifest["source"] == fingerprint(config):
             return manifest
         different = [
@@ -319,13 +299,21 @@ def build_documents(
     return manifest
 
 
+def spelled_out(path: str | None) -> str | None:
+    """A local path in one spelling; the name of a dataset as it is."""
+    return os.path.realpath(path) if path and os.path.exists(path) else path
+
+
 def fingerprint(config: CorpusConfig) -> str:
     """Changes when the source's files do (names, sizes, times); hub datasets have only a name."""
     path = Path(config.path) if config.path else None
     if path is None or not path.exists():
         return f"{config.format}:{config.path}"
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [
+        (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+    ]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
