@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,23 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gen.client.answers import GenerationFailed
-from gen.corpus.documents import CorpusConfig, Document, build_documents, load_split
+from gen.corpus.documents import (
+    CorpusConfig,
+    Document,
+    build_documents,
+    hash_of,
+    load_split,
+)
 from gen.corpus.tokenizer import (
     TokenizerConfig,
     TokenizerManifest,
     build_tokenizer,
     cut_to_tokens,
     encode,
+    load_tokenizer,
 )
 from gen.exchange.config import ImportConfig
+from gen.exchange.export import Export
 from gen.exchange.importing import Import
 from gen.generations.job import run_job
 from gen.generations.sessions import Session
@@ -39,6 +46,9 @@ class GenerateConfig:
 
     task: str = "all"  # all, corpus, generate, streams, status or report
     root: str = "data/pydoc"  # corpus folder
+    # Instead of a task: write documents, generations and megadocs of root to this new folder, as
+    # Parquet that datasets.load_dataset opens.
+    export: str | None = None
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -59,6 +69,8 @@ def generate(config: GenerateConfig) -> None:
         return print(status(root))
     config.method.check()
     config.quality.check()
+    if config.export is not None:
+        return print(export_all(config, root, Path(config.export)))
     if config.task == "report":
         return print(quality_report(config, root))
     config.generator.check()
@@ -202,12 +214,18 @@ def default_generations(config: GenerateConfig, root: Path) -> int:
     return max(imported, default=config.method.generations)
 
 
-def hash_of(documents: list[Document]) -> str:
-    """Identity of documents and their order."""
-    content = hashlib.sha256()
-    for document in documents:
-        content.update(f"{document.id}\0{document.text}\0".encode())
-    return content.hexdigest()[:16]
+def export_all(config: GenerateConfig, root: Path, folder: Path) -> str:
+    """Write everything in ``root`` to ``folder`` for others; returns what was written.
+
+    Raises:
+        FileNotFoundError: there are no documents, or no generations.
+        ValueError: the folder is there already, or a stream is older than its generations.
+    """
+    documents = list(load_split(root, "train"))
+    tokenizer, vocabulary = load_tokenizer(root) if (root / "tokenizer").exists() else (None, None)
+    if config.corpus.token_budget is not None and tokenizer is not None:
+        documents = cut_to_budget(documents, config.corpus.token_budget, tokenizer)
+    return Export(root, folder, documents, tokenizer, vocabulary, config.quality).run()
 
 
 def quality_report(config: GenerateConfig, root: Path) -> str:

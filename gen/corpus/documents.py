@@ -62,6 +62,14 @@ def hash_text(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def hash_of(documents: list[Document]) -> str:
+    """Identity of documents and their order."""
+    content = hashlib.sha256()
+    for document in documents:
+        content.update(f"{document.id}\0{document.text}\0".encode())
+    return content.hexdigest()[:16]
+
+
 def read_documents(config: CorpusConfig) -> Iterator[Document]:
     """All documents of the source as they are, in its order.
 

@@ -32,6 +32,9 @@ class ImportConfig:
     # Column of the store -> column of the row, such as finish_reason, completion_tokens, model or
     # index. Without an index generations of a source are numbered in the order of the files.
     columns: dict[str, str] = field(default_factory=dict)
+    as_is: bool = (
+        False  # keep empty generations and thoughts (<think>), which are left out otherwise
+    )
     model: str = "unknown"  # that wrote them, where no column says so
     licence: str = ""  # of the generations, as you know it; kept with them
     processes: int | None = None  # that read files; null: all cores for large ones

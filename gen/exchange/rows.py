@@ -30,6 +30,7 @@ class Layout:
     metadata: Path | None
     generation: Path | None  # None: rows are sources alone
     carried: dict[str, Path]  # column of the store -> place
+    as_is: bool = False  # empty generations and thoughts are kept
 
     @property
     def columns(self) -> list[str]:
@@ -75,6 +76,7 @@ def generation_layout(config: ImportConfig, columns: Sequence[str], where: str) 
             name: place(f"columns.{name}", column)  # type: ignore[misc]
             for name, column in config.columns.items()
         },
+        config.as_is,
     )
 
 
@@ -142,22 +144,22 @@ def read_row(row: dict[str, Any], layout: Layout) -> Row:
             found.odd.append(("no_generation", "an empty list"))
         carried = {name: values_at(row, path) for name, path in layout.carried.items()}
         for place, text in enumerate(texts):
-            read_generation(text, place, len(texts), carried, found)
+            read_generation(text, place, len(texts), carried, found, layout.as_is)
     return found
 
 
 def read_generation(
-    text: Any, place: int, count: int, carried: dict[str, list[Any]], found: Row
+    text: Any, place: int, count: int, carried: dict[str, list[Any]], found: Row, as_is: bool
 ) -> None:
     """Append one generation to ``found``, or the reason why it is left out."""
     if text is None:
         found.odd.append(("no_generation", "null"))
         return
     problem = text_problem(text)
-    if problem:
+    if problem and not (as_is and problem == "empty"):
         found.odd.append((f"generation_{problem}", shown(text)))
         return
-    if "<think>" in text:
+    if "<think>" in text and not as_is:
         if UNFINISHED_THOUGHT.match(text):
             found.odd.append(("unfinished_thought", shown(text)))
             return

@@ -183,27 +183,15 @@ def build_stream(
                 Missing(**known).check(config.missing, config.missing_share)
             print(f"{folder}: up to date", flush=True)
             return manifest
-    judged: dict[str, Any] = {}
-    chosen, lacking = [], []
-    for place, store in enumerate(stores):
-        table = store.read(TEXT_COLUMNS)
-        one = Generations(table, documents, generations, str(store.folder), store.imported)
-        if store.imported and max(one.found, default=0) < generations:
-            raise ValueError(
-                f"no document has G={generations} generations in {store.folder}; the most are "
-                f"{max(one.found, default=0)}: set streams.generations to that or less"
-            )
-        if not store.imported:
-            missing = missing_of(one, documents, store, tokenizer if kind == "latent" else None)
-            missing.check(config.missing, config.missing_share)
-            one.may_lack = True
-            if missing.generations:
-                lacking.append(missing)
-        found = select_generations(one, store, documents, documents_hash, quality)
-        judged = sum_of(judged, found) if judged else found
-        if config.shares:
-            one.take(takers(documents, styles[place], config.shares[place]))
-        chosen.append(one)
+    chosen, judged, lacking = choose_generations(
+        stores,
+        generations,
+        documents,
+        documents_hash,
+        config,
+        quality,
+        tokenizer if kind == "latent" else None,
+    )
     megadocs = assemble(kind, documents, chosen, tokenizer, config)
     try:
         with replace_folder(folder) as unfinished:
@@ -235,6 +223,54 @@ def build_stream(
         flush=True,
     )
     return manifest
+
+
+def choose_generations(
+    stores: list[GenerationStore],
+    generations: int,
+    documents: list[Document],
+    documents_hash: str,
+    config: StreamConfig,
+    quality: QualityConfig,
+    tokenizer: Tokenizer | None,
+) -> tuple[list[Generations], dict[str, Any], list[Missing]]:
+    """What a stream takes of each store, what the quality gates found, and what is missing.
+
+    Args:
+        stores: one for each of the stream's methods.
+        generations: G of each.
+        documents: training documents in corpus order.
+        documents_hash: their identity.
+        config: shares, and what to do where generations are missing.
+        quality: which generations are left out.
+        tokenizer: of the corpus where these are thoughts, which it cuts for; else None.
+
+    Raises:
+        FileNotFoundError: a store is empty.
+        ValueError: G is larger than what was generated or imported.
+    """
+    judged: dict[str, Any] = {}
+    chosen, lacking = [], []
+    for place, store in enumerate(stores):
+        table = store.read(TEXT_COLUMNS)
+        one = Generations(table, documents, generations, str(store.folder), store.imported)
+        if store.imported and max(one.found, default=0) < generations:
+            raise ValueError(
+                f"no document has G={generations} generations in {store.folder}; the most are "
+                f"{max(one.found, default=0)}: set streams.generations to that or less"
+            )
+        if not store.imported:
+            missing = missing_of(one, documents, store, tokenizer)
+            missing.check(config.missing, config.missing_share)
+            one.may_lack = True
+            if missing.generations:
+                lacking.append(missing)
+        found = select_generations(one, store, documents, documents_hash, quality)
+        judged = sum_of(judged, found) if judged else found
+        if config.shares and tokenizer is None:
+            one.take(takers(documents, config.methods[place], config.shares[place]))
+        chosen.append(one)
+    return chosen, judged, lacking
 
 
 def identity_of_config(config: StreamConfig, kind: str) -> dict[str, Any]:
