@@ -20,16 +20,13 @@ def main(run: TrainConfig) -> float:
     from trainer.loop import train  # imports torch, which --help and a sweep's master need not
 
     try:
-        loss = train(run)
+        return train(run)
     except NonFiniteLossError as error:
         (run.run_dir() / "diverged.txt").write_text(f"{error}\n")  # a search reads it
         if not in_sweep():
             raise
         print(f"diverged: {error}", file=sys.stderr, flush=True)  # one bad point, not the end
         return math.inf
-    if math.isnan(loss):  # stopped by SIGTERM, which ends a whole sweep
-        sys.exit(0)
-    return loss
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ ORDER = (
     ("data",),
     ("entry",),
     ("config",),
-    ("files", "errors", "plugins"),
+    ("files", "errors", "plugins", "stop"),
 )
 ORDER_IN_GEN = (
     ("pipeline",),
@@ -39,6 +39,7 @@ SHARED = (
     "trainer.data.format",
     "trainer.files",
     "trainer.errors",
+    "trainer.stop",
     "trainer.config.fields",
 )
 # Imports that still go the wrong way. Take lines out; add none.

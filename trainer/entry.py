@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from trainer.config.renamed import RENAMED
 from trainer.errors import user_errors
 from trainer.plugins import discover_plugins
+from trainer.stop import Stopped, hand_on
 
 Result = TypeVar("Result")
 
@@ -43,7 +45,10 @@ def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Call
                 raise ValueError(
                     f"{name}.py has no key {', '.join(unknown)}; docs/config.md lists all there are"
                 )
-            return main(OmegaConf.to_object(config))
+            try:
+                return main(OmegaConf.to_object(config))
+            except Stopped as stop:
+                hand_on(stop)
 
         run = hydra.main(version_base="1.3", config_path=str(CONF / name), config_name="config")(
             user_errors(composed)
@@ -51,7 +56,10 @@ def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Call
 
         def start() -> Result:
             user_errors(check_overrides)(name, sys.argv[1:])
-            return run()
+            try:
+                return run()
+            except KeyboardInterrupt:
+                sys.exit(128 + signal.SIGINT)
 
         return start
 

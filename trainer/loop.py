@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from dataclasses import replace
 from functools import partial
@@ -45,13 +44,15 @@ from trainer.run.checkpoint import (
     checkpoints,
     load_checkpoint,
     read_progress,
+    wait_for_checkpoint,
 )
 from trainer.run.distillation import Teachers
 from trainer.run.export import load_hugging_face
 from trainer.run.kernel_choice import check_kernels, choose_kernels, compute_dtype
 from trainer.run.metrics import Meter
-from trainer.run.run_dir import claimed, finished_loss, write_json
+from trainer.run.run_dir import check_progress, claimed, finished_loss, write_json
 from trainer.run.trackers import Tracker
+from trainer.stop import StopSignals, stopped
 
 FULL = 0.97  # density of the windows below which we say how to raise it
 
@@ -60,10 +61,10 @@ def train(config: TrainConfig) -> float:
     """Train one recipe to its end; a run that was stopped goes on where its last checkpoint is.
 
     Returns:
-        The i.i.d. validation loss of the final weights in nats per token; NaN if SIGTERM stopped
-        the run before its end.
+        The i.i.d. validation loss of the final weights in nats per token.
 
     Raises:
+        Stopped: a signal asked for it; the run is saved and goes on from there.
         ValueError: the config, the streams or an earlier attempt in the same folder do not fit.
         NonFiniteLossError: a loss or a gradient became NaN or infinite; names step and documents.
     """
@@ -109,8 +110,9 @@ def train(config: TrainConfig) -> float:
         # Where an earlier attempt stopped.
         if ranks.is_main:
             cleanup.enter_context(claimed(run_dir, config))
-        ranks.barrier()
         before = resume(run_dir, wrapped, optimizers, average, plan, streams[0], ranks)
+        if ranks.is_main:
+            check_progress(run_dir, before.step)
         guard = StepGuard(
             config.optimizer, before.usual_grad_norm, before.accepted_steps, before.skipped_steps
         )
@@ -131,7 +133,7 @@ def train(config: TrainConfig) -> float:
         save_every = math.ceil(steps / config.checkpoint.count)
 
         with (
-            StopSignal(ranks) as stop,
+            StopSignals() as stop,
             Tracker(config, run_dir, steps, before.step, ranks.is_main) as tracker,
             saver,
         ):
@@ -151,9 +153,12 @@ def train(config: TrainConfig) -> float:
                 meter.add(step, loss, grad_norm, micro_batches, loader.waited, taken)
 
                 done = step + 1
-                save_now = done % save_every == 0 or done == steps
+                stop_wanted, save_due = ranks.max_on_hosts(
+                    stop.wanted, saver.is_due(config.checkpoint.minutes)
+                )
+                save_now = done % save_every == 0 or done == steps or save_due
                 evaluate_now = done % evaluate_every == 0 and done < steps
-                stop_now = done < steps and stop.requested()
+                stop_now = done < steps and stop_wanted > 0
                 log_now = done % config.tracking.log_every == 0
                 if log_now or save_now or evaluate_now or stop_now:
                     # Nothing non-finite may reach a checkpoint, no evaluation the speed.
@@ -178,9 +183,10 @@ def train(config: TrainConfig) -> float:
                 else:
                     saver.publish_if_written()
                 if stop_now:
+                    saver.finish()
                     if ranks.is_main:
                         print(f"stopped at step {done} of {steps}; start again to go on")
-                    return math.nan
+                    raise stopped(stop_wanted, f"stopped at step {done} of {steps}")
 
             saver.finish()
             with average.in_place() if average else contextlib.nullcontext():
@@ -353,31 +359,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(hash((seed, step, rank)) & 0x7FFF_FFFF)
 
 
-class StopSignal:
-    """SIGTERM (a preempted job) asks for a checkpoint and an orderly end.
-
-    A step of a long context takes many seconds and a job gets few of them, so every step asks.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.received = False
-
-    def __enter__(self) -> StopSignal:
-        self.before = signal.signal(signal.SIGTERM, self.receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
-
-    def receive(self, *_: object) -> None:
-        self.received = True
-
-    def requested(self) -> bool:
-        """Whether any rank was asked to stop; all ranks must call this together."""
-        return self.ranks.sum_on_hosts(self.received) > 0
-
-
 def resume(
     run_dir: Path,
     model: nn.Module,
@@ -388,21 +369,22 @@ def resume(
     ranks: Ranks,
 ) -> Progress:
     """Load the newest checkpoint, if there is one, and say what was done."""
-    found = checkpoints(run_dir)
-    if not found:
+    newest = ranks.from_main(lambda: next(reversed(checkpoints(run_dir)), None))
+    if newest is None:
         return Progress(0, plan.hash(), stream.manifest.tokenizer_sha256, 0.0)
-    progress = read_progress(found[-1])
+    wait_for_checkpoint(newest)
+    progress = read_progress(newest)
     if progress.tokenizer_sha256 != stream.manifest.tokenizer_sha256:
         raise ValueError(
-            f"{found[-1]} was trained with another tokenizer than {stream.path} was written with; "
+            f"{newest} was trained with another tokenizer than {stream.path} was written with; "
             "use another name=... for the new corpus"
         )
     if progress.plan_hash != plan.hash():
         raise ValueError(
-            f"{found[-1]} was trained in another order of the data: the streams under "
+            f"{newest} was trained in another order of the data: the streams under "
             f"{stream.path.parent} have changed since; use another name=... or rebuild the old ones"
         )
-    load_checkpoint(found[-1], model, optimizers, average, ranks)
+    load_checkpoint(newest, model, optimizers, average, ranks)
     if ranks.is_main:
         print(f"resuming {run_dir} after step {progress.step}", flush=True)
     return progress

@@ -42,6 +42,7 @@ from trainer.parallel.ranks import Ranks
 from trainer.run.checkpoint import checkpoints, load_model, read_progress
 from trainer.run.run_dir import claimed
 from trainer.run.trackers import environment
+from trainer.stop import Stopped
 
 STITCHED = RecipeConfig("stitched", "real", "stitched", 2, 0.75, 4, 3e-3, 0.4)
 ARGUMENTS = [
@@ -149,7 +150,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(corpus_root: Path, tmp_path: P
         wait_until(lambda: log.exists() and log.stat().st_size > 0)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 128 + signal.SIGTERM
     assert "stopped at step" in output
     stopped = read_progress(checkpoints(tmp_path / "run")[-1]).step
     assert stopped > 0
@@ -198,7 +199,8 @@ def test_a_stop_is_seen_between_log_lines_and_leftovers_are_cleared(
             "trainer.loop.seed_step",
             lambda seed, step, rank: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None,
         )
-        assert math.isnan(train(settings))
+        with pytest.raises(Stopped):
+            train(settings)
     assert [path.name for path in folder.iterdir()] == ["step-00000003"]
     assert signal.getsignal(signal.SIGTERM) is handler
 

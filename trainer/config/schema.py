@@ -343,6 +343,9 @@ class CheckpointConfig:
     """When a run is saved."""
 
     count: int = setting(20, "Checkpoints, spread evenly over the run.", at_least=1)
+    minutes: float | None = setting(
+        None, "Also save when this long has passed; null: never.", unit="minutes", above=0
+    )
     keep: int = setting(2, "The newest so many stay on the disk.", at_least=1)
 
 

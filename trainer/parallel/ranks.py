@@ -9,10 +9,11 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,22 @@ class Ranks:
         total = torch.tensor(int(value))
         dist.all_reduce(total, group=self.host_group)
         return int(total)
+
+    def max_on_hosts(self, *values: int) -> list[int]:
+        """Largest of every value over all ranks, which must call this together."""
+        if self.host_group is None:
+            return list(values)
+        largest = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.host_group)
+        return largest.tolist()
+
+    def from_main(self, value: Callable[[], Any]) -> Any:
+        """What ``value`` returns on the first rank, on every rank; they must call this together."""
+        if self.host_group is None:
+            return value()
+        found = [value() if self.is_main else None]
+        dist.broadcast_object_list(found, group=self.host_group)
+        return found[0]
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -12,6 +12,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 import warnings
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -59,6 +61,22 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name))
 
 
+def wait_for_checkpoint(checkpoint: Path, patience: float = 60.0) -> None:
+    """Wait until a checkpoint that another node found can be seen from here.
+
+    Raises:
+        FileNotFoundError: it cannot after ``patience`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while not (checkpoint / "progress.json").exists():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"{checkpoint}, which the first rank sees, is not there on {socket.gethostname()}: "
+                "output=... must be a folder that all nodes share"
+            )
+        time.sleep(0.2)
+
+
 class Checkpointer:
     """Writes checkpoints while training goes on.
 
@@ -80,6 +98,7 @@ class Checkpointer:
         self.parts = (model, optimizers, average)
         self.ranks = ranks
         self.keep = keep
+        self.saved = time.monotonic()  # when the last save began
         # Messages of the writing threads must not mix with those of the training.
         self.group: dist.ProcessGroup | None = None
         if ranks.world_size > 1:
@@ -98,9 +117,14 @@ class Checkpointer:
         if kind is None or issubclass(kind, NonFiniteLossError):
             self.finish()
 
+    def is_due(self, minutes: float | None) -> bool:
+        """Whether the last save began ``minutes`` ago or earlier; never where that is None."""
+        return minutes is not None and time.monotonic() - self.saved >= 60 * minutes
+
     def save(self, progress: Progress) -> None:
         """Begin to write the checkpoint of ``progress.step``, after the one before is on disk."""
         self.finish()
+        self.saved = time.monotonic()
         unfinished = self.unfinished(progress)
         if self.ranks.is_main:
             unfinished.mkdir(parents=True)

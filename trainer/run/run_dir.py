@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,29 @@ def claimed(run_dir: Path, config: TrainConfig) -> Iterator[None]:
             ) from None
         record_config(run_dir, config)
         yield
+
+
+def check_progress(run_dir: Path, step: int) -> None:
+    """Note that this Slurm job starts at ``step``; a job requeued for nothing must end.
+
+    Raises:
+        ValueError: its last two starts began at the same step and reached no checkpoint either.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    path = run_dir / "starts.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    steps = [start["step"] for start in map(json.loads, lines) if start["job"] == job]
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= 2 and steps[-2:] == [step, step]:
+        raise ValueError(
+            f"two starts in a row of job {job} made no progress past step {step} of {run_dir}: "
+            "what ends them comes before the first checkpoint; give the job more time (launcher="
+            "slurm: hydra.launcher.timeout_min, signal_delay_s) or save more often "
+            "(checkpoint.minutes)"
+        )
+    with path.open("a") as file:
+        file.write(json.dumps({"job": job, "step": step, "time": time.time()}) + "\n")
 
 
 def finished_loss(config: TrainConfig) -> float | None:
