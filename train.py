@@ -12,6 +12,7 @@ import sys
 from trainer.config.schema import TrainConfig
 from trainer.entry import program
 from trainer.errors import NonFiniteLossError, in_sweep
+from trainer.run.inputs import run_dir_of
 
 
 @program("train", TrainConfig)
@@ -22,7 +23,7 @@ def main(run: TrainConfig) -> float:
     try:
         return train(run)
     except NonFiniteLossError as error:
-        (run.run_dir() / "diverged.txt").write_text(f"{error}\n")  # a search reads it
+        (run_dir_of(run) / "diverged.txt").write_text(f"{error}\n")  # a search reads it
         if not in_sweep():
             raise
         print(f"diverged: {error}", file=sys.stderr, flush=True)  # one bad point, not the end

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,18 +39,13 @@ from trainer.optim.optimizer import build_optimizers, set_schedules
 from trainer.parallel.activation_checkpointing import choose_recompute, recompute_blocks
 from trainer.parallel.context_parallel import split_batch
 from trainer.parallel.ranks import Ranks, join_ranks, last_backward, parallelize
-from trainer.run.checkpoint import (
-    Checkpointer,
-    Progress,
-    checkpoints,
-    load_checkpoint,
-    read_progress,
-    wait_for_checkpoint,
-)
+from trainer.run.checkpoint import Checkpointer, load_checkpoint, wait_for_checkpoint
 from trainer.run.distillation import Teachers
 from trainer.run.export import load_hugging_face
+from trainer.run.inputs import changed_inputs, read_inputs, run_dir_of, stream_path
 from trainer.run.kernel_choice import check_kernels, choose_kernels, compute_dtype
 from trainer.run.metrics import Meter
+from trainer.run.progress import Progress, checkpoints, read_progress
 from trainer.run.run_dir import check_progress, claimed, finished_loss, write_json
 from trainer.run.trackers import Tracker
 from trainer.stop import StopSignals, stopped
@@ -69,8 +65,9 @@ def train(config: TrainConfig) -> float:
         NonFiniteLossError: a loss or a gradient became NaN or infinite; names step and documents.
     """
     config.check()
-    run_dir = config.run_dir()
-    if (trained := finished_loss(config)) is not None:
+    inputs = read_inputs(config)
+    run_dir = run_dir_of(config, inputs)
+    if (trained := finished_loss(config, inputs)) is not None:
         print(f"{run_dir} is already trained: loss {trained:.4f}", flush=True)
         return trained
 
@@ -80,6 +77,8 @@ def train(config: TrainConfig) -> float:
         streams = open_streams(config)
         validation = open_stream(config, config.data.validation)
         check_same_tokenizer([*streams, validation])
+        for stream in (*streams, validation):
+            check_unchanged(stream, inputs)
         vocabulary = model_vocabulary(config, streams[0])
         config = replace(config, model=replace(config.model, vocab_size=vocabulary))
         plan = plan_data(config, streams)
@@ -110,11 +109,15 @@ def train(config: TrainConfig) -> float:
         # Where an earlier attempt stopped.
         if ranks.is_main:
             cleanup.enter_context(claimed(run_dir, config))
-        before = resume(run_dir, wrapped, optimizers, average, plan, streams[0], ranks)
+        before = resume(run_dir, wrapped, optimizers, average, plan, streams[0], inputs, ranks)
         if ranks.is_main:
             check_progress(run_dir, before.step)
         guard = StepGuard(
-            config.optimizer, before.usual_grad_norm, before.accepted_steps, before.skipped_steps
+            config.optimizer,
+            before.usual_grad_norm,
+            before.accepted_steps,
+            before.skipped_steps,
+            before.skipped_in_a_row,
         )
         keep = config.checkpoint.keep
         saver = Checkpointer(run_dir, wrapped, optimizers, average, ranks, keep)
@@ -178,6 +181,8 @@ def train(config: TrainConfig) -> float:
                         guard.usual,
                         guard.accepted,
                         guard.skipped,
+                        guard.in_a_row,
+                        inputs,
                     )
                     saver.save(progress)
                 else:
@@ -202,6 +207,7 @@ def train(config: TrainConfig) -> float:
                 "name": run_dir.name,
                 "recipe": to_dict(config)["recipe"],
                 "seed": config.seed,
+                "inputs": inputs,
                 "steps": steps,
                 "parameters": config.model.parameter_count(),
                 "seconds": before.seconds + time.monotonic() - began,
@@ -227,7 +233,13 @@ def open_streams(config: TrainConfig) -> list[MegadocStream]:
 
 def open_stream(config: TrainConfig, name: str) -> MegadocStream:
     """A stream of the corpus folder by its name."""
-    return MegadocStream(f"{config.data.root}/streams/{name}", cache=config.data.cache)
+    return MegadocStream(stream_path(config, name), cache=config.data.cache)
+
+
+def check_unchanged(stream: MegadocStream, inputs: Mapping[str, str]) -> None:
+    """Raise ValueError where a stream was built again between naming the run and opening it."""
+    if stream.manifest.content_sha256 not in inputs.values():
+        raise ValueError(f"{stream.path} was built again just now; start the same command again")
 
 
 def plan_data(config: TrainConfig, streams: list[MegadocStream]) -> Plan:
@@ -366,12 +378,13 @@ def resume(
     average: WeightAverage | None,
     plan: Plan,
     stream: MegadocStream,
+    inputs: Mapping[str, str],
     ranks: Ranks,
 ) -> Progress:
     """Load the newest checkpoint, if there is one, and say what was done."""
     newest = ranks.from_main(lambda: next(reversed(checkpoints(run_dir)), None))
     if newest is None:
-        return Progress(0, plan.hash(), stream.manifest.tokenizer_sha256, 0.0)
+        return Progress(0, plan.hash(), stream.manifest.tokenizer_sha256, 0.0, inputs=dict(inputs))
     wait_for_checkpoint(newest)
     progress = read_progress(newest)
     if progress.tokenizer_sha256 != stream.manifest.tokenizer_sha256:
@@ -379,10 +392,15 @@ def resume(
             f"{newest} was trained with another tokenizer than {stream.path} was written with; "
             "use another name=... for the new corpus"
         )
+    if changed := changed_inputs(progress.inputs, inputs):
+        raise ValueError(
+            f"{newest} was trained on other data than is there now ({changed}): streams under "
+            f"{stream.path.parent} have changed since; use another name=... or rebuild the old ones"
+        )
     if progress.plan_hash != plan.hash():
         raise ValueError(
-            f"{newest} was trained in another order of the data: the streams under "
-            f"{stream.path.parent} have changed since; use another name=... or rebuild the old ones"
+            f"{newest} was trained in another order of the same data: another version wrote it; "
+            "use another name=..."
         )
     load_checkpoint(newest, model, optimizers, average, ranks)
     if ranks.is_main:

@@ -80,7 +80,7 @@ def build_tokenizer(
         tokenizer.save(str(file))
     manifest = TokenizerManifest(
         hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
-        tokenizer.get_vocab_size(),
+        vocabulary_size(tokenizer),
         config.eos_token,
         eos_id,
     )
@@ -95,11 +95,22 @@ def load_tokenizer(root: Path) -> tuple[Tokenizer, TokenizerManifest]:
     """
     content = read_json(root / "tokenizer" / "manifest.json")
     content.pop("config")
-    tokenizer = Tokenizer.from_file(str(root / "tokenizer" / "tokenizer.json"))
+    tokenizer = plain(Tokenizer.from_file(str(root / "tokenizer" / "tokenizer.json")))
+    content["vocab_size"] = vocabulary_size(tokenizer)
+    return tokenizer, TokenizerManifest(**content)
+
+
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without truncation, padding, and special tokens found in texts."""
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer, TokenizerManifest(**content)
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Rows that an embedding needs: the highest id and one, as there may be holes below it."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:

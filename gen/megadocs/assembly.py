@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
 from gen.generations.store import places_of
-from gen.megadocs.split import split_text
+from gen.megadocs.split import split_document
 
 REAL, REPHRASE, THOUGHT = 0, 1, 2
 # Of a store, what megadocs are made of.
@@ -26,6 +26,7 @@ class Member:
     text: str
     index: int  # which generation; for real text which piece
     style: int = 0  # which of the stream's methods it is of
+    tokens: list[int] | None = None  # ids, where they are known already
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def latent(
 ) -> Iterator[Megadoc]:
     """Every document in its order, stretched by a thought at each cut that has one kept."""
     for place, document in enumerate(documents):
-        pieces = split_text(document.text, generations.count + 1, tokenizer)
+        pieces = split_document(document.text, generations.count + 1, tokenizer)
         thoughts, made = generations.of(place), generations.made(place)
         missing = [cut for cut in range(len(pieces) - 1) if cut not in made]
         if missing and not generations.may_lack:
@@ -216,7 +217,7 @@ def latent(
             )
         members = []
         for cut, piece in enumerate(pieces):
-            members.append(Member(REAL, piece, cut))
+            members.append(Member(REAL, piece.text, cut, tokens=piece.tokens))
             if cut in thoughts and cut < len(pieces) - 1:
                 text = f"{open_thought}{thoughts[cut]}{close_thought}"
                 members.append(Member(THOUGHT, text, cut))

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
 
-def split_text(text: str, pieces: int, tokenizer: Tokenizer) -> list[str]:
+class Piece(NamedTuple):
+    """A part of a document."""
+
+    text: str
+    tokens: list[int]  # ids: those of all pieces in a row are the document's
+
+
+def split_document(text: str, pieces: int, tokenizer: Tokenizer) -> list[Piece]:
     """Cut ``text`` into near-equal pieces by tokens; earlier pieces take the remainder.
 
     Args:
@@ -19,15 +27,30 @@ def split_text(text: str, pieces: int, tokenizer: Tokenizer) -> list[str]:
         Non-empty pieces that concatenate to ``text``; fewer than asked for where the text has
         fewer token borders.
     """
-    offsets = tokenizer.encode(text, add_special_tokens=False).offsets
-    count = min(pieces, max(1, len(offsets)))
-    size, remainder = divmod(len(offsets), count)
-    cuts = [0]
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    starts = [start for start, _ in encoding.offsets]
+    count = min(pieces, max(1, len(starts)))
+    size, remainder = divmod(len(starts), count)
+    cuts, places = [0], [0]  # in tokens, in characters
     border = 0
     for piece in range(count - 1):
         border += size + (piece < remainder)
-        place = offsets[border][0]
-        if cuts[-1] < place < len(text):  # tokens of one character share their offset
-            cuts.append(place)
-    cuts.append(len(text))
-    return [text[start:end] for start, end in itertools.pairwise(cuts)]
+        token = border
+        while token > cuts[-1] and starts[token - 1] >= starts[border]:
+            token -= 1  # tokens of one character share their offset
+        if places[-1] < starts[border] < len(text) and cuts[-1] < token:
+            cuts.append(token)
+            places.append(starts[border])
+    cuts.append(len(starts))
+    places.append(len(text))
+    return [
+        Piece(text[place:end], encoding.ids[token:last])
+        for (place, end), (token, last) in zip(
+            itertools.pairwise(places), itertools.pairwise(cuts), strict=True
+        )
+    ]
+
+
+def split_text(text: str, pieces: int, tokenizer: Tokenizer) -> list[str]:
+    """The texts of :func:`split_document`."""
+    return [piece.text for piece in split_document(text, pieces, tokenizer)]

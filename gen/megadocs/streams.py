@@ -20,13 +20,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from gen.corpus.documents import Document
-from gen.corpus.tokenizer import TokenizerManifest, encode
+from gen.corpus.tokenizer import TokenizerManifest
 from gen.generations.store import GenerationStore
 from gen.megadocs.assembly import (
-    REAL,
     REPHRASE,
     TEXT_COLUMNS,
-    THOUGHT,
     Generations,
     Megadoc,
     latent,
@@ -34,12 +32,21 @@ from gen.megadocs.assembly import (
     simple,
     stitched,
 )
+from gen.megadocs.encoding import Encoder, real_tokens
 from gen.megadocs.missing import Missing, missing_of
 from gen.quality.gates import QualityConfig, gates, select, strip_preamble
 from gen.quality.table import columns_of, quality_table
-from trainer.files import read_json, replace_folder
+from trainer.data.format import (
+    MANIFEST,
+    ContentHash,
+    DamagedStreamError,
+    read_manifest,
+    seal,
+    verify,
+)
+from trainer.files import replace_folder
 
-FORMAT = 2  # of the samples and the manifest; a change rebuilds the streams
+FORMAT = 3  # of the samples and the manifest; a change rebuilds the streams
 COLUMNS = {
     "id": "str",
     "tokens": "ndarray:uint32",
@@ -176,13 +183,11 @@ def build_stream(
         "quality": {**asdict(quality), "processes": None} if stores else None,
     }
     config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    if (folder / "manifest.json").exists():
-        manifest = read_json(folder / "manifest.json")
-        if manifest["config_hash"] == config_hash:
-            for known in manifest.get("missing", []):
-                Missing(**known).check(config.missing, config.missing_share)
-            print(f"{folder}: up to date", flush=True)
-            return manifest
+    if (current := current_manifest(folder, config_hash)) is not None:
+        for known in current.get("missing", []):
+            Missing(**known).check(config.missing, config.missing_share)
+        print(f"{folder}: up to date", flush=True)
+        return current
     chosen, judged, lacking = choose_generations(
         stores,
         generations,
@@ -196,7 +201,14 @@ def build_stream(
     try:
         with replace_folder(folder) as unfinished:
             statistics = write_shards(
-                megadocs, unfinished, tokenizer, vocabulary, config, name, styles
+                megadocs,
+                unfinished,
+                tokenizer,
+                vocabulary,
+                config,
+                name,
+                styles,
+                members_are_documents=kind != "latent",
             )
             manifest = {
                 **identity,
@@ -210,7 +222,7 @@ def build_stream(
                 "members_are_documents": kind != "latent",
                 "config_hash": config_hash,
             }
-            (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            manifest = seal(unfinished, manifest)
     except OSError as error:
         raise OSError(
             f"could not write the stream {folder}: {error}; nothing half-written was left, "
@@ -305,6 +317,19 @@ def sum_of(one: Any, other: Any) -> Any:
     return one + other
 
 
+def current_manifest(folder: Path, config_hash: str) -> dict[str, Any] | None:
+    """The manifest of a stream that is there, whole and of this config; None to build it."""
+    if not (folder / MANIFEST).exists():
+        return None
+    try:
+        manifest = read_manifest(folder)
+        verify(folder, manifest)
+    except DamagedStreamError as error:
+        print(f"{folder} is built again: {str(error).partition('; build')[0]}", flush=True)
+        return None
+    return manifest if manifest["config_hash"] == config_hash else None
+
+
 def select_generations(
     generations: Generations,
     store: GenerationStore,
@@ -368,41 +393,43 @@ def write_shards(
     config: StreamConfig,
     name: str,
     styles: list[str],
-) -> dict[str, int]:
-    """Tokenize and write the samples, then read their count back; returns token statistics."""
+    members_are_documents: bool,
+) -> dict[str, int | str]:
+    """Tokenize and write the samples, then read their count back.
+
+    Returns:
+        Counts of tokens and bytes, and the content's hash, for the manifest.
+    """
     from streaming import LocalDataset, MDSWriter  # takes seconds to import
 
-    separator = encode(tokenizer, [config.separator])[0] if config.separator is not None else None
+    encoder = Encoder(
+        tokenizer,
+        vocabulary.eos_id,
+        config.separator,
+        config.open_thought,
+        config.close_thought,
+        members_are_documents,
+    )
     columns = COLUMNS | ({"member_styles": "ndarray:uint8"} if len(styles) > 1 else {})
     lengths: list[int] = []
     member_lengths: list[int] = []
-    text_bytes = real_tokens = 0
+    text_bytes = real = 0
+    content = ContentHash(vocabulary.sha256, members_are_documents)
     with (
         MDSWriter(out=str(folder), columns=columns, size_limit=config.shard_bytes) as writer,
         tqdm(desc=name, unit="megadoc", leave=False) as bar,
     ):
         for batch in batches(megadocs):
-            texts = [member.text for megadoc in batch for member in megadoc.members]
-            encoded = iter(encode(tokenizer, texts))
-            text_bytes += sum(len(text.encode()) for text in texts)
-            for megadoc in batch:
-                tokens: list[int] = []
-                ends: list[int] = []
-                one_text = any(member.kind == THOUGHT for member in megadoc.members)
-                if config.separator is not None and not one_text:
+            for megadoc, (tokens, ends) in zip(batch, encoder.encode(batch), strict=True):
+                text_bytes += sum(len(member.text.encode()) for member in megadoc.members)
+                if config.separator is not None and members_are_documents:
                     text_bytes += len(config.separator.encode()) * (len(megadoc.members) - 1)
-                for place, member in enumerate(megadoc.members):
-                    tokens.extend(next(encoded))
-                    if place == len(megadoc.members) - 1:
-                        tokens.append(vocabulary.eos_id)
-                    elif not one_text:
-                        tokens.extend([vocabulary.eos_id] if separator is None else separator)
-                    ends.append(len(tokens))
-                    if member.kind == REAL:
-                        real_tokens += ends[-1] - (ends[-2] if place else 0)
-                writer.write(sample(megadoc, tokens, ends, styles))
+                row = sample(megadoc, tokens, ends, styles)
+                writer.write(row)
+                content.add(row["tokens"], row["member_ends"], row["member_kinds"])
                 lengths.append(len(tokens))
                 member_lengths.extend(np.diff([0, *ends]).tolist())
+                real += real_tokens(megadoc, ends)
             bar.update(len(batch))
     np.save(folder / "lengths.npy", np.array(lengths, dtype=np.uint32))
     np.save(folder / "member_lengths.npy", np.array(member_lengths, dtype=np.uint32))
@@ -413,9 +440,10 @@ def write_shards(
     return {
         "samples": len(lengths),
         "tokens": total,
-        "real_tokens": real_tokens,
-        "synthetic_tokens": total - real_tokens,
+        "real_tokens": real,
+        "synthetic_tokens": total - real,
         "bytes": text_bytes,
+        "content_sha256": content.hexdigest(),
     }
 
 

@@ -1,14 +1,16 @@
 """Small MDS streams in the format of ``gen/megadocs/streams.py``."""
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from streaming import MDSWriter
 
 from gen.megadocs.streams import COLUMNS
+from trainer.data.format import ContentHash, seal
 from trainer.data.mds import MegadocStream
 
 VOCABULARY = 97
@@ -18,24 +20,30 @@ StreamMaker = Callable[..., MegadocStream]
 
 
 def write_stream(
-    folder: Path, members: list[list[int]], members_are_documents: bool = True, **changes: object
+    folder: Path,
+    members: list[list[int]],
+    members_are_documents: bool = True,
+    *,
+    shift: int = 0,
+    **changes: object,
 ) -> MegadocStream:
-    """Write a stream whose token at place p of sample s is 1 + (31 s + p) % 96, EOS at the end."""
+    """Write a stream: token p of sample s is 1 + (31 s + p + shift) % 96, the last is EOS."""
     name = folder.name
+    content = ContentHash(str(changes.get("tokenizer_sha256", "f" * 64)), members_are_documents)
     with MDSWriter(out=str(folder), columns=COLUMNS) as writer:
         for index, lengths in enumerate(members):
             size = sum(lengths)
-            tokens = 1 + (31 * index + np.arange(size)) % (VOCABULARY - 1)
+            tokens = 1 + (31 * index + shift + np.arange(size)) % (VOCABULARY - 1)
             tokens[-1] = EOS
-            writer.write(
-                {
-                    "id": f"{name}-{index}",
-                    "tokens": tokens.astype(np.uint32),
-                    "member_ends": np.cumsum(lengths).astype(np.uint32),
-                    "member_kinds": np.zeros(len(lengths), dtype=np.uint8),
-                    "provenance": {},
-                }
-            )
+            row: dict[str, Any] = {
+                "id": f"{name}-{index}",
+                "tokens": tokens.astype(np.uint32),
+                "member_ends": np.cumsum(lengths).astype(np.uint32),
+                "member_kinds": np.zeros(len(lengths), dtype=np.uint8),
+                "provenance": {},
+            }
+            writer.write(row)
+            content.add(row["tokens"], row["member_ends"], row["member_kinds"])
     lengths = [sum(sizes) for sizes in members]
     np.save(folder / "lengths.npy", np.array(lengths, dtype=np.uint32))
     flat = [size for sizes in members for size in sizes]
@@ -51,9 +59,10 @@ def write_stream(
         "eos_id": EOS,
         "tokenizer_sha256": "f" * 64,
         "members_are_documents": members_are_documents,
+        "content_sha256": content.hexdigest(),
         **changes,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    seal(folder, manifest)
     return MegadocStream(folder)
 
 
@@ -62,9 +71,16 @@ def make_stream(tmp_path: Path) -> StreamMaker:
     """:func:`write_stream` by the name of the stream."""
 
     def make(
-        name: str, members: list[list[int]], members_are_documents: bool = True, **changes: object
+        name: str,
+        members: list[list[int]],
+        members_are_documents: bool = True,
+        *,
+        root: Path = tmp_path,
+        shift: int = 0,
+        **changes: object,
     ) -> MegadocStream:
-        folder = tmp_path / "streams" / name
-        return write_stream(folder, members, members_are_documents, **changes)
+        folder = root / "streams" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        return write_stream(folder, members, members_are_documents, shift=shift, **changes)
 
     return make

@@ -24,6 +24,7 @@ from trainer.loop import accumulate_gradients, prepare_blocks, train
 from trainer.model.llama import Kernels, Llama
 from trainer.optim.optimizer import build_optimizers
 from trainer.parallel.ranks import Ranks
+from trainer.run.inputs import run_dir_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,7 +50,7 @@ def test_it_learns_what_a_cpu_learns(
         runtime=RuntimeConfig(device="cpu", dtype=Dtype.bfloat16, num_threads=1),
     )
     assert train(on_gpu) == pytest.approx(train(on_cpu), abs=0.03)
-    first, right = (metrics(run.run_dir())[0]["train/loss"] for run in (on_gpu, on_cpu))
+    first, right = (metrics(run_dir_of(run))[0]["train/loss"] for run in (on_gpu, on_cpu))
     assert first == pytest.approx(right, abs=0.002)  # before any update
 
 

@@ -39,7 +39,9 @@ from trainer.errors import NonFiniteLossError
 from trainer.evaluation.losses import Scores, evaluate_model
 from trainer.loop import train
 from trainer.parallel.ranks import Ranks
-from trainer.run.checkpoint import checkpoints, load_model, read_progress
+from trainer.run.checkpoint import load_model
+from trainer.run.inputs import run_dir_of
+from trainer.run.progress import checkpoints, read_progress
 from trainer.run.run_dir import claimed
 from trainer.run.trackers import environment
 from trainer.stop import Stopped
@@ -86,7 +88,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 def test_a_run_learns_reports_and_is_not_repeated(corpus_root: Path, tmp_path: Path) -> None:
     settings = config(corpus_root, tmp_path)
     loss = train(settings)
-    run = settings.run_dir()
+    run = run_dir_of(settings)
     rows = [row for row in metrics(run) if "train/loss" in row]
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 1
     result = json.loads((run / "result.json").read_text())
@@ -182,7 +184,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(
     monkeypatch.setattr("trainer.loop.clip_grad_norm_", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"step 2: the gradient has norm nan.*real:"):
         train(settings)
-    assert read_progress(checkpoints(settings.run_dir())[-1]).step == 2
+    assert read_progress(checkpoints(run_dir_of(settings))[-1]).step == 2
 
 
 def test_a_stop_is_seen_between_log_lines_and_leftovers_are_cleared(
@@ -191,7 +193,7 @@ def test_a_stop_is_seen_between_log_lines_and_leftovers_are_cleared(
     tracking = TrackingConfig(tensorboard=False, log_every=100, num_evaluations=1)
     saved = CheckpointConfig(count=1)
     settings = config(corpus_root, tmp_path, tracking=tracking, checkpoint=saved)
-    folder = settings.run_dir() / "checkpoints"
+    folder = run_dir_of(settings) / "checkpoints"
     (folder / ".step-00000001.tmp").mkdir(parents=True)  # of a process killed while it wrote
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched:
@@ -212,7 +214,7 @@ def test_a_last_step_that_ruins_the_model_is_no_result(
     settings = config(corpus_root, tmp_path)
     with pytest.raises(NonFiniteLossError, match="validation loss after the last step is nan"):
         train(settings)
-    assert not (settings.run_dir() / "result.json").exists()
+    assert not (run_dir_of(settings) / "result.json").exists()
 
 
 def test_the_environment_is_known_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +247,7 @@ def test_every_way_to_optimise_learns_and_resumes_to_the_bit(
         checkpoint=CheckpointConfig(count=4, keep=9),
     )
     loss = train(settings)
-    run = settings.run_dir()
+    run = run_dir_of(settings)
     rows = [row for row in metrics(run) if "train/loss" in row]
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 1
     final = weights(run)
@@ -288,7 +290,7 @@ def test_trackers_get_every_number(
     saved = CheckpointConfig(count=1)
     settings = config(corpus_root, tmp_path, recipe=real, tracking=tracking, checkpoint=saved)
     train(settings)
-    place = settings.run_dir() / "wandb" if library == "wandb" else tmp_path / "trackio"
+    place = run_dir_of(settings) / "wandb" if library == "wandb" else tmp_path / "trackio"
     assert any(path.stat().st_size > 1000 for path in place.rglob("*") if path.is_file())
 
 

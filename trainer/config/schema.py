@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -409,25 +410,28 @@ class TrainConfig:
             )
 
     def science(self) -> dict[str, Any]:
-        """What decides the weights: all but output, tracking and the machine's side."""
+        """The config's part of what decides the weights: not output, tracking and the machine.
+
+        Nor where the streams lie: ``trainer/run/inputs.py`` says what is in them.
+        """
         science = to_dict(self)
         for key in ("runtime", "tracking", "checkpoint", "output", "name"):
             science.pop(key)
         science["recipe"]["generations"] = self.recipe.used_generations
         science["recipe"].pop("max_generations")
-        science["data"].pop("micro_batch_size")
-        science["data"].pop("cache")
+        for key in ("micro_batch_size", "cache", "root"):
+            science["data"].pop(key)
         science["version"] = VERSION
         return science
 
-    def science_hash(self) -> str:
-        """Hash of :meth:`science`, 8 hexadecimal digits: one experiment has one name everywhere."""
-        return hashlib.sha256(json.dumps(self.science(), sort_keys=True).encode()).hexdigest()[:8]
+    def science_hash(self, inputs: Mapping[str, str]) -> str:
+        """Hash of what decides the weights, 8 hexadecimal digits: an experiment has one name.
 
-    def run_dir(self) -> Path:
-        """The run's folder, the same on every rank because it depends on the config alone."""
-        label = self.recipe.synthetic or self.recipe.real_stream
-        return Path(self.output) / (self.name or f"{label}-{self.science_hash()}")
+        Args:
+            inputs: identity of everything that is read, by name: ``trainer/run/inputs.py``.
+        """
+        content = json.dumps([self.science(), dict(inputs)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -15,6 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainer.data.format import (
+    MANIFEST,
+    DamagedStreamError,
+    build_again,
+    read_manifest,
+    verify,
+)
+
 if TYPE_CHECKING:
     from streaming import LocalDataset
     from streaming.base.storage.download import CloudDownloader
@@ -34,8 +42,23 @@ class StreamManifest:
     eos_id: int
     tokenizer_sha256: str
     members_are_documents: bool  # False: a megadoc is one text, mask=document does not cut it
+    content_sha256: str  # identity of tokens, members and their order
     # methods of its rephrases where there are several
     styles: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, content: dict[str, Any], folder: Path) -> StreamManifest:
+        """From the whole manifest of ``folder``.
+
+        Raises:
+            DamagedStreamError: it lacks something.
+        """
+        content = {"styles": [], **content}
+        if missing := [one.name for one in fields(cls) if one.name not in content]:
+            raise DamagedStreamError(
+                f"{folder / MANIFEST} lacks {', '.join(missing)}; {build_again(folder)}"
+            )
+        return cls(**{one.name: content[one.name] for one in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -66,16 +89,27 @@ class MegadocStream:
         if "://" in str(path):
             path = download_stream(str(path), cache)
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+        content = read_manifest(self.path)
+        self.manifest = StreamManifest.of(content, self.path)
+        verify(self.path, content)
         self.lengths: np.ndarray = np.load(self.path / "lengths.npy").astype(np.int64)  # [N]
-        self.member_lengths: np.ndarray = np.load(self.path / "member_lengths.npy")
+        self.member_lengths: np.ndarray = np.load(self.path / "member_lengths.npy")  # [M]
         self.dataset = open_shards(self.path)
-        if not (len(self.lengths) == len(self.dataset) == self.manifest.samples):
-            raise ValueError(
-                f"{self.path}: {len(self.dataset)} samples in the shards, {len(self.lengths)} in "
-                f"lengths.npy, {self.manifest.samples} in manifest.json; delete the folder and "
-                "build it again with generate.py"
-            )
+        self.check_lengths()
+
+    def check_lengths(self) -> None:
+        """Raise DamagedStreamError where shards, lengths and manifest were written differently."""
+        manifest = self.manifest
+        found = f"{len(self.dataset)} samples in the shards, {len(self.lengths)} in lengths.npy"
+        if not len(self.lengths) == len(self.dataset) == manifest.samples:
+            problem = f"{found}, {manifest.samples} in {MANIFEST}"
+        elif self.lengths.sum() != manifest.tokens:
+            problem = f"{self.lengths.sum()} tokens in lengths.npy, {manifest.tokens} in {MANIFEST}"
+        elif not np.isin(self.lengths.cumsum(), self.member_lengths.cumsum(dtype=np.int64)).all():
+            problem = "member_lengths.npy does not add up to lengths.npy"
+        else:
+            return
+        raise DamagedStreamError(f"{self.path}: {problem}; {build_again(self.path)}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -92,14 +126,13 @@ class MegadocStream:
             member_ends = row["member_ends"].astype(np.int64)
         except Exception as error:  # whatever the decoder stumbles over
             raise ValueError(
-                f"{self.shard_of(index)} is corrupted at sample {index}: {error!r}; delete "
-                f"{self.path} and build it again with generate.py"
+                f"{self.shard_of(index)} is corrupted at sample {index}: {error!r}; "
+                f"{build_again(self.path)}"
             ) from error
         if len(tokens) != self.lengths[index] or member_ends[-1] != len(tokens):
             raise ValueError(
                 f"{self.shard_of(index)} is corrupted: sample {index} has {len(tokens)} tokens, "
-                f"lengths.npy says {self.lengths[index]}; delete {self.path} and build it again "
-                "with generate.py"
+                f"lengths.npy says {self.lengths[index]}; {build_again(self.path)}"
             )
         if tokens.max() >= self.manifest.vocab_size:
             raise ValueError(
@@ -116,33 +149,33 @@ class MegadocStream:
         return self.path / shard_files(self.path)[shard]["basename"]
 
 
-def read_manifest(path: Path) -> StreamManifest:
-    """The manifest of a finished stream folder."""
-    file = path / "manifest.json"
-    if not file.exists():
-        known = sorted(other.parent.name for other in path.parent.glob("*/manifest.json"))
-        raise FileNotFoundError(
-            f"{path} is not a finished stream (no manifest.json). Finished ones beside it: "
-            f"{', '.join(known) or 'none'}. Build it with generate.py"
-        )
-    content: dict[str, Any] = {"styles": [], **json.loads(file.read_text())}
-    return StreamManifest(**{one.name: content[one.name] for one in fields(StreamManifest)})
-
-
 def open_shards(path: Path) -> LocalDataset:
-    """The MDS reader of a folder, after comparing every shard's size with the index."""
-    for shard in shard_files(path):
-        file, expected = path / shard["basename"], shard["bytes"]
-        found = file.stat().st_size if file.exists() else None
-        if found != expected:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(
-                f"the shard {file} {state}, index.json says {expected}: it was truncated or "
-                f"changed; delete {path} and build it again with generate.py"
-            )
+    """The MDS reader of a folder."""
     from streaming import LocalDataset  # takes seconds to import
 
     return LocalDataset(str(path))
+
+
+def read_stream_manifest(path: str | Path, cache: str | None = None) -> StreamManifest:
+    """The manifest of a stream without its shards; of a remote one, what lies there now."""
+    if "://" not in str(path):
+        return StreamManifest.of(read_manifest(Path(path)), Path(path))
+    from streaming.base.storage.download import CloudDownloader
+
+    local = cache_folder(str(path), cache) / "newest"
+    local.mkdir(parents=True, exist_ok=True)
+    with (local / "download.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (local / MANIFEST).unlink(missing_ok=True)
+        CloudDownloader.get(str(path)).download(f"{path}/{MANIFEST}", str(local / MANIFEST))
+        return StreamManifest.of(read_manifest(local), local)
+
+
+def cache_folder(remote: str, cache: str | None) -> Path:
+    """Where a remote stream lies on this machine."""
+    if cache is None:
+        raise ValueError(f"{remote} is remote: set data.cache to a local folder for its shards")
+    return Path(cache) / remote.split("://", 1)[1]
 
 
 def check_same_manifest(downloader: CloudDownloader, remote: str, local: Path) -> None:
@@ -179,11 +212,9 @@ def check_same_tokenizer(streams: Sequence[MegadocStream]) -> None:
 
 def download_stream(remote: str, cache: str | None) -> Path:
     """Bring a remote stream into ``cache`` and return its local folder."""
-    if cache is None:
-        raise ValueError(f"{remote} is remote: set data.cache to a local folder for its shards")
+    local = cache_folder(remote, cache)
     from streaming.base.storage.download import CloudDownloader
 
-    local = Path(cache) / remote.split("://", 1)[1]
     local.mkdir(parents=True, exist_ok=True)
     downloader = CloudDownloader.get(remote)
 

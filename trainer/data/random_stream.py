@@ -19,7 +19,7 @@ class RandomStream:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         tokens = int(self.lengths.sum())
         self.manifest = StreamManifest(
-            "random", "random", 0, len(self.lengths), tokens, tokens, vocab_size, 0, "", False
+            "random", "random", 0, len(self.lengths), tokens, tokens, vocab_size, 0, "", False, ""
         )
 
     def __getitem__(self, index: int) -> Sample:

@@ -20,7 +20,8 @@ from trainer.data.batches import NO_TARGET
 from trainer.data.mds import MegadocStream
 from trainer.evaluation.losses import Scores, evaluation_batches
 from trainer.parallel.ranks import choose_device
-from trainer.run.checkpoint import load_model, newest_checkpoint, read_progress
+from trainer.run.checkpoint import load_model
+from trainer.run.progress import newest_checkpoint, read_progress
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time
 
@@ -159,7 +160,17 @@ def check_comparable(
     first_run: str | Path, first: TrainConfig, run: str | Path, config: TrainConfig
 ) -> None:
     """Raise ValueError where two members do not predict the same tokens from the same context."""
-    for name in ("root", "context_length", "mask"):
+    ours, theirs = (
+        read_progress(newest_checkpoint(one)).inputs.get(settings.data.validation, "unknown")
+        for one, settings in ((first_run, first), (run, config))
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"{run} was evaluated on other held-out documents ({theirs[:12]}) than {first_run} "
+            f"({ours[:12]}): one may have been trained on the other's; members of an ensemble must "
+            "read the same corpus"
+        )
+    for name in ("context_length", "mask"):
         ours, theirs = getattr(first.data, name), getattr(config.data, name)
         if ours != theirs:
             raise ValueError(

@@ -174,6 +174,7 @@ class Scores:
                 "tokens": int(self.document_tokens.sum()),
                 "short_up_to": self.cut_off,
                 "tokenizer_sha256": manifest.tokenizer_sha256,
+                "content_sha256": manifest.content_sha256,
             },
         }
 

@@ -22,19 +22,24 @@ class StepGuard:
     losses that are not finite are then noticed when the log is written. Otherwise the host waits
     for the norm in every step.
 
-    ``usual`` (running mean of accepted norms), ``accepted`` and ``skipped`` belong into a
-    checkpoint, so that a resumed run judges and counts as an undisturbed one.
+    ``usual`` (running mean of accepted norms), ``accepted``, ``skipped`` and ``in_a_row`` belong
+    into a checkpoint, so that a resumed run judges and counts as an undisturbed one.
     """
 
     def __init__(
-        self, config: OptimizerConfig, usual: float = 0.0, accepted: int = 0, skipped: int = 0
+        self,
+        config: OptimizerConfig,
+        usual: float = 0.0,
+        accepted: int = 0,
+        skipped: int = 0,
+        in_a_row: int = 0,
     ) -> None:
         self.skips = config.on_bad_step is BadStep.skip
         self.factor = config.spike_factor
         self.usual = usual
         self.accepted = accepted
         self.skipped = skipped
-        self.in_a_row = 0
+        self.in_a_row = in_a_row
 
     def accepts(self, grad_norm: Tensor, blame: Callable[[str], str]) -> bool:
         """Whether the optimiser may take the step.

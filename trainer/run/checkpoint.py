@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import time
 import warnings
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +35,10 @@ from trainer.errors import NonFiniteLossError
 from trainer.model.llama import Llama
 from trainer.optim.averaging import WeightAverage
 from trainer.parallel.ranks import Ranks
+from trainer.run.progress import Progress, checkpoints, newest_checkpoint
 
 # One process saves alone, which is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-STEP_FOLDER = re.compile(r"step-(\d{8})")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a checkpoint knows besides tensors."""
-
-    step: int  # steps done
-    plan_hash: str  # order of the data it was trained in
-    tokenizer_sha256: str
-    seconds: float  # training time so far, over all attempts
-    usual_grad_norm: float = 0.0  # the step guard's memory
-    accepted_steps: int = 0
-    skipped_steps: int = 0
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folder = run_dir / "checkpoints"
-    return sorted(path for path in folder.glob("step-*") if STEP_FOLDER.fullmatch(path.name))
 
 
 def wait_for_checkpoint(checkpoint: Path, patience: float = 60.0) -> None:
@@ -218,11 +198,6 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """Progress stored in one checkpoint folder."""
-    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
-
-
 def load_checkpoint(
     checkpoint: Path,
     model: nn.Module,
@@ -239,24 +214,6 @@ def load_checkpoint(
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
-
-
-def newest_checkpoint(path: str | Path) -> Path:
-    """The newest checkpoint of a run folder, or the path itself if it is a checkpoint.
-
-    Raises:
-        FileNotFoundError: no complete checkpoint is there.
-    """
-    checkpoint = Path(path)
-    if STEP_FOLDER.fullmatch(checkpoint.name):
-        return checkpoint
-    found = checkpoints(checkpoint)
-    if not found:
-        raise FileNotFoundError(
-            f"{checkpoint} holds no finished checkpoint (looked for "
-            f"{checkpoint}/checkpoints/step-*); train it with train.py first"
-        )
-    return found[-1]
 
 
 def load_model(

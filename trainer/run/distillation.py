@@ -23,7 +23,8 @@ from trainer.data.mds import MegadocStream
 from trainer.model.llama import SoftTargets
 from trainer.parallel.context_parallel import apply_context_parallel
 from trainer.parallel.ranks import Ranks
-from trainer.run.checkpoint import load_model, newest_checkpoint, read_progress
+from trainer.run.checkpoint import load_model
+from trainer.run.progress import newest_checkpoint, read_progress
 
 CHUNK_ELEMENTS = 1 << 26  # logits held at a time, for the student and for one teacher
 

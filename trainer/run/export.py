@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from trainer.config.schema import TrainConfig
+from trainer.files import replace_folder
 from trainer.model.llama import Llama
-from trainer.run.checkpoint import load_model, newest_checkpoint, read_progress
+from trainer.run.checkpoint import load_model
+from trainer.run.progress import newest_checkpoint, read_progress
 
 SHARD_BYTES = 4 << 30
 
@@ -21,37 +23,65 @@ SHARD_BYTES = 4 << 30
 def export_run(run: str | Path, folder: Path) -> None:
     """Write a run as ``LlamaForCausalLM`` with sharded safetensors and its tokenizer.
 
+    The folder appears when it is complete.
+
     Raises:
         ValueError: ``folder`` exists and is not empty, or the corpus folder has got another
             tokenizer since.
+        FileNotFoundError: the corpus folder with the tokenizer is gone.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"export={folder} is not empty; choose a new folder")
+    check_export(folder)
+    trained = read_progress(newest_checkpoint(run)).tokenizer_sha256
     model, config = load_model(run)
     tokenizer = Path(config.data.root) / "tokenizer"
+    if not (tokenizer / "manifest.json").exists():
+        raise FileNotFoundError(
+            f"{tokenizer} holds no tokenizer: {run} was trained with data.root={config.data.root}; "
+            "put that folder back, or its new place into the run's config.yaml"
+        )
     manifest = json.loads((tokenizer / "manifest.json").read_text())
-    trained = read_progress(newest_checkpoint(run)).tokenizer_sha256
     if trained != manifest["sha256"]:
         raise ValueError(
             f"{run} was trained with the tokenizer {trained[:12]}, {tokenizer} now holds "
             f"{manifest['sha256'][:12]}; put the old one back to export them together"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_shards(model.state_dict(), folder)
-    (folder / "config.json").write_text(
-        json.dumps(hugging_face_config(config, manifest["eos_id"]), indent=1)
-    )
-    shutil.copy(tokenizer / "tokenizer.json", folder / "tokenizer.json")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
+    with replace_folder(folder) as unfinished:
+        contents = {
+            "config.json": hugging_face_config(config, manifest["eos_id"]),
+            "generation_config.json": {"eos_token_id": manifest["eos_id"]},
+            "tokenizer.json": plain_tokenizer(tokenizer / "tokenizer.json"),
+            "tokenizer_config.json": {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": manifest["eos_token"],
                 "model_max_length": config.data.context_length,
+                "clean_up_tokenization_spaces": False,
             },
-            indent=1,
-        )
-    )
+        }
+        for name, content in contents.items():
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            (unfinished / name).write_text(text, encoding="utf-8")
+        save_shards(model.state_dict(), unfinished)
+        for file in unfinished.glob("*.safetensors"):  # readable by its writer alone otherwise
+            shutil.copymode(unfinished / "config.json", file)
+
+
+def check_export(folder: Path) -> None:
+    """Raise ValueError where something lies in ``folder`` already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"export={folder} is not empty; choose a new folder")
+
+
+def plain_tokenizer(file: Path) -> dict[str, Any]:
+    """A ``tokenizer.json`` that encodes a text as the streams were: it adds, cuts and pads nothing.
+
+    What is left of the post-processor mends offsets alone.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+    processor = content.get("post_processor") or {}
+    parts = processor.get("processors", [processor])
+    kept = [part for part in parts if part.get("type") == "ByteLevel"]
+    content["post_processor"] = kept[0] if kept else None
+    return content | {"truncation": None, "padding": None}
 
 
 def hugging_face_config(config: TrainConfig, eos_id: int) -> dict[str, object]:
@@ -68,7 +98,8 @@ def hugging_face_config(config: TrainConfig, eos_id: int) -> dict[str, object]:
         "head_dim": model.head_dim,
         "vocab_size": model.vocab_size,
         "max_position_embeddings": config.data.context_length,
-        "rope_theta": model.rope_theta,
+        "rope_theta": model.rope_theta,  # transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},  # 5
         "rms_norm_eps": model.norm_eps,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
@@ -130,13 +161,41 @@ def load_hugging_face(model: Llama, folder: Path, tokenizer: Path) -> None:
             f"the corpus with tokenizer=file tokenizer.path={own}"
         )
     state: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         state |= load_file(file)
-    if not state:
-        raise FileNotFoundError(f"initial_weights={folder} holds no *.safetensors files")
-    if content.get("tie_word_embeddings"):
+    if content.get("tie_word_embeddings") and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    # Older versions of transformers stored what they compute from rope_theta.
+    state = {name: own for name, own in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    wanted_names = model.state_dict().keys()
+    for problem, names in (
+        ("lacks", wanted_names - state.keys()),
+        ("holds besides a Llama's", state.keys() - wanted_names),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(
+                f"initial_weights={folder} {problem} {len(names)} tensors ({shown}); its files "
+                "must be those that config.json describes"
+            )
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder that belong together: those of the index, or the one.
+
+    Raises:
+        FileNotFoundError: there are none, or one of the index is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise FileNotFoundError(f"initial_weights={folder} lacks {', '.join(missing)}")
+    return files
 
 
 def llama_shape(content: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -7,11 +7,13 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.schema import TrainConfig, load_config, save_config
+from trainer.run.inputs import changed_inputs, read_inputs, run_dir_of
+from trainer.run.progress import checkpoints
 
 
 @contextlib.contextmanager
@@ -57,17 +59,36 @@ def check_progress(run_dir: Path, step: int) -> None:
         file.write(json.dumps({"job": job, "step": step, "time": time.time()}) + "\n")
 
 
-def finished_loss(config: TrainConfig) -> float | None:
+def finished_loss(config: TrainConfig, inputs: Mapping[str, str] | None = None) -> float | None:
     """The i.i.d. validation loss of a run that has ended; None where it has not.
 
+    Args:
+        config: of the run.
+        inputs: what it reads; None to look.
+
     Raises:
-        ValueError: the folder holds a run with another config.
+        ValueError: the folder holds a run with another config or of other data, or a damaged one.
     """
-    path = config.run_dir() / "result.json"
+    inputs = read_inputs(config) if inputs is None else inputs
+    run_dir = run_dir_of(config, inputs)
+    path = run_dir / "result.json"
     if not path.exists():
         return None
-    check_same_config(config.run_dir(), config)
-    return json.loads(path.read_text())["loss"]["iid"]
+    check_same_config(run_dir, config)
+    try:
+        result = json.loads(path.read_bytes())
+        loss, read = float(result["loss"]["iid"]), dict(result.get("inputs", {}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}); delete it and start the same command again: it is "
+            "written from the last checkpoint"
+        ) from error
+    if changed := changed_inputs(read, inputs):
+        raise ValueError(
+            f"{run_dir} was trained on other data than is there now ({changed}); choose another "
+            "name=... or delete that folder"
+        )
+    return loss
 
 
 def check_same_config(run_dir: Path, config: TrainConfig) -> None:
@@ -79,7 +100,7 @@ def check_same_config(run_dir: Path, config: TrainConfig) -> None:
     # A recorded config has the tokenizer's vocabulary; before the streams are open it may be 0.
     vocabulary = config.model.vocab_size or earlier.model.vocab_size
     config = replace(config, model=replace(config.model, vocab_size=vocabulary))
-    if earlier.science_hash() != config.science_hash():
+    if earlier.science() != config.science():
         raise ValueError(
             f"{run_dir} holds a run with another config ({differences(earlier, config)}); "
             "choose another name=... or delete that folder"
@@ -87,11 +108,13 @@ def check_same_config(run_dir: Path, config: TrainConfig) -> None:
 
 
 def record_config(run_dir: Path, config: TrainConfig) -> None:
-    """Write ``config.yaml``, or compare with the one that is there."""
-    check_same_config(run_dir, config)
+    """Write ``config.yaml`` after comparing it with that of what was learnt here before.
+
+    What is not learnt, such as where the streams lie, may be another than it was.
+    """
+    if checkpoints(run_dir) or (run_dir / "result.json").exists():
+        check_same_config(run_dir, config)
     path = run_dir / "config.yaml"
-    if path.exists():
-        return
     unfinished = path.with_suffix(".tmp")
     save_config(config, unfinished)
     os.replace(unfinished, path)

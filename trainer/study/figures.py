@@ -360,13 +360,13 @@ def no_separate_real(study: Study) -> Drawing | Missing:
         ],
         lambda run: run.kind,
     ).values():
-        stream, root = group.first.config.recipe.real_stream, group.first.config.data.root
+        stream = group.first.config.recipe.real_stream
         mixed = best_by(
             [
                 other
                 for other in study.main
                 if other.first.config.recipe.synthetic == stream
-                and other.first.config.data.root == root
+                and same_input(other.first, group.first, stream)
             ],
             lambda run: run.kind,
         )
@@ -380,6 +380,13 @@ def no_separate_real(study: Study) -> Drawing | Missing:
     published_bars(axes[1], paper.NO_SEPARATE_REAL, ["stitched"] * 2)
     rows = [row(group) for group in pairs.values()]
     return Drawing("no-separate-real", title, figure, rows, [BARS, describe_setting(study)])
+
+
+def same_input(one: Run, other: Run, stream: str) -> bool:
+    """Whether two runs read the same content under a stream's name."""
+    return one.inputs.get(stream, one.config.data.root) == other.inputs.get(
+        stream, other.config.data.root
+    )
 
 
 def by_context(study: Study) -> Drawing | Missing:

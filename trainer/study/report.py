@@ -55,7 +55,10 @@ def write_report(folder: Path, output: Path) -> tuple[str, Path]:
     path = output / "report.html"
     footer = environment_line(study.runs[0].path)
     path.write_text(page(f"Megadocs: runs in {folder}", sections, footer), encoding="utf-8")
+    if not study.different_data:
+        rows = [{name: cell for name, cell in row.items() if name != "data"} for row in rows]
     text = format_table(rows)
+    text += "".join(f"\ncaution: {difference}" for difference in study.different_data)
     if study.unfinished:
         text += f"\nnot finished, left out: {unfinished_names(study)}"
     return text, path
@@ -69,7 +72,8 @@ def answer_data_efficiency(folder: Path) -> str:
     """
     study = read_study(folder)
     law = real_data_law(study)
-    return efficiency_text(answers(study, law), law)
+    text = efficiency_text(answers(study, law), law)
+    return text + "".join(f"\n  caution: {difference}" for difference in study.different_data)
 
 
 def best_run(runs: Sequence[Run]) -> int:
@@ -91,6 +95,7 @@ def run_row(run: Run, runs: Sequence[Run]) -> dict[str, str]:
         "lr": f"{recipe.learning_rate:g}",
         "wd": f"{recipe.weight_decay:g}",
         "seed": str(run.config.seed),
+        "data": run.training_data,
         "real tokens": "-" if run.alone else f"{run.real_tokens:,}",
         "steps": f"{run.result['steps']:,}",
         "tokens": f"{run.tokens:,}",
@@ -154,6 +159,8 @@ def introduction(study: Study) -> str:
         "is bold. The column paper holds the published loss of the tuned 300M recipe, on another "
         "corpus and tokenizer.</p>"
     )
+    for difference in study.different_data:
+        text += f"<p>Caution: {html.escape(difference)}.</p>"
     if study.unfinished:
         text += f"<p>Not finished and left out: {html.escape(unfinished_names(study))}.</p>"
     return text

@@ -116,11 +116,25 @@ class Run:
         data = self.config.data
         return (self.result["parameters"], data.mask.value, data.context_length, self.real_tokens)
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Content hashes of what was read, by name; of older runs only the folder is known."""
+        return self.result.get("inputs") or {"data.root": self.config.data.root}
+
+    @property
+    def training_data(self) -> str:
+        """Short identity of the training streams' content."""
+        recipe = self.config.recipe
+        known = [
+            self.inputs.get(name, "") for name in (recipe.real_stream, recipe.synthetic) if name
+        ]
+        return "+".join(content[:6] for content in known if content) or self.config.data.root
+
     @cached_property
     def group(self) -> str:
         """The same for runs that differ in their seeds alone."""
         data = replace(self.config.data, order_seed=0)
-        return replace(self.config, seed=0, data=data).science_hash()
+        return replace(self.config, seed=0, data=data).science_hash(self.inputs)
 
 
 @dataclass(frozen=True)
@@ -180,6 +194,20 @@ class Study:
         for run in self.runs:
             recipes[run.setting].add((run.kind, run.generations))
         return max(recipes, key=lambda setting: (len(recipes[setting]), setting))
+
+    @cached_property
+    def different_data(self) -> list[str]:
+        """What stands under one name in the tables but was trained on different data."""
+        by_name: dict[tuple[str, int, Hashable], dict[str, list[str]]] = {}
+        for run in self.runs:
+            found = by_name.setdefault((run.kind, run.generations, run.setting), defaultdict(list))
+            found[run.training_data].append(run.path.name)
+        return [
+            f"{kind} G={generations or '-'} was trained on different data, which is kept apart: "
+            + "; ".join(f"{data} by {', '.join(names)}" for data, names in found.items())
+            for (kind, generations, _), found in by_name.items()
+            if len(found) > 1
+        ]
 
     @property
     def main(self) -> list[Group]:
@@ -259,7 +287,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 )
     seen: dict[str, Run] = {}
     for run in runs:
-        twin = seen.setdefault(run.config.science_hash(), run)
+        twin = seen.setdefault(run.config.science_hash(run.inputs), run)
         if twin is not run:
             raise ValueError(
                 f"{run.path} repeats {twin.path}, its seeds included; as two seeds they would make "
@@ -269,7 +297,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     first_reading: dict[Hashable, Run] = {}
     for run in runs:
         first = runs[0]
-        for key in ("tokenizer_sha256", "stream", "documents", "tokens"):
+        for key in ("tokenizer_sha256", "stream", "documents", "content_sha256", "tokens"):
             if key == "tokens":
                 data = run.config.data
                 first = first_reading.setdefault((data.mask, data.context_length), run)
@@ -281,7 +309,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     for run in runs:
         for name, one in run.result["sets"].items():
             first = scored.setdefault(name, run)
-            for key in ("tokenizer_sha256", "documents"):
+            for key in ("tokenizer_sha256", "documents", "content_sha256"):
                 expected = first.result["sets"][name]["evaluation"]
                 check_same_evaluation(str(first.path), expected, str(run.path), one, key)
 
@@ -290,7 +318,9 @@ def check_same_evaluation(
     first: str, expected: dict[str, Any], other: str, result: dict[str, Any], key: str
 ) -> None:
     """Raise ValueError where two results were measured on different things."""
-    ours, theirs = expected[key], result["evaluation"][key]
+    ours, theirs = expected.get(key), result["evaluation"].get(key)
+    if key == "content_sha256" and None in (ours, theirs):
+        return  # results of older versions do not say
     if ours != theirs:
         raise ValueError(
             f"{other} was evaluated with {key}={theirs}, {first} with {ours}: "
@@ -308,7 +338,7 @@ def read_ensembles(folder: Path, first: Run) -> list[Ensemble]:
         losses = [size["loss"]["iid"] for size in content["sizes"]]
         if not all(math.isfinite(loss) for loss in losses):
             raise ValueError(f"{path} holds the losses {losses}; score the ensemble again")
-        for key in ("tokenizer_sha256", "stream", "documents"):
+        for key in ("tokenizer_sha256", "stream", "documents", "content_sha256"):
             check_same_evaluation(
                 str(first.path), first.result["evaluation"], str(path), content, key
             )

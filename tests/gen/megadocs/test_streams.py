@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -105,7 +106,21 @@ def test_building_again_does_nothing_and_a_change_rebuilds(
     assert build(root, "stitched") == first
     assert "up to date" in capsys.readouterr().out
     assert shard.stat().st_mtime_ns == written
-    assert build(root, "stitched", separator=" ")["config_hash"] != first["config_hash"]
+    other = build(root, "stitched", separator=" ")
+    assert other["config_hash"] != first["config_hash"]
+    assert other["content_sha256"] != first["content_sha256"]
+
+
+def test_a_damaged_stream_is_built_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = build(root, "stitched")
+    for name in ("shard.00000.mds", "manifest.json"):
+        file = root / "streams" / "stitched-g2" / name
+        content = bytearray(file.read_bytes())
+        content[70] ^= 4
+        file.write_bytes(content)
+        capsys.readouterr()
+        assert build(root, "stitched") == first
+        assert re.search(rf"is built again: .*{name} (is damaged|was ch)", capsys.readouterr().out)
 
 
 def test_variants_have_names_of_their_own() -> None:

@@ -10,6 +10,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from trainer.config.schema import TrainConfig, load_config, save_config
+from trainer.run.inputs import run_dir_of
 
 CONF = str(Path(__file__).parents[3] / "conf" / "train")
 
@@ -80,12 +81,20 @@ def test_the_paper_runs_compose() -> None:
 def test_the_run_folder_is_named_by_what_is_learnt() -> None:
     config = composed("recipe=stitched")
     other_machine = composed(
-        "recipe=stitched", "runtime.device=cpu", "data.micro_batch_size=2", "tracking.log_every=1"
+        "recipe=stitched",
+        "runtime.device=cpu",
+        "data.micro_batch_size=2",
+        "tracking.log_every=1",
+        "data.root=elsewhere",
     )
-    assert config.run_dir() == other_machine.run_dir()
-    assert config.run_dir().name.startswith("stitched-g8-")
+    inputs = {"real": "1", "stitched-g8": "2", "val": "3"}
+    folder = run_dir_of(config, inputs)
+    assert folder == run_dir_of(other_machine, inputs)
+    assert folder.name.startswith("stitched-g8-")
+    for name in inputs:
+        assert run_dir_of(config, {**inputs, name: "other"}) != folder
     for override in ("seed=1", "data.order_seed=1", "recipe.epochs=3", "data.mask=megadoc"):
-        assert composed("recipe=stitched", override).run_dir() != config.run_dir()
+        assert run_dir_of(composed("recipe=stitched", override), inputs) != folder
 
 
 def test_a_saved_config_comes_back(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Reading streams: content, and every kind of damage named."""
 
 import json
+import random
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.conftest import StreamMaker
+from trainer.data import format as stream_files
 from trainer.data.mds import MegadocStream, check_same_tokenizer, download_stream
 
 
@@ -34,35 +36,116 @@ def test_a_truncated_shard_is_named(make_stream: StreamMaker) -> None:
     stream = make_stream("real", [[30]] * 5)
     shard = stream.path / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"shard\.00000\.mds has \d+ bytes, index\.json says"):
+    with pytest.raises(ValueError, match=r"shard\.00000\.mds has \d+ bytes, manifest\.json says"):
         MegadocStream(stream.path)
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard\.00000\.mds is missing"):
         MegadocStream(stream.path)
 
 
-def test_a_corrupted_shard_is_named(make_stream: StreamMaker) -> None:
+def test_one_flipped_bit_in_any_file_is_found_and_named(make_stream: StreamMaker) -> None:
+    stream = make_stream("real", [[20, 10]] * 5)
+    generator = random.Random(0)
+    files = sorted(stream.path.iterdir())
+    assert len(files) == 5
+    for file in files:
+        intact = file.read_bytes()
+        for _ in range(20):
+            damaged = bytearray(intact)
+            damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+            file.write_bytes(damaged)
+            problem = refusal(stream)
+            if problem is None:  # another space, or the same number in other letters
+                assert file.name == "manifest.json"
+            else:
+                assert file.name in problem
+                assert "generate.py" in problem
+        file.write_bytes(intact)
+        MegadocStream(stream.path)
+
+
+def refusal(stream: MegadocStream) -> str | None:
+    """Why the stream cannot be opened; None where it is what it was."""
+    try:
+        again = MegadocStream(stream.path)
+    except ValueError as error:
+        return str(error)
+    assert again.manifest == stream.manifest
+    return None
+
+
+def test_what_was_verified_is_remembered_until_it_is_written_again(
+    make_stream: StreamMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = make_stream("real", [[30]] * 5)
+    read: list[Path] = []
+    whole = stream_files.sha256
+
+    def noted(file: Path) -> str:
+        read.append(file)
+        return whole(file)
+
+    monkeypatch.setattr(stream_files, "sha256", noted)
+    MegadocStream(stream.path)
+    assert read == []
     shard = stream.path / "shard.00000.mds"
-    content = bytearray(shard.read_bytes())
-    content[-150:] = b"\xff" * 150
-    shard.write_bytes(content)
-    damaged = MegadocStream(stream.path)
-    with pytest.raises(ValueError, match=r"shard\.00000\.mds"):
-        [damaged[index] for index in range(5)]
+    shard.write_bytes(shard.read_bytes())
+    MegadocStream(stream.path)
+    assert shard in read
+
+
+def test_content_is_identified_by_tokens_and_members_alone(make_stream: StreamMaker) -> None:
+    def identity(*args: object, **changes: object) -> str:
+        shutil.rmtree(here, ignore_errors=True)
+        return make_stream("real", *args, **changes).manifest.content_sha256
+
+    here = make_stream("real", [[3]]).path
+    first = identity([[30]] * 5)
+    assert identity([[30]] * 5) == first
+    assert identity([[30]] * 5, bytes=7) == first
+    others = [identity([[10, 20], *[[30]] * 4]), identity([[31], *[[30]] * 4])]
+    others.append(identity([[30]] * 5, members_are_documents=False))
+    assert len({first, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 3}, r"2 samples in the shards, 2 in lengths\.npy, 3 in manifest\.json"),
+        ({"tokens": 8}, r"7 tokens in lengths\.npy, 8 in manifest\.json"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(
+    make_stream: StreamMaker, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_stream("real", [[3], [4]], **changes)
+
+
+def test_members_that_do_not_add_up_are_refused(make_stream: StreamMaker) -> None:
+    folder = make_stream("real", [[3], [4]]).path
+    np.save(folder / "member_lengths.npy", np.array([4, 3], dtype=np.uint32))
+    content = json.loads((folder / "manifest.json").read_text())
+    stream_files.seal(folder, content)
+    with pytest.raises(ValueError, match=r"member_lengths\.npy does not add up to lengths\.npy"):
+        MegadocStream(folder)
+
+
+def test_a_stream_of_an_older_version_says_so(make_stream: StreamMaker) -> None:
+    file = make_stream("real", [[3]]).path / "manifest.json"
+    content = json.loads(file.read_text())
+    del content["manifest_sha256"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"manifest\.json holds no hashes: .* older version; build"
+    ):
+        MegadocStream(file.parent)
 
 
 def test_tokens_outside_the_vocabulary_are_refused(make_stream: StreamMaker) -> None:
     stream = make_stream("real", [[30]], vocab_size=10)
     with pytest.raises(ValueError, match=r"sample 0 \(real-0\) holds token id 29, outside"):
         stream[0]
-
-
-def test_lengths_that_do_not_fit_are_refused(make_stream: StreamMaker) -> None:
-    stream = make_stream("real", [[3], [4]])
-    np.save(stream.path / "lengths.npy", np.array([3], dtype=np.uint32))
-    with pytest.raises(ValueError, match=r"2 samples in the shards, 1 in lengths\.npy"):
-        MegadocStream(stream.path)
 
 
 def test_streams_of_different_tokenizers_do_not_mix(make_stream: StreamMaker) -> None:

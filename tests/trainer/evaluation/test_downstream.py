@@ -11,13 +11,14 @@ from tests.trainer.test_loop import config
 from trainer.evaluation.downstream import evaluate_tasks
 from trainer.evaluation.ensemble import evaluate_runs
 from trainer.loop import train
+from trainer.run.inputs import run_dir_of
 
 
 @pytest.fixture
 def run(corpus_root: Path, tmp_path: Path) -> Path:
     settings = config(corpus_root, tmp_path / "runs")
     train(settings)
-    return settings.run_dir()
+    return run_dir_of(settings)
 
 
 def test_sets_and_members(corpus_root: Path, run: Path, tmp_path: Path) -> None:

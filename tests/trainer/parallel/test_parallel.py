@@ -19,7 +19,8 @@ from torch import multiprocessing
 from gen.serving.supervisor import free_port
 from tests.conftest import REPOSITORY, run_script, wait_until
 from trainer.parallel.ranks import Ranks, unused_part
-from trainer.run.checkpoint import checkpoints, load_model, read_progress
+from trainer.run.checkpoint import load_model
+from trainer.run.progress import checkpoints, read_progress
 
 ARGUMENTS = [
     "recipe=stitched",

@@ -12,6 +12,7 @@ from trainer.loop import train
 from trainer.model.llama import SoftTargets
 from trainer.run import distillation
 from trainer.run.distillation import distillation_loss
+from trainer.run.inputs import run_dir_of
 
 
 def test_the_loss_and_its_gradient_are_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +53,7 @@ def test_a_student_of_two_runs_and_teachers_that_do_not_fit(
     for seed in (0, 1):
         settings = config(corpus_root, tmp_path, seed=seed)
         train(settings)
-        teachers.append(str(settings.run_dir()))
+        teachers.append(str(run_dir_of(settings)))
     student = config(
         corpus_root, tmp_path, name="student", distillation=DistillationConfig(teachers, 0.7)
     )

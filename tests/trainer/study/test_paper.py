@@ -109,7 +109,7 @@ def test_the_cap_changes_the_stream_and_nothing_else() -> None:
     capped = composed("experiment=paper/stitched-g32", "recipe.max_generations=4")
     assert capped.recipe.synthetic == "stitched-g4"
     plain = composed("experiment=paper/stitched-g32", "recipe.generations=4")
-    assert capped.science_hash() == plain.science_hash()
+    assert capped.science_hash({}) == plain.science_hash({})
     with pytest.raises(ValueError, match="max_generations=0"):
         composed("recipe.max_generations=0").check()
 

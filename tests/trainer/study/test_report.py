@@ -21,6 +21,7 @@ from trainer.config.schema import (
     save_config,
 )
 from trainer.evaluation.downstream import SETS, TASKS, keep_scores
+from trainer.run.inputs import run_dir_of
 from trainer.study.figures import recipe_figures
 from trainer.study.page import Drawing, Missing
 from trainer.study.report import answer_data_efficiency, write_report
@@ -68,10 +69,13 @@ def fabricate(
         output=str(folder),
     )
     config = replace(config, data=replace(config.data, **data))  # type: ignore[arg-type]
-    run = config.run_dir()
+    inputs = {"real": f"real of {real_tokens}", "val": "val"}
+    if recipe.synthetic:
+        inputs[recipe.synthetic] = f"{recipe.synthetic} of {real_tokens}"
+    run = run_dir_of(config, inputs)
     run.mkdir(parents=True)
     save_config(config, run / "config.yaml")
-    loss += 0.002 * math.sin(37 * seed + len(run.name) + 1000 * loss)
+    loss += np.random.default_rng((seed, int(1e6 * loss))).normal(0, 0.0014)
     seen, passes = {"real": int(real_tokens * epochs)}, {"real": epochs}
     if recipe.synthetic:
         size = real_tokens * (1 + generations // 2)
@@ -79,6 +83,7 @@ def fabricate(
         passes[recipe.synthetic] = seen[recipe.synthetic] / size
     result = {
         "name": run.name,
+        "inputs": inputs,
         "steps": 100,
         "parameters": model.parameter_count(),
         "seconds": 7200.0,
@@ -330,9 +335,8 @@ def read_alone(run: Path) -> None:
     """Turn a fabricated real-only run into one of the stream stitched-g8 alone."""
     for name in ("config.yaml", "result.json"):
         text = (run / name).read_text()
-        text = text.replace("real_stream: real", "real_stream: stitched-g8").replace(
-            '"real"', '"stitched-g8"'
-        )
+        text = text.replace("real_stream: real", "real_stream: stitched-g8")
+        text = text.replace("real of", "stitched-g8 of").replace('"real"', '"stitched-g8"')
         (run / name).write_text(text)
 
 

@@ -26,6 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.schema import TrainConfig
+from trainer.run.inputs import run_dir_of
 from trainer.run.run_dir import finished_loss
 
 
@@ -103,7 +104,7 @@ class GpuPoolLauncher(Launcher):
 
     def train(self, run: TrainConfig, overrides: Sequence[str]) -> float:
         """Train one run to its end on the next free slot and return its loss."""
-        folder = run.run_dir()
+        folder = run_dir_of(run)
         log = folder.with_name(f"{folder.name}.log")
         slot = self.slots.get()
         try:

@@ -104,7 +104,7 @@ def run_missing(
     for index, job in enumerate(batch):
         try:
             loss = finished(task_config(context, config, job))
-        except ValueError as error:  # the folder holds another run
+        except (ValueError, OSError) as error:  # no such stream, or another run in the folder
             ends[index] = JobEnd(problem=str(error))
             continue
         if loss is not None:

@@ -23,6 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.schema import TrainConfig
+from trainer.run.inputs import run_dir_of
 from trainer.run.run_dir import finished_loss, write_json
 from trainer.run.sweeps import run_jobs, write_results
 from trainer.study.star_search import Certificate, Grid, Place, StarSearch
@@ -175,7 +176,7 @@ class StarSweeper(Sweeper):
         loss = finished_loss(config)
         if loss is not None:
             return loss
-        return math.inf if (config.run_dir() / "diverged.txt").exists() else None
+        return math.inf if (run_dir_of(config) / "diverged.txt").exists() else None
 
     def certify(self, study: Study) -> dict[str, Any]:
         """Print the certificate and write it beside the runs."""

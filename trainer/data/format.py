@@ -1,0 +1,164 @@
+"""The files of a stream folder: sealed when it is written, verified before it is believed.
+
+``manifest.json`` is written last. It carries the size and SHA-256 of every other file, a hash of
+itself, and ``content_sha256``, the identity of what the stream says: tokens, members and their
+order, wherever the folder lies and however it is cut into shards.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MANIFEST = "manifest.json"
+BLOCK = 1 << 22  # bytes hashed at a time
+SAID = 1 << 32  # bytes above which verifying takes seconds and is announced
+
+
+class DamagedStreamError(ValueError):
+    """A file of a stream is not the one that was written; the message names it and what to do."""
+
+
+class ContentHash:
+    """Identity of a stream's content, fed with its samples in their order.
+
+    Args:
+        tokenizer_sha256: of the tokenizer the ids belong to.
+        members_are_documents: whether ``data.mask=document`` cuts between members.
+    """
+
+    def __init__(self, tokenizer_sha256: str, members_are_documents: bool) -> None:
+        self.digest = hashlib.sha256(repr((tokenizer_sha256, members_are_documents)).encode())
+
+    def add(self, tokens: np.ndarray, member_ends: np.ndarray, member_kinds: np.ndarray) -> None:
+        """One sample: token ids ``[L]``, cumulative member ends ``[M]``, member kinds ``[M]``."""
+        self.digest.update(np.array([len(tokens), len(member_ends)], dtype="<u8").tobytes())
+        self.digest.update(tokens.astype("<u4").tobytes())
+        self.digest.update(member_ends.astype("<u4").tobytes())
+        self.digest.update(member_kinds.astype("u1").tobytes())
+
+    def hexdigest(self) -> str:
+        return self.digest.hexdigest()
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a stream whose other files are complete; returns it with the hashes."""
+    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    described = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+    }
+    sealed = {**manifest, "files": described}
+    sealed["manifest_sha256"] = hash_of(sealed)
+    (folder / MANIFEST).write_text(json.dumps(sealed, indent=1))
+    return sealed
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished stream folder, compared with its own hash.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished stream.
+        DamagedStreamError: the manifest is damaged, or that of an older version.
+    """
+    file = folder / MANIFEST
+    if not file.exists():
+        known = sorted(other.parent.name for other in folder.parent.glob(f"*/{MANIFEST}"))
+        raise FileNotFoundError(
+            f"{folder} is not a finished stream (no {MANIFEST}). Finished ones beside it: "
+            f"{', '.join(known) or 'none'}. Build it with generate.py"
+        )
+    try:
+        content = json.loads(file.read_bytes())
+        told = content.get("manifest_sha256")
+    except (ValueError, AttributeError) as error:
+        raise DamagedStreamError(f"{file} is damaged ({error}); {build_again(folder)}") from error
+    if told is None:
+        raise DamagedStreamError(
+            f"{file} holds no hashes: it was written by an older version; {build_again(folder)} "
+            "(its generations are kept)"
+        )
+    if hash_of(content) != told:
+        raise DamagedStreamError(f"{file} was changed after it was written; {build_again(folder)}")
+    return content
+
+
+def verify(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare every file with the manifest, once on this machine until a file is written again.
+
+    What was verified is remembered beside the temporary files, by path, size and time of change.
+
+    Raises:
+        DamagedStreamError: a file is missing, longer, shorter or other than it was written.
+    """
+    sizes = {}
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        found = file.stat().st_size if file.exists() else None
+        if found != expected["bytes"]:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise DamagedStreamError(
+                f"{file} {state}, {MANIFEST} says {expected['bytes']}: it was truncated or "
+                f"changed; {build_again(folder)}"
+            )
+        sizes[name] = found
+    memory = Path(tempfile.gettempdir()) / f"megadocs-verified-{os.getuid()}"
+    memory.mkdir(mode=0o700, exist_ok=True)
+    note = memory / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
+    with note.open("a+") as remembered:
+        fcntl.flock(remembered, fcntl.LOCK_EX)  # the ranks of a machine read the files once
+        state = fingerprint(folder, manifest)
+        remembered.seek(0)
+        if remembered.read() == state:
+            return
+        total = sum(expected["bytes"] for expected in manifest["files"].values())
+        if total > SAID:
+            print(f"verifying {total / 1e9:.0f} GB of {folder}, once on this machine", flush=True)
+        with ThreadPoolExecutor() as pool:
+            found_hashes = pool.map(sha256, [folder / name for name in manifest["files"]])
+            for (name, expected), found_hash in zip(
+                manifest["files"].items(), found_hashes, strict=True
+            ):
+                if found_hash != expected["sha256"]:
+                    raise DamagedStreamError(
+                        f"{folder / name} is damaged: its SHA-256 is {found_hash[:12]}, {MANIFEST} "
+                        f"says {expected['sha256'][:12]}; {build_again(folder)}"
+                    )
+        remembered.truncate(0)
+        remembered.write(state)
+
+
+def build_again(folder: Path) -> str:
+    """What to do about a stream that cannot be used."""
+    return f"build {folder} again with generate.py (of a remote stream: delete that local copy)"
+
+
+def fingerprint(folder: Path, manifest: dict[str, Any]) -> str:
+    """Changes when a file of the folder is written again."""
+    states = []
+    for name, expected in manifest["files"].items():
+        stat = (folder / name).stat()
+        states.append([name, expected["sha256"], stat.st_size, stat.st_mtime_ns, stat.st_ino])
+    return json.dumps(states)
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_of(content: dict[str, Any]) -> str:
+    """Of a manifest without its own hash, whatever its spaces."""
+    others = {key: value for key, value in content.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
