@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
+from gen.client.answers import CUT_OFF, FINISHED, split_thought
 from gen.corpus.documents import hash_text
 from gen.exchange.config import ImportConfig
 from gen.generations.store import SCHEMA
 
 Path = tuple[str, ...]
-# A reasoning model's thoughts before its answer; without an end there is no answer.
-THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
-UNFINISHED_THOUGHT = re.compile(r"\A\s*<think>(?!.*</think>)", re.DOTALL)
+FINISH_REASONS = dict.fromkeys(FINISHED, "stop") | dict.fromkeys(CUT_OFF, "length")
 
 
 @dataclass(frozen=True)
@@ -123,16 +121,17 @@ def read_row(row: dict[str, Any], layout: Layout) -> Row:
             found.odd.append((f"source_{problem}", shown(text)))
             return found
         found.text, found.text_hash = text, hash_text(text)
-    found.document_id = found.text_hash
-    if layout.id is not None:
+    if layout.id is None:
+        found.document_id = found.text_hash
+    else:
         identity = single(values_at(row, layout.id))
         if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
             found.odd.append(("no_id", shown(identity)))
             return found
-        found.document_id = str(identity)
-        if not encodable(found.document_id):
-            found.odd.append(("no_id", "half of a surrogate pair"))
+        if not encodable(str(identity)):
+            found.odd.append(("no_id", f"half of a surrogate pair: {shown(identity)}"))
             return found
+        found.document_id = str(identity)
     if layout.metadata is not None:
         metadata = single(values_at(row, layout.metadata))
         found.metadata = metadata if is_json_object(metadata) else "{}"
@@ -159,19 +158,19 @@ def read_generation(
     if problem and not (as_is and problem == "empty"):
         found.odd.append((f"generation_{problem}", shown(text)))
         return
-    if "<think>" in text and not as_is:
-        if UNFINISHED_THOUGHT.match(text):
-            found.odd.append(("unfinished_thought", shown(text)))
+    if not as_is:
+        _, answer = split_thought(text, found.text or "")
+        if answer is None or not answer.strip():
+            found.odd.append(("only_thinking", shown(text)))
             return
-        text = THOUGHT.sub("", text)
-        if not text.strip():
-            found.odd.append(("generation_empty", "nothing after its thoughts"))
-            return
+        text = answer
     generation: dict[str, Any] = {"text": text, "content": content_hash(text)}
     for name, values in carried.items():
         # One value for each generation, or one for all of them.
         value = values[place] if len(values) == count else single(values)
         accepted = of_type(value, SCHEMA.field(name).type)
+        if name == "finish_reason":
+            accepted = FINISH_REASONS.get(accepted, accepted)
         if value is not None and accepted is None:
             found.odd.append((f"odd_{name}", shown(value)))
         generation[name] = accepted
