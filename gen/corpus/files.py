@@ -63,16 +63,16 @@ def open_text(path: Path) -> IO[str]:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     if path.suffix == ".zst":
-        return io.TextIOWrapper(io.BufferedReader(ZstdFrames(path), CHUNK), encoding="utf-8-sig")
+        frames = ZstdFrames(path.open("rb"), str(path))
+        return io.TextIOWrapper(io.BufferedReader(frames, CHUNK), encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
 
 class ZstdFrames(io.RawIOBase):
     """All frames of a .zst file one after the other; the library's own reader tells of no cut."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.source: BinaryIO = path.open("rb")
+    def __init__(self, source: BinaryIO, name: str) -> None:
+        self.source, self.name = source, name
         self.frame = zstandard.ZstdDecompressor().decompressobj()
         self.begun = False  # of the present frame something was read
         self.input = self.output = b""
@@ -90,7 +90,7 @@ class ZstdFrames(io.RawIOBase):
                 self.input = self.source.read(CHUNK)
                 if not self.input:
                     if self.begun:
-                        raise EOFError(f"{self.path} ends inside a frame")
+                        raise EOFError(f"{self.name} ends inside a frame")
                     return 0
             self.begun = True
             self.output = self.frame.decompress(self.input)

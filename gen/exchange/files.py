@@ -6,9 +6,12 @@ fsspec reaches.
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -18,19 +21,23 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as arrow_fs
 import pyarrow.parquet as pq
+import zstandard
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
+
+from gen.corpus.files import CHUNK, HIDDEN, ZstdFrames
 
 BATCH_ROWS = 256
 PARQUET = (".parquet",)
 ARROW = (".arrow",)
-COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 LINES = tuple(
-    name + ending for name in (".jsonl", ".json", ".ndjson") for ending in ("", *COMPRESSION)
+    name + packed
+    for name in (".jsonl", ".json", ".ndjson")
+    for packed in ("", ".gz", ".zst", ".zstd")
 )
 ENDINGS = (*PARQUET, *ARROW, *LINES)
 BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")  # of datasets, no rows
-READ_ERRORS = (OSError, EOFError, pa.ArrowException)
+READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException)
 MAGIC_CHARACTERS = "*?["
 
 
@@ -83,7 +90,7 @@ def find_files(where: str, setting: str) -> list[SourceFile]:
         found = [name for match in system.glob(path) for name in system.find(match)]
     else:
         found = system.find(path)
-    names = sorted(set(found))
+    names = sorted(name for name in set(found) if not is_hidden(name, path))
     if any(name.endswith(ARROW) for name in names):
         names = [name for name in names if PurePosixPath(name).name not in BESIDE_ARROW]
     names = [name for name in names if name.endswith(ENDINGS)]
@@ -104,6 +111,12 @@ def find_files(where: str, setting: str) -> list[SourceFile]:
     return files
 
 
+def is_hidden(name: str, place: str) -> bool:
+    """Whether a file, or a folder of it below the place asked for, is none of data by its name."""
+    below = name.removeprefix(place) if name != place else ""
+    return any(part.startswith(HIDDEN) for part in below.split("/"))
+
+
 def open_file(path: str) -> Any:
     """A file as pyarrow reads it best."""
     system, inner = filesystem(path)
@@ -116,7 +129,7 @@ def sha256_of(path: str) -> str:
     """Hash of a file's bytes; of a file on the Hugging Face hub this is its LFS object id."""
     content = hashlib.sha256()
     with open_file(path) as file:
-        while block := file.read(1 << 20):
+        while block := file.read(CHUNK):
             content.update(block)
     return content.hexdigest()
 
@@ -226,10 +239,8 @@ def numbered(batch: pa.RecordBatch, first: int) -> Iterator[tuple[int, dict[str,
 
 def json_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Odd]]:
     """One JSON object a line."""
-    compression = COMPRESSION.get(PurePosixPath(path).suffix)
     with open_file(path) as opened:
-        stream = pa.CompressedInputStream(opened, compression) if compression else opened
-        lines = io.BufferedReader(stream, 1 << 20)
+        lines = plain_lines(path, opened)
         number = 0
         while True:
             number += 1
@@ -240,8 +251,19 @@ def json_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Odd]]:
                 return
             if not line:
                 return
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield number, parsed(line)
+
+
+def plain_lines(path: str, opened: Any) -> io.BufferedIOBase:
+    """The lines of a file, decompressed by its ending; a cut costs no line before it."""
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=opened)  # buffered itself; a second buffer would lose rows
+    if path.endswith((".zst", ".zstd")):
+        return io.BufferedReader(ZstdFrames(opened, path), CHUNK)
+    return io.BufferedReader(opened, CHUNK)
 
 
 def parsed(line: bytes) -> dict[str, Any] | Odd:
