@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from .flex import flex_document_attention
 from .libraries import cudnn_fits, cudnn_refusal, flash_attn_attention, library_attention
@@ -50,7 +51,7 @@ def varlen_attention(
     softcap: float = 0.0,
     return_lse: Literal[False] = False,
     backend: Backend = "auto",
-    tiles: Tiles | None = None,
+    tiles: Tiles | BlockMask | None = None,
 ) -> Tensor: ...
 
 
@@ -69,7 +70,7 @@ def varlen_attention(
     softcap: float = 0.0,
     return_lse: Literal[True],
     backend: Backend = "auto",
-    tiles: Tiles | None = None,
+    tiles: Tiles | BlockMask | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -87,7 +88,7 @@ def varlen_attention(
     softcap: float = 0.0,
     return_lse: bool = False,
     backend: Backend = "auto",
-    tiles: Tiles | None = None,
+    tiles: Tiles | BlockMask | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Document-masked causal attention.
 
@@ -112,8 +113,8 @@ def varlen_attention(
             and 128; without window and softcap), ``flash_attn`` (the flash-attn package), ``flex``
             (FlexAttention; no backward pass on a CPU). ``kernels/check.py`` says which of them are
             right on a GPU, and which is the fastest.
-        tiles: of :func:`kernels.attention_tiles`, for ``triton`` and ``gluon``; made in each call
-            if None.
+        tiles: of :func:`kernels.attention_tiles` for ``triton`` and ``gluon``, of
+            ``document_block_mask`` for ``flex``; made in each call if None.
 
     Returns:
         ``[Tq, Hq, Dh]``; 0 with gradient 0 for tokens after the last border.
@@ -126,8 +127,9 @@ def varlen_attention(
         raise ValueError(f"window={window} must be at least 1: a token sees itself; None for all")
     if softcap < 0:
         raise ValueError(f"softcap={softcap} must be positive, or 0 for none")
-    if tiles is not None and backend not in ("triton", "gluon"):
-        raise ValueError(f"tiles are for backend='triton' and 'gluon', not {backend!r}")
+    made_for = ("flex",) if isinstance(tiles, BlockMask) else ("triton", "gluon")
+    if tiles is not None and backend not in made_for:
+        raise ValueError(f"these tiles are for backend={' or '.join(made_for)}, not {backend!r}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     asked = {
         "cu_seqlens_k": cu_seqlens_k is not None,
@@ -160,10 +162,12 @@ def varlen_attention(
             q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, scale, window, softcap, max_seqlen_k
         )
     if backend == "flex":
-        return flex_document_attention(q, k, v, cu_seqlens, scale, window, softcap)
+        mask = tiles if isinstance(tiles, BlockMask) else None
+        return flex_document_attention(q, k, v, cu_seqlens, scale, window, softcap, mask)
     if backend == "torch":
         return torch_attention(q, k, v, cu_seqlens, scale)
     if backend in ("triton", "gluon"):
+        assert not isinstance(tiles, BlockMask)
         out, lse = triton_attention(
             q,
             k,

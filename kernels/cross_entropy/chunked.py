@@ -64,6 +64,24 @@ class Steps(NamedTuple):
     ]
 
 
+def rows_of_chunk(chunk_elements: int, vocabulary: int) -> int:
+    """Rows whose logits are held at a time: whole tiles of 128 where there is room for one."""
+    rows = max(1, chunk_elements // vocabulary)
+    return rows // 128 * 128 or rows
+
+
+def aligned_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T [C, V]`` whose rows begin at multiples of 64 entries on a GPU.
+
+    Other rows could be read and written one entry at a time only.
+    """
+    vocabulary = weight.shape[0]
+    if not x.is_cuda or vocabulary % 64 == 0:
+        return x @ weight.T
+    rows = x.new_empty(len(x), -(-vocabulary // 64) * 64)[:, :vocabulary]
+    return torch.mm(x, weight.T, out=rows)
+
+
 def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` whose result is not rounded to half precision; float64 stays float64."""
     if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
@@ -117,7 +135,7 @@ def sweep_tokens(
     local, vocabulary = placed(targets, weight, group)
     if gradients is None and not weight.is_cuda:
         weight = weight.to(precision)  # once, not once a chunk
-    rows_per_chunk = max(1, chunk_elements // weight.shape[0])
+    rows_per_chunk = rows_of_chunk(chunk_elements, weight.shape[0])
     for start in range(0, len(hidden), rows_per_chunk):
         rows = slice(start, start + rows_per_chunk)
         x = finite_where_ignored(hidden[rows], row_weight[rows])
@@ -171,7 +189,7 @@ def sweep_vocabulary(
         part = weight[slab]
         part_bias = None if bias is None else bias[slab]
         total = torch.zeros_like(part, dtype=precision)
-        rows_per_chunk = max(1, chunk_elements // len(part))
+        rows_per_chunk = rows_of_chunk(chunk_elements, len(part))
         for start in range(0, len(hidden), rows_per_chunk):
             rows = slice(start, start + rows_per_chunk)
             x, place = finite_where_ignored(hidden[rows], row_weight[rows]), local[rows] - first

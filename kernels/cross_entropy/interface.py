@@ -19,20 +19,23 @@ from .chunked import (
     Gradients,
     Options,
     Steps,
+    rows_of_chunk,
     sweep_tokens,
     sweep_vocabulary,
 )
+from .compiled_steps import COMPILED
 from .torch_steps import TORCH
 
 Backend = Literal["torch", "triton"]
 Memory = Literal["fast", "lean"] | int
 
-# Logits held at a time. On a CPU about a core's share of its cache. The torch backend holds a few
-# copies of 4 bytes, the Triton backend one in the inputs' dtype: 8192 rows of a vocabulary of 128k,
-# because every chunk reads and writes the fp32 gradient of the weight once; by bytes that is a
-# tenth of its matrix product's time at 8192 rows and most of it at 1024. Lean: 96 MiB in all.
+# Logits held at a time, on a GPU in the inputs' dtype. Every chunk reads and writes the fp32
+# gradient of the weight once: by bytes a tenth of its matrix product's time at 8192 rows and
+# most of it at 1024, hence the least number of rows. On a CPU about a core's share of its cache.
+# Lean: 96 MiB in all.
 CPU_ELEMENTS = 2 << 20
 FAST_ELEMENTS = {"torch": 128 << 20, "triton": 1 << 30}
+FAST_ROWS = 4096
 LEAN_ELEMENTS = {"torch": 6 << 20, "triton": 40 << 20}
 
 
@@ -117,9 +120,8 @@ def linear_cross_entropy(
             gradients it returns, for a fourth matrix product beside three.
         return_token_losses: also return fp32 ``[N]`` losses, detached; 0 where the target is
             ignored or the token weight is 0.
-        backend: ``torch``, or ``triton`` on CUDA. The Triton kernels are tested in the interpreter
-            and compiled for three architectures, but have not run on a GPU yet; until then they
-            are not chosen by themselves.
+        backend: ``torch`` (on CUDA its chunks are compiled), or ``triton`` on CUDA;
+            ``kernels/check`` says which of them is right on a GPU, and which is faster.
 
     Returns:
         Scalar fp32 loss in nats, differentiable once in ``hidden``, ``weight`` and ``bias``.
@@ -140,7 +142,7 @@ def linear_cross_entropy(
     row_weight = counts.float() if token_weight is None else counts * token_weight.float()
     learning = torch.is_grad_enabled()
     lean = memory == "lean"
-    plan = (chunk_elements(memory, backend, hidden), lean)
+    plan = (chunk_elements(memory, backend, hidden, weight.shape[0]), lean)
     group_name = "" if group is None else group.group_name
     loss, token_loss, lses, _, weight_grad, _ = linear_cross_entropy_op(
         hidden,
@@ -180,19 +182,26 @@ def linear_cross_entropy(
     return (loss, token_loss.detach()) if return_token_losses else loss
 
 
-def chunk_elements(memory: Memory, backend: Backend, hidden: Tensor) -> int:
+def chunk_elements(memory: Memory, backend: Backend, hidden: Tensor, vocabulary: int) -> int:
     """Logits to hold at a time, see ``linear_cross_entropy``."""
     if isinstance(memory, int):
-        return max(1, memory // (4 if backend == "torch" else hidden.element_size()))
+        return max(1, memory // (hidden.element_size() if hidden.is_cuda else 4))
     if not hidden.is_cuda:
         return CPU_ELEMENTS
-    return (LEAN_ELEMENTS if memory == "lean" else FAST_ELEMENTS)[backend]
+    if memory == "lean":
+        return LEAN_ELEMENTS[backend]
+    return max(FAST_ELEMENTS[backend], FAST_ROWS * vocabulary)
 
 
-def steps_of(backend: str) -> Steps:
+def fast_bytes(vocabulary: int) -> int:
+    """The most that ``memory="fast"`` holds of half-precision logits at a time on a GPU."""
+    return 2 * max(*FAST_ELEMENTS.values(), FAST_ROWS * vocabulary)
+
+
+def steps_of(backend: str, on_gpu: bool) -> Steps:
     """The backend's chunks; Triton is imported only where it is asked for."""
     if backend == "torch":
-        return TORCH
+        return COMPILED if on_gpu else TORCH
     from .triton.steps import TRITON
 
     return TRITON
@@ -235,15 +244,16 @@ def token_losses(
 
         losses, lses = forward_only(hidden, weight, bias, targets, softcap)
     else:
+        elements = chunk_elements("fast", backend, hidden, weight.shape[0])
         losses, lses = sweep_tokens(
-            TORCH,
+            steps_of(backend, hidden.is_cuda),
             hidden,
             weight,
             bias,
             targets,
             counts.float(),
             Options(softcap),
-            chunk_elements("fast", backend, hidden),
+            elements // 2 if hidden.is_cuda else elements,  # they are not rounded to half precision
             None,
         )
     return losses.masked_fill(~counts, 0.0), lses
@@ -289,12 +299,12 @@ def linear_cross_entropy_op(
             targets.masked_fill(row_weight == 0, -1),
             factors,
             z_loss,
-            max(1, chunk_elements // weight.shape[0]),
+            rows_of_chunk(chunk_elements, weight.shape[0]),
             dx,
             dw,
         )
     else:
-        steps = steps_of(backend)
+        steps = steps_of(backend, hidden.is_cuda)
         wanted = Gradients(dx, None, None) if lean else Gradients(dx, dw, db)
         inputs = (hidden, weight, bias, targets, factors)
         learning = wants_hidden or wants_weight or wants_bias
@@ -411,7 +421,7 @@ def add_weight_gradient(
 ) -> None:
     """Add the weight's gradient to an fp32 ``[V, D]`` buffer in a sweep over the vocabulary."""
     sweep_vocabulary(
-        steps_of(backend),
+        steps_of(backend, hidden.is_cuda),
         hidden,
         weight,
         bias,

@@ -34,6 +34,7 @@ from trainer.data.packing import Window
 from trainer.data.plan import Plan, rank_windows
 
 NO_TARGET = -100
+ON_HOST = ("target_documents", "target_positions")
 PREFETCHED_STEPS = 4
 
 
@@ -56,13 +57,13 @@ class PackedBatch:
     valid_targets: int
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The batch with its tensors on ``device``."""
+        """The batch with what a model reads on ``device``; what scores are sorted by stays."""
         if device.type == "cpu":
             return self
         moved = {
             field.name: getattr(self, field.name).pin_memory().to(device, non_blocking=True)
             for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
+            if isinstance(getattr(self, field.name), Tensor) and field.name not in ON_HOST
         }
         return dataclasses.replace(self, **moved)
 

@@ -50,11 +50,11 @@ class Scores:
         self.bucket_loss, self.bucket_tokens = np.zeros((2, BUCKETS))
 
     def add(self, batch: PackedBatch, losses: Tensor) -> None:
-        """Add the losses ``[T]`` of one batch; places without a target count nothing."""
-        valid = (batch.targets != NO_TARGET).cpu().numpy()
+        """Add the losses ``[T]`` of a batch on the host; places without a target count nothing."""
+        valid = (batch.targets != NO_TARGET).numpy()
         loss = losses.double().cpu().numpy()[valid]
-        documents = batch.target_documents.cpu().numpy()[valid]
-        positions = batch.target_positions.cpu().numpy()[valid]
+        documents = batch.target_documents.numpy()[valid]
+        positions = batch.target_positions.numpy()[valid]
         buckets = position_bucket(positions)
         if self.has_members or self.stream.manifest.styles:
             kinds, styles = self.member_kinds_and_styles(documents, positions)
@@ -217,12 +217,13 @@ def evaluate_model(model: Llama, stream: MegadocStream, data: DataConfig, ranks:
     model.eval()
     scores = Scores(stream)
     for batch, counts in evaluation_batches(stream, data, ranks):
-        batch = split_batch(batch, ranks.context_rank, ranks.context_parallel).to(ranks.device)
+        own = split_batch(batch, ranks.context_rank, ranks.context_parallel)
+        batch = own.to(ranks.device)
         losses = model.token_losses(
             batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.targets
         )
         if counts:
-            scores.add(batch, losses)
+            scores.add(own, losses)
     scores.sum_over(ranks)
     model.train(was_training)
     return scores

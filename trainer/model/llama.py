@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import attention_tiles, linear_cross_entropy, token_losses, varlen_attention
+from kernels.attention.flex import document_block_mask
 from trainer.config.schema import ModelConfig
 
 
@@ -29,7 +30,9 @@ class Kernels:
     loss_memory: str = "fast"  # or lean
 
     def tiles(self, config: ModelConfig, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> Any:
-        """The tables that our attention kernels share among the layers; None for others."""
+        """What an attention backend shares among the layers of a batch; None for most."""
+        if self.attention == "flex":
+            return document_block_mask(cu_seqlens, tokens)
         if self.attention not in ("triton", "gluon"):
             return None
         group = config.num_heads // config.num_kv_heads
@@ -182,6 +185,8 @@ class Llama(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.kernels = kernels
+        # trainer/parallel/context_parallel.py puts its own in this place
+        self.tiles: Callable[[Tensor, int, int], Any] = partial(kernels.tiles, config)
         self.model = Decoder(config, kernels)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.reset_parameters(seed)
@@ -218,10 +223,10 @@ class Llama(nn.Module):
             fp32 scalar, in nats.
         """
         hidden = self.hidden_states(input_ids, positions, cu_seqlens, max_seqlen)
-        weight = self.lm_head.weight.to(hidden.dtype)  # [V, D]
         if soft is not None:
             assert denominator is not None
-            return soft.loss(hidden, weight, targets, denominator, soft)
+            return soft.loss(hidden, self.lm_head.weight, targets, denominator, soft)
+        weight = self.lm_head.weight.to(hidden.dtype)  # [V, D]
         backend: Any = self.kernels.loss
         memory: Any = self.kernels.loss_memory
         return linear_cross_entropy(
@@ -234,7 +239,7 @@ class Llama(nn.Module):
         """``[T, D]`` in ``compute_dtype``, after the final norm; arguments as of ``forward``."""
         x = F.embedding(input_ids, self.model.embed_tokens.weight).to(self.compute_dtype)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-        tiles = self.kernels.tiles(self.config, cu_seqlens, max_seqlen, len(input_ids))
+        tiles = self.tiles(cu_seqlens, max_seqlen, len(input_ids))
         for layer in self.model.layers:
             x = layer(x, cos, sin, cu_seqlens, max_seqlen, tiles)
         return self.model.norm(x)

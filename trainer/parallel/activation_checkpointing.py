@@ -7,6 +7,7 @@ full        only the inputs of the blocks are kept
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from trainer.config.schema import ActivationCheckpointing, Averaging, TrainConfig
+from kernels.cross_entropy.interface import fast_bytes
+from trainer.config.schema import ActivationCheckpointing, Averaging, LossMemory, TrainConfig
 from trainer.model.llama import Llama
 
 # Operators whose results a selective block keeps, by name: ours, PyTorch's, flash-attn's.
@@ -27,9 +29,9 @@ ATTENTION = (
 )
 STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
 WEIGHT_BYTES = 4  # a parameter of the averaged weights, or of a teacher
+LEAN_BYTES = 128 << 20  # of a loss in loss_memory=lean
 SAFETY = 1.25  # fragmentation, libraries, temporaries
 USABLE = 0.94  # of the device's memory
-LOSS_BYTES = 1 << 30  # chunks of logits
 
 
 def recompute_blocks(model: Llama, mode: ActivationCheckpointing) -> None:
@@ -39,8 +41,15 @@ def recompute_blocks(model: Llama, mode: ActivationCheckpointing) -> None:
     options: dict[str, Any] = {}
     if mode is ActivationCheckpointing.selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
+        # It asks to make sure that nothing is changed in place, on every rank; nothing is.
+        logging.getLogger("torch._higher_order_ops.wrap").addFilter(says_something_else)
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = checkpoint_wrapper(layer, **options)
+
+
+def says_something_else(record: logging.LogRecord) -> bool:
+    """Whether a record is not the warning of a ``context_fn`` under torch.compile."""
+    return "context_fn is passed" not in record.getMessage()
 
 
 def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -84,13 +93,19 @@ def step_bytes(config: TrainConfig, tokens: int, shards: int, mode: ActivationCh
         ActivationCheckpointing.selective: 2 * 2 * width,
         ActivationCheckpointing.full: 2 * width,
     }[mode]
-    working = (
-        0 if mode is ActivationCheckpointing.none else block
-    )  # of the block that is computed again
+    # Context parallelism gathers keys and values of the whole axis, in the order of ranks and in
+    # that of the axis; the latter are kept where a block is not computed again.
+    ranks = config.runtime.context_parallel
+    gathered = 2 * 2 * kv_width * ranks if ranks > 1 else 0
+    working = block + 2 * gathered  # of one block
+    if mode is ActivationCheckpointing.none:
+        kept, working = kept + gathered, gathered
     activations = tokens * (model.num_layers * kept + working + 4 * 2 * width)
     head = 2 * 4 * model.vocab_size * width  # fp32 gradient of the head and its copy
+    lean = config.runtime.loss_memory is LossMemory.lean
+    loss = LEAN_BYTES if lean else fast_bytes(model.vocab_size)
     averaged = WEIGHT_BYTES if config.optimizer.averaging is not Averaging.none else 0
     states = (STATE_BYTES + averaged) * model.parameter_count() // shards
     # Teachers are not sharded, and taken to be as large as the student.
     states += len(config.distillation.teachers) * WEIGHT_BYTES * model.parameter_count()
-    return int(SAFETY * (activations + head + LOSS_BYTES) + states)
+    return int(SAFETY * (activations + head + loss) + states)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
-from kernels import varlen_attention
+from kernels import attention_tiles, varlen_attention
+from kernels.attention.tile_scheduler import Tiles
+from trainer.config.schema import ModelConfig
 from trainer.data.batches import PackedBatch
-from trainer.model.llama import Attention, Llama
+from trainer.model.llama import Attention, Kernels, Llama
 
 # The differentiable all-gather got another name after PyTorch 2.11.
 all_gather: Callable[..., Tensor] = getattr(
@@ -50,7 +53,7 @@ class ContextParallelAttention:
             v: ``[T / W, Hkv, Dh]``.
             cu_seqlens: int32 ``[S+1]``, borders on the whole axis of T tokens.
             max_seqlen: upper bound of the segment lengths.
-            tiles: not used, they are those of the whole axis.
+            tiles: of :func:`chunk_tiles`.
         """
         chunk = q.shape[0] // 2
         both = torch.cat((k, v), dim=1)  # [T / W, 2 Hkv, Dh]
@@ -71,6 +74,7 @@ class ContextParallelAttention:
                     cu_seqlens_k=cu_seqlens.clamp(max=end),
                     max_seqlen_k=max_seqlen,
                     backend=self.backend,
+                    tiles=None if tiles is None else tiles[own],
                 )
             )
         return torch.cat(outputs)
@@ -102,8 +106,38 @@ def split_batch(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     return dataclasses.replace(batch, **parts, tokens=held, valid_targets=valid)  # type: ignore[arg-type]
 
 
+def chunk_tiles(
+    kernels: Kernels,
+    config: ModelConfig,
+    rank: int,
+    size: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    tokens: int,
+) -> list[Tiles] | None:
+    """Tables of the two chunks of a rank that holds ``tokens``, made once for all layers."""
+    if kernels.attention not in ("triton", "gluon"):
+        return None
+    chunk = tokens // 2
+    return [
+        attention_tiles(
+            cu_seqlens.clamp(index * chunk, (index + 1) * chunk) - index * chunk,
+            chunk,
+            config.head_dim,
+            config.num_heads // config.num_kv_heads,
+            max_seqlen=min(max_seqlen, chunk),
+            cu_seqlens_k=cu_seqlens.clamp(max=(index + 1) * chunk),
+            tokens_k=size * tokens,
+            gluon=kernels.attention == "gluon",
+        )
+        for index in chunks_of(rank, size)
+    ]
+
+
 def apply_context_parallel(model: Llama, group: dist.ProcessGroup) -> None:
     """Let every attention layer of ``model`` work across the ranks of ``group``."""
+    place = dist.get_rank(group), dist.get_world_size(group)
+    model.tiles = partial(chunk_tiles, model.kernels, model.config, *place)
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = ContextParallelAttention(group, model.kernels.attention)

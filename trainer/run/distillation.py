@@ -75,7 +75,7 @@ def distillation_loss(
 
     Args:
         hidden: ``[T, D]`` of the student.
-        weight: ``[V, D]`` of its head.
+        weight: ``[V, D]`` of its head, in any precision; its gradient is added up in at least fp32.
         targets: int64 ``[T]``, -100 where there is nothing to predict.
         denominator: scalar.
         soft: the teachers' hidden states and heads.
@@ -84,9 +84,9 @@ def distillation_loss(
         Scalar loss in nats, in at least fp32.
     """
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    total = torch.zeros(
-        (), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float)
-    )
+    precision = torch.promote_types(hidden.dtype, torch.float)
+    total = torch.zeros((), device=hidden.device, dtype=precision)
+    weight = weight.to(precision)  # what the chunks' gradients are added up in
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         total = total + checkpoint(
@@ -112,7 +112,7 @@ def chunk_loss(
 ) -> Tensor:
     """The sum over some rows."""
     precision = torch.promote_types(hidden.dtype, torch.float)
-    student = (hidden @ weight.T).to(precision).log_softmax(1)  # [C, V]
+    student = (hidden @ weight.to(hidden.dtype).T).to(precision).log_softmax(1)  # [C, V]
     with torch.no_grad():
         mean = torch.zeros_like(student)
         for state, head in zip(teachers, heads, strict=True):

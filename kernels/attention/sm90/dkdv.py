@@ -185,7 +185,7 @@ def consume(
             gl.store(dv_out + place, gl.convert_layout(dv.to(DTYPE), STORE), mask=inside)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tile_count", "tokens"])
 def dkdv_sm90_kernel(
     q_desc, k_desc, v_desc, dout_desc, dk, dv, lse, delta, tiles, tile_count, key_heads, tokens,
     scale, scale_log2, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
@@ -275,5 +275,6 @@ def key_gradients_sm90(
         CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return dk, dv

@@ -177,7 +177,7 @@ def consume(
             gl.store(dq_out + place, values, mask=inside[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tile_count", "tokens"])
 def dq_sm90_kernel(
     q_desc, k_desc, v_desc, dout_desc, out, dout, dout_row, dout_head, lse, dlse, delta, dq, tiles,
     tile_count, heads, tokens, scale, scale_log2, GROUP: gl.constexpr, D: gl.constexpr,
@@ -271,5 +271,6 @@ def query_gradient_sm90(
         CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return dq, delta

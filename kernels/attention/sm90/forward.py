@@ -262,7 +262,7 @@ def barriers(COUNT: gl.constexpr):
     return full, empty
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tile_count", "tokens"])
 def forward_sm90_kernel(
     q_desc, k_desc, v_desc, out, lse, tiles, tile_count, heads, tokens, scale_log2,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -336,13 +336,16 @@ def attention_forward_sm90(
         CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out, lse
 
 
 def with_adjacent_heads(x: Tensor) -> Tensor:
     """x itself if its heads lie side by side and TMA can address its rows, else a copy."""
-    fits = x.stride(1) == x.shape[2] and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
+    # An expanded tensor has a stride of 0, which TMA does not take.
+    fits = x.stride(1) == x.shape[2] and x.data_ptr() % 16 == 0
+    fits = fits and x.stride(0) > 0 and x.stride(0) % 8 == 0
     return x if fits else x.contiguous()
 
 

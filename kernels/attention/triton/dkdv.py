@@ -94,7 +94,7 @@ def dkdv_step(
     return dk0, dk1, dv0, dv1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "window"])
 def dkdv_kernel(
     q,
     k,
@@ -225,6 +225,7 @@ def key_gradients(
         BLOCK_M=config.dkdv_step,
         BLOCK_N=config.columns,
         num_warps=config.dkdv_warps,
+        enable_fp_fusion=True,
         num_stages=config.dkdv_stages,
         **constants(q, k, window, softcap),
     )

@@ -89,7 +89,7 @@ def dq_step(
     return dq0, dq1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "window"])
 def dq_kernel(
     q,
     k,
@@ -220,6 +220,7 @@ def query_gradient(
         BLOCK_M=config.rows,
         BLOCK_N=config.dq_step,
         num_warps=config.dq_warps,
+        enable_fp_fusion=True,
         num_stages=config.dq_stages,
         **constants(q, k, window, softcap),
     )

@@ -180,7 +180,7 @@ def row_bounds(diagonal, rows, window, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.con
     return begin, full, partial, end, before, masked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "window"])
 def forward_kernel(
     q,
     k,
@@ -306,6 +306,7 @@ def attention_forward(
         BLOCK_N=config.forward_step,
         **constants(q, k, window, softcap),
         num_warps=config.forward_warps,
+        enable_fp_fusion=True,
         num_stages=config.forward_stages,
     )
     return out, lse

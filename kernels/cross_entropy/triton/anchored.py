@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chunked import add_product, finite_where_ignored, product_in_fp32
+from ..chunked import add_product, aligned_product, finite_where_ignored, product_in_fp32
 from .fused_exponentials import fused_exponentials
 
 SHIFT = 30.0  # c: p below exp(-57) counts as 0
@@ -52,13 +52,14 @@ def anchor_kernel(
     tl.store(anchor + row, tl.where(target < 0, float("inf"), total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES"])
 def exponential_kernel(
     logits,
     targets,
     anchor,
     sums,
     overflow,
+    row_stride,
     V,
     TILES,
     SHIFT: tl.constexpr,
@@ -70,7 +71,7 @@ def exponential_kernel(
     tile = tl.program_id(1)
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = columns < V
-    place = logits + row * V + columns
+    place = logits + row * row_stride + columns
     z = tl.load(place, mask=inside, other=-float("inf")).to(tl.float32)
     exponent = z - tl.load(anchor + row) - SHIFT
     exponent = tl.where(columns == tl.load(targets + row), -SHIFT, exponent)
@@ -81,7 +82,7 @@ def exponential_kernel(
     tl.store(sums + row * TILES + tile, tl.sum(e))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES"])
 def repair_kernel(
     hidden,
     weight,
@@ -89,6 +90,7 @@ def repair_kernel(
     anchor,
     sums,
     overflow,
+    row_stride,
     V,
     TILES,
     D: tl.constexpr,
@@ -121,7 +123,8 @@ def repair_kernel(
                 highest = tl.maximum(highest, tl.max(z))
             else:
                 e = tl.exp(z - highest)
-                tl.store(logits + row * V + columns, e.to(logits.dtype.element_ty), mask=inside)
+                place = logits + row * row_stride + columns
+                tl.store(place, e.to(logits.dtype.element_ty), mask=inside)
                 total += tl.sum(e)
         if step == 1:
             for tile in range(1, TILES):
@@ -130,7 +133,7 @@ def repair_kernel(
             tl.store(anchor + row, highest - SHIFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES"])
 def finish_kernel(
     hidden,
     scaled,
@@ -144,7 +147,7 @@ def finish_kernel(
     losses,
     lses,
     z_loss,
-    V,
+    row_stride,
     TILES,
     D: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -174,7 +177,7 @@ def finish_kernel(
     tl.store(row_scale + row, scale)
     if counts:
         own = tl.exp(chosen - shift) - total / factor
-        tl.store(logits + row * V + target, own.to(logits.dtype.element_ty))
+        tl.store(logits + row * row_stride + target, own.to(logits.dtype.element_ty))
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         inside = columns < D
@@ -215,7 +218,7 @@ def anchored_cross_entropy(
     block_d = min(1024, triton.next_power_of_2(depth))
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
     losses, lses, anchor = torch.empty(3, rows, **fp32)
-    anchor_kernel[(rows,)](hidden, weight, targets, anchor, depth, block_d)
+    anchor_kernel[(rows,)](hidden, weight, targets, anchor, depth, block_d, enable_fp_fusion=True)
     target_logit = anchor.clone()  # a repaired row gets another anchor
     overflow = torch.zeros(rows, dtype=torch.int32, device=hidden.device)
     for start in range(0, rows, rows_per_chunk):
@@ -235,12 +238,14 @@ def anchored_cross_entropy(
             anchor[part],
             sums,
             overflow[part],
+            e.stride(0),
             vocabulary,
             tiles,
             depth,
             SHIFT,
             REPAIR_BLOCK_V,
             min(128, block_d),
+            enable_fp_fusion=True,
         )
         finish_kernel[(count,)](
             x,
@@ -255,12 +260,13 @@ def anchored_cross_entropy(
             losses[part],
             lses[part],
             z_loss,
-            vocabulary,
+            e.stride(0),
             tiles,
             depth,
             SHIFT,
             triton.next_power_of_2(tiles),
             block_d,
+            enable_fp_fusion=True,
         )
         if hidden_grad is not None:
             hidden_grad[part] = product_in_fp32(e, weight) * scale[:, None]
@@ -275,11 +281,22 @@ def exponentials(
     """``E [C, V]`` and its sums ``[C, tiles]``, by cuBLAS and a pass or by one kernel."""
     if fused:
         return fused_exponentials(x, weight, targets, anchor, overflow, SHIFT, HIGHEST)
-    logits = x @ weight.T
+    logits = aligned_product(x, weight)
     rows, vocabulary = logits.shape
     tiles = triton.cdiv(vocabulary, BLOCK_V)
     sums = torch.empty(rows, tiles, dtype=torch.float32, device=x.device)
     exponential_kernel[(rows, tiles)](
-        logits, targets, anchor, sums, overflow, vocabulary, tiles, SHIFT, HIGHEST, BLOCK_V
+        logits,
+        targets,
+        anchor,
+        sums,
+        overflow,
+        logits.stride(0),
+        vocabulary,
+        tiles,
+        SHIFT,
+        HIGHEST,
+        BLOCK_V,
+        enable_fp_fusion=True,
     )
     return logits, sums

@@ -19,7 +19,7 @@ from .steps import logits_tile
 BLOCK_N, BLOCK_V, BLOCK_D = 128, 128, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "TILES"])
 def fused_exponential_kernel(
     hidden,
     weight,
@@ -104,5 +104,6 @@ def fused_exponentials(
         BLOCK_D,
         num_warps=8,
         num_stages=3,
+        enable_fp_fusion=True,
     )
     return logits, sums

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chunked import Options, Steps, product_in_fp32
+from ..chunked import Options, Steps, aligned_product, product_in_fp32
 
 BLOCK_V = 4096  # logits of one row that a program reads at a time
 
@@ -68,6 +68,7 @@ def statistics_kernel(
     target_logit,
     total,
     softcap,
+    row_stride,
     V,
     HAS_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -82,7 +83,7 @@ def statistics_kernel(
     for first in range(0, V, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
         inside = columns < V
-        raw = tl.load(logits + row * V + columns, mask=inside, other=0.0)
+        raw = tl.load(logits + row * row_stride + columns, mask=inside, other=0.0)
         z = capped(raw, bias, columns, inside, softcap, HAS_BIAS, CAPPED)
         chosen += tl.sum(tl.where(inside & (columns == target), z, 0.0))
         added += tl.sum(tl.where(inside, z, 0.0))
@@ -107,6 +108,7 @@ def gradient_kernel(
     z_loss,
     smoothing,
     even,
+    row_stride,
     V,
     HAS_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -115,7 +117,7 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = columns < V
-    place = logits + row * V + columns
+    place = logits + row * row_stride + columns
     weight = tl.load(row_weight + row)
     lse = tl.load(lses + row)
     raw = tl.load(place, mask=inside, other=0.0)
@@ -132,7 +134,7 @@ def raw_logits(
     x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, exact: bool
 ) -> Tensor:
     """``[C, V]`` products; the kernels add bias and softcap whenever they read them."""
-    return product_in_fp32(x, weight.T) if exact else x @ weight.T
+    return product_in_fp32(x, weight.T) if exact else aligned_product(x, weight)
 
 
 def statistics(logits: Tensor, bias: Tensor | None, targets: Tensor, options: Options) -> Tensor:
@@ -145,10 +147,12 @@ def statistics(logits: Tensor, bias: Tensor | None, targets: Tensor, options: Op
         targets.contiguous(),
         *result,
         options.softcap,
+        logits.stride(0),
         size,
         bias is not None,
         options.softcap > 0,
         BLOCK_V,
+        enable_fp_fusion=True,
     )
     return result
 
@@ -175,10 +179,12 @@ def gradient(
         options.z_loss,
         options.label_smoothing,
         options.label_smoothing / vocabulary,
+        logits.stride(0),
         size,
         bias is not None,
         options.softcap > 0,
         BLOCK_V,
+        enable_fp_fusion=True,
     )
     return logits
 

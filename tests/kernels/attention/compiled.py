@@ -73,7 +73,9 @@ def compile_kernel(
         kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     target = GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source, target, {"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(
+        source, target, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    )
     return describe(kernel, compiled)
 
 
@@ -131,7 +133,9 @@ def compile_gluon(
     source = GluonASTSource(
         kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
-    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4})
+    compiled = triton.compile(
+        source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "enable_fp_fusion": True}
+    )
     ptx = compiled.asm["ptx"]
     return describe(kernel, compiled) | {
         "waits": re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx),

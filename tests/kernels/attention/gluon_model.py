@@ -224,7 +224,9 @@ class Kernel:
         return self.function(*arguments)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+        def launch(
+            *arguments: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any
+        ) -> None:
             wrapped = [Pointer(x.view(-1)) if isinstance(x, Tensor) else x for x in arguments]
             machine.programs, machine.failed = grid[0], False
             for machine.program in range(grid[0]):
@@ -241,7 +243,12 @@ def nothing(*arguments: Any, **options: Any) -> None:
     """Layouts do not exist here."""
 
 
-gluon = SimpleNamespace(jit=Kernel)
+def jit(function: Any = None, **options: Any) -> Any:
+    """``gluon.jit`` with options and without."""
+    return Kernel if function is None else Kernel(function)
+
+
+gluon = SimpleNamespace(jit=jit)
 mbarrier = SimpleNamespace(
     MBarrierLayout=lambda: BARRIER,
     init=start_barrier,

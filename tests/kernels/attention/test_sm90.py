@@ -146,6 +146,8 @@ def test_descriptors_are_accepted_and_other_strides_are_copied() -> None:
     q, k = joined[:, :4], joined.transpose(1, 2).contiguous().transpose(1, 2)[:, :2]
     assert attention_sm90.with_adjacent_heads(q) is q
     assert attention_sm90.with_adjacent_heads(k).stride() == (128, 64, 1)
+    expanded = joined[:1, :4].expand(5, 4, 64)  # what the gradient of a sum is
+    assert attention_sm90.with_adjacent_heads(expanded).stride() == (256, 64, 1)
     assert attention_sm90.descriptor(q, 64).shape == [5, 256]
     ragged = attention_sm90.ragged_descriptor(q, 128)
     assert sum(ragged.strides[:2]) == 1 << 34  # times 2^30 rows, an address's whole range

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +15,24 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import linear_cross_entropy, next_token_targets, token_losses
-from kernels.cross_entropy.chunked import Gradients, Options, sweep_tokens, sweep_vocabulary
+from kernels.cross_entropy.chunked import (
+    Gradients,
+    Options,
+    rows_of_chunk,
+    sweep_tokens,
+    sweep_vocabulary,
+)
+from kernels.cross_entropy.compiled_steps import COMPILED, gradient_of, statistics_of
 from kernels.cross_entropy.interface import (
     LEAN_ELEMENTS,
     add_weight_gradient,
+    chunk_elements,
+    fast_bytes,
     linear_cross_entropy_op,
 )
 from kernels.cross_entropy.torch_steps import TORCH
@@ -131,6 +142,57 @@ def test_ignored_rows_may_hold_anything() -> None:
         torch.testing.assert_close(loss, expected)
         for ours, theirs in zip(torch.autograd.grad(loss, leaves), gradients, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_steps_that_a_gpu_compiles_are_the_same_function(
+    softcap: float, smoothing: float, biased: bool
+) -> None:
+    hidden, weight, bias, targets = (x.detach() for x in problem(11, 19, 0.3))
+    row_weight = torch.rand(11, dtype=torch.float64) * (targets >= 0)
+    own = bias if biased else None
+    options = Options(softcap, 0.01, smoothing)
+    found = []
+    with torch.compiler.set_stance("force_eager"):
+        for steps, lean in ((TORCH, False), (COMPILED, False), (COMPILED, True)):
+            dx, dw, db = torch.empty_like(hidden), torch.zeros_like(weight), torch.zeros_like(bias)
+            inputs = (steps, hidden, weight, own, targets, row_weight)
+            wanted = Gradients(dx, None, None) if lean else Gradients(dx, dw, db)
+            losses, lses = sweep_tokens(*inputs, options, 4 * 19, wanted)
+            if lean:
+                wanted = Gradients(None, dw, db)
+                sweep_vocabulary(*inputs, lses, options, 40, wanted)
+            found.append((losses[targets >= 0], lses, dx, dw, db))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+def test_chunks_of_all_sizes_take_two_graphs() -> None:
+    torch._dynamo.reset()
+    counted = CompileCounter()
+    for function, arguments in (
+        (statistics_of, (0.0, False)),
+        (gradient_of, (torch.zeros(1), torch.zeros(1), 0.0, 0.0, 0.0, 0.0)),
+    ):
+        run = torch.compile(function, backend=counted, fullgraph=True)
+        counted.frame_count = 0
+        for rows in (128, 128, 77, 128, 30):
+            vectors = [x.expand(rows) if isinstance(x, Tensor) else x for x in arguments]
+            run(torch.zeros(rows, 96), None, torch.zeros(rows, dtype=torch.long), *vectors)
+        assert counted.frame_count <= 2
+
+
+def test_chunks_on_a_gpu_have_whole_tiles_and_at_least_4096_rows() -> None:
+    hidden = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    for backend, vocabulary in itertools.product(("torch", "triton"), (32_000, 50_257, 248_320)):
+        elements = chunk_elements("fast", backend, hidden, vocabulary)  # type: ignore[arg-type]
+        rows = rows_of_chunk(elements, vocabulary)
+        assert rows >= 4096
+        assert rows % 128 == 0
+        assert 2 * rows * vocabulary <= fast_bytes(vocabulary)
+    assert rows_of_chunk(100, 10) == 10
 
 
 def test_bf16_gradients_are_within_twice_the_rounding_of_plain_bf16() -> None:

@@ -157,6 +157,7 @@ for has_bias, capped in itertools.product((False, True), (False, True)):
     ]
 TYPES = {"hidden": "*bf16", "weight": "*bf16", "logits": "*bf16", "scaled": "*bf16",
          "bias": "*bf16", "targets": "*i64", "overflow": "*i32", "N": "i32", "V": "i32",
+         "row_stride": "i32",
          "TILES": "i32", "z_loss": "fp32", "softcap": "fp32", "smoothing": "fp32", "even": "fp32"}
 cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 arch = int(sys.argv[1])
@@ -166,6 +167,7 @@ for kernel, constants, options in KERNELS:
     pointers = {(place,): [["tt.divisibility", 16]]  # as at run time, else no asynchronous copies
                 for place, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, constants, pointers)
+    options = {**options, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -12,6 +12,7 @@ from trainer.config.schema import (
     DistillationConfig,
     ModelConfig,
     OptimizerConfig,
+    RuntimeConfig,
     TrainConfig,
 )
 from trainer.model.llama import Llama
@@ -68,6 +69,16 @@ def test_the_estimate_says_what_fits_where() -> None:
     assert step_bytes(run(1_048_576), 1_048_576, 1, ActivationCheckpointing.full) < 131 * gib
     sizes = [step_bytes(run(65_536), 65_536, 1, mode) for mode in list(ActivationCheckpointing)[1:]]
     assert sizes == sorted(sizes, reverse=True)
+    for mode in list(ActivationCheckpointing)[1:]:  # 12 layers keep the whole axis, or one does
+        alone, shared = (
+            step_bytes(
+                replace(run(32_768), runtime=RuntimeConfig(context_parallel=ranks)), 8192, 1, mode
+            )
+            for ranks in (1, 4)
+        )
+        times = 13 if mode is ActivationCheckpointing.none else 2
+        axis = 2 * 2 * 768 * 32_768
+        assert shared - alone == pytest.approx(1.25 * axis * times, rel=1e-6)
     averaged = replace(run(4096), optimizer=OptimizerConfig(averaging=Averaging.ema))
     taught = replace(run(4096), distillation=DistillationConfig(teachers=["a", "b"]))
     plain, *others = (

@@ -46,6 +46,26 @@ def test_the_loss_and_its_gradient_are_the_definition(monkeypatch: pytest.Monkey
         torch.testing.assert_close(ours, theirs)
 
 
+def test_the_heads_gradient_is_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error does not grow with the number of chunks, also where the head is given in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2048, 16, generator=generator).bfloat16()
+    weight = torch.randn(128, 16, generator=generator).bfloat16()
+    state, head = (torch.randn(n, 16, generator=generator).bfloat16() for n in (2048, 128))
+    targets = torch.randint(128, (2048,), generator=generator)
+
+    def gradient(chunks: int, dtype: torch.dtype) -> torch.Tensor:
+        monkeypatch.setattr(distillation, "CHUNK_ELEMENTS", 2048 * 128 // chunks)
+        leaf = weight.to(dtype).requires_grad_()
+        soft = SoftTargets(0.5, [state.to(dtype)], [head.to(dtype)], distillation_loss)
+        loss = distillation_loss(hidden.to(dtype), leaf, targets, torch.tensor(1.0), soft)
+        return torch.autograd.grad(loss, leaf)[0].double()
+
+    exact = gradient(1, torch.float64)
+    few, many = ((gradient(n, torch.bfloat16) - exact).norm() / exact.norm() for n in (1, 128))
+    assert many < 1.2 * few
+
+
 def test_a_student_of_two_runs_and_teachers_that_do_not_fit(
     corpus_root: Path, tmp_path: Path
 ) -> None:
