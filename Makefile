@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo quick test test-random lint sglang test-sglang test-cluster clean
+.PHONY: demo gpu quick test test-random lint sglang test-sglang test-cluster clean
 
 # The environment is finished when its stamp is; an interrupted installation is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -56,6 +56,24 @@ test-sglang: $(VENV)/.installed
 # A real Slurm of two nodes and a real Ray on this machine; needs root to install and start Slurm.
 test-cluster: $(VENV)/.installed
 	$(PY) -m pytest --cluster tests/cluster
+
+# On a machine with a GPU. Where $(PYTHON) has a PyTorch already that is taken, and only what else is
+# needed is installed, in the newest versions that fit it.
+MINUTES ?= 60
+GPU_VENV ?= $(VENV)-gpu
+$(GPU_VENV)/.installed: pyproject.toml constraints.txt
+	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+		test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv --system-site-packages $(GPU_VENV) && \
+		$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'; \
+	else \
+		test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV) && \
+		$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+			-c constraints.txt -e '.[dev]'; \
+	fi
+	@touch $@
+
+gpu: $(GPU_VENV)/.installed
+	$(GPU_VENV)/bin/python -m benchmarks.gpu --minutes $(MINUTES)
 
 clean:
 	rm -rf demo $(VENV)

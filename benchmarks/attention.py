@@ -365,14 +365,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     assert __doc__ is not None
     parser = timing.arguments(__doc__.partition("\n")[0], "attention")
     parser.add_argument("--packs", nargs="*", default=[], help="names of packs")
     parser.add_argument("--heads", nargs="*", default=[], help="as 16/8x128")
     parser.add_argument("--passes", nargs="*", default=[*PASSES], choices=PASSES)
     parser.add_argument("--providers", nargs="*", default=[], help="names of implementations")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     place = timing.device()
     packs = gpu_packs() if place.type == "cuda" else cpu_packs()
     if unknown := set(options.packs) - set(packs):

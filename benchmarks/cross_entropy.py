@@ -187,14 +187,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     assert __doc__ is not None
     parser = timing.arguments(__doc__.partition("\n")[0], "cross-entropy")
     parser.add_argument(
         "--shapes", nargs="*", help="tokens x width x vocabulary, as 8192x1024x32768"
     )
     parser.add_argument("--providers", nargs="*", default=[], help="beginnings of providers' names")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     place = timing.device()
     shapes = GPU_SHAPES if place.type == "cuda" else CPU_SHAPES
     if options.shapes:

@@ -3,13 +3,13 @@
     python -m benchmarks.train_step
     python -m benchmarks.train_step --models 300m --contexts 32768 --documents 1200
 
-A step is forward, backward, clipping and AdamW on one micro-batch. Ours: the model and the kernels
-of this project, blocks compiled. ``plain``: the same model with dense SDPA per window (or, with
-several documents a window, FlexAttention) and an unfused loss, compiled likewise. ``hf``: Hugging
-Face's Llama with variable-length FlashAttention (the flash-attn package's where installed, else
-PyTorch's) and, where installed, Liger's kernels. All are timed in turn in one process, on the same
-weights and optimiser states. MFU counts causal FLOPs inside documents and the head, without
-recomputation, over the GPU's dense bf16 peak.
+A step is forward, backward, clipping and AdamW on one micro-batch. Ours: this project's model with
+the kernels that the self-check takes, blocks compiled. ``plain``: the same model with dense SDPA
+per window (or, with several documents a window, FlexAttention) and an unfused loss, compiled
+likewise. ``hf``: Hugging Face's Llama with variable-length FlashAttention (the flash-attn package's
+where installed, else PyTorch's) and, where installed, Liger's kernels. All are timed in turn in one
+process, on the same weights and optimiser states. MFU counts causal FLOPs inside documents and the
+head, without recomputation, over the GPU's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from trainer.model.flops import attention_pairs, peak_flops, training_flops
 from trainer.model.llama import Attention, Kernels, Llama
 from trainer.optim.optimizer import build_optimizers
 from trainer.parallel.ranks import Ranks
+from trainer.run.kernel_choice import checked_kernels
 
 MODELS = Path(__file__).parents[1] / "conf" / "train" / "model"
 VOCABULARY = 128_256
@@ -284,14 +285,18 @@ def measure(
     )
     batch = random_batch(tokens, context, document, size.vocab_size)
     setting = Setting(config, batch, ranks)
+    chosen = Kernels(*checked_kernels(config, lambda: batch, ranks))
     builders: dict[str, Callable[[Setting], timing.Candidate]] = {
-        "ours": ours,
+        "ours": partial(ours, kernels=chosen),
         "plain": plain,
         "hf": hugging_face,
     }
     if ranks.device.type == "cuda":
-        builders["ours triton"] = partial(ours, kernels=Kernels("triton", "triton"))
-        builders["ours lean"] = partial(ours, kernels=Kernels("triton", "triton", "lean"))
+        for loss in ("torch", "triton"):
+            builders[f"{loss} loss"] = partial(ours, kernels=replace(chosen, loss=loss))
+        builders["lean loss"] = partial(ours, kernels=replace(chosen, loss_memory="lean"))
+        builders["flash"] = partial(ours, kernels=replace(chosen, attention="flash"))
+        builders["triton"] = partial(ours, kernels=replace(chosen, attention="triton"))
     else:
         builders["ours compiled"] = partial(ours, compiled=True)
     rows: list[dict[str, Any]] = []
@@ -364,7 +369,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     assert __doc__ is not None
     parser = timing.arguments(__doc__.partition("\n")[0], "train-step")
     place = timing.device()
@@ -375,9 +380,9 @@ def main() -> None:
                         help="tokens a document; 0: as long as the window")  # fmt: skip
     parser.add_argument("--tokens", type=int, help="of a micro-batch; default: by model")
     parser.add_argument(
-        "--ways", nargs="*", default=[], help="ours, ours triton, ours lean, plain, hf"
+        "--ways", nargs="*", default=[], help="ours, torch loss, triton loss, flash, plain, hf, ..."
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     ranks = Ranks(0, 1, place)
     rows = []
     for model in options.models:

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,17 +125,19 @@ def copy_kernel(target: TileConfig, source: TileConfig, kernel: str) -> TileConf
     return target._replace(**{field: getattr(source, field) for field in fields})
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 96, 128])
     parser.add_argument("--groups", nargs="*", type=int, default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
+    parser.add_argument("--output", type=Path, help="also write what was found here")
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device; tiles can only be tuned on the GPU they are for")
     architecture = f"sm_{torch.cuda.get_device_capability()[0]}0"
     configs = read_configs()
+    found: list[dict[str, int]] = []
     shapes = itertools.product(options.head_dims, options.groups, PACKS)
     for head_dim, group, longest in shapes:
         print(
@@ -142,12 +145,15 @@ def main() -> None:
             f"documents from {longest} tokens"
         )
         chosen = best(Kernels(head_dim, group, PACKS[longest]), options.rounds)
+        found.append({"head_dim": head_dim, "group": group, "longest": longest} | chosen._asdict())
         entry = configs.setdefault(architecture, {}).setdefault(str(head_dim), {})
         entry.setdefault(str(group), {})[str(longest)] = chosen._asdict()
         # After every shape, so that an interrupted run keeps what it has found.
         unfinished = FILE.with_suffix(".tmp")
         unfinished.write_text(json.dumps(configs, indent=2) + "\n")
         unfinished.replace(FILE)
+    if options.output:
+        timing.write_results(options.output, "python -m benchmarks.tune_attention", found)
     print(f"written: {FILE}; run the tests of tests/kernels on this GPU before using it")
 
 

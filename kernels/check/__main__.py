@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +15,7 @@ from ..segments import padded_borders
 from . import __doc__ as description
 from .attention import Heads, Pack, attention_backends, attention_verdicts, awkward_pack
 from .loss import loss_backends, loss_verdicts
-from .verdicts import choose
+from .verdicts import choose, circumstances
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=65_536, help="of the timing, on a GPU")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=128_256)
+    parser.add_argument("--output", type=Path, help="JSON of the verdicts")
     options = parser.parse_args(arguments)
     sizes = options.heads.replace("x", "/").split("/")
     heads = Heads(*(int(size) for size in sizes))
@@ -41,15 +45,23 @@ def main(arguments: list[str] | None = None) -> int:
     loss = loss_verdicts(
         loss_backends(device), options.width, options.vocabulary, dtype, device, options.tokens
     )
+    found: dict[str, Any] = {}
     for what, verdicts in (("attention", attention), ("loss", loss)):
         for verdict in verdicts:
             speed = "" if verdict.seconds is None else f"{verdict.seconds * 1e3:10.3f} ms"
             print(f"{what:10} {verdict.backend:11} {verdict.failed or 'right':60} {speed}")
         try:
-            print(choose(what, verdicts).line)
+            line = choose(what, verdicts).line
         except ValueError as error:
-            print(f"error: {error}")
-    print(f"{time.perf_counter() - began:.1f} s")
+            line = f"error: {error}"
+        print(line)
+        found[what] = {"line": line, "verdicts": [verdict._asdict() for verdict in verdicts]}
+    seconds = time.perf_counter() - began
+    print(f"{seconds:.1f} s")
+    if options.output:
+        found |= {"seconds": seconds, "shape": vars(options) | {"output": None}}
+        content = {**circumstances(device), "results": found}
+        options.output.write_text(json.dumps(content, indent=1) + "\n")
     return int(any(v.failed for v in attention[: len(backends)] + loss))
 
 

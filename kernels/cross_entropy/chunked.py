@@ -138,7 +138,9 @@ def sweep_tokens(
     rows_per_chunk = rows_of_chunk(chunk_elements, weight.shape[0])
     for start in range(0, len(hidden), rows_per_chunk):
         rows = slice(start, start + rows_per_chunk)
-        x = finite_where_ignored(hidden[rows], row_weight[rows])
+        x = hidden[rows]
+        if gradients is not None:
+            x = finite_where_ignored(x, row_weight[rows])
         logits = steps.logits(x, weight, bias, options, gradients is None)  # [C, V]
         statistics = steps.statistics(logits, bias, local[rows], options)
         lse, target_logit, total = combined(statistics, group)
