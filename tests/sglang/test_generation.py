@@ -132,6 +132,7 @@ def test_documents_become_streams(target: Target, tmp_path: Path, method: str) -
         *("corpus.max_documents=24", "corpus.max_characters=700", "corpus.held_out=0.25"),
         *("tokenizer.vocab_size=400", "method.generations=2", "method.max_tokens=6"),
         *("generator=openai", f"generator.model={target.model}", f"generator.urls=[{target.url}]"),
+        "generator.context_length=4096",
     )
     suffix = "" if method in ("rephrase", "latent") else f"-{method}"
     kinds = ["latent"] if method == "latent" else ["simple", "stitched"]
