@@ -173,7 +173,7 @@ def test_programs_run_from_an_empty_folder(
         PYTHONPATH=str(plugins.parent),
     )
     assert "launched by my own plugin" in swept
-    assert swept.count("is already trained") == 1  # by the two ranks
+    assert swept.count("(was finished)") == 1  # by the two ranks
     runs = sorted(path.parent for path in (work / "demo" / "runs").glob("*/result.json"))
     assert len(runs) == 2
     assert "--shapes" in call(megadocs, "-m", "benchmarks.cross_entropy", "--help", cwd=work)

@@ -29,10 +29,7 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         model=str(tiny_llama),
         context_length=CONTEXT,
         threads=1,
-        # A short queue, so that a test can fill it.
-        sglang=SglangConfig(
-            device="cpu", max_running_requests=16, arguments=["--max-queued-requests=32"]
-        ),
+        sglang=SglangConfig(device="cpu"),
     )
     with serving(config, tmp_path_factory.mktemp("server") / "server.log") as servers:
         yield servers.urls[0]

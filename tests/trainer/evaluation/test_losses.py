@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import run_script
+from trainer.config.evaluate import Mean
 from trainer.config.schema import (
     DataConfig,
     Mask,
@@ -23,7 +24,6 @@ from trainer.config.schema import (
 )
 from trainer.data.mds import MegadocStream
 from trainer.evaluation.ensemble import (
-    Mean,
     evaluate_ensemble,
     evaluate_runs,
     mean_logit_losses,

@@ -1,6 +1,7 @@
 """Recomputing blocks: the same gradients to the bit, and the choice by memory."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def gradients(mode: ActivationCheckpointing, compiled: bool) -> tuple[list[torch
     calls = 0
 
     class Counted(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
             nonlocal calls
             calls += "scaled_dot_product" in str(func) and "backward" not in str(func)
             return func(*args, **(kwargs or {}))

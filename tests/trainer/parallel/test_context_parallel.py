@@ -2,8 +2,9 @@
 
 import torch
 
+from trainer.config.schema import ModelConfig
 from trainer.data.random_stream import random_windows
-from trainer.model.llama import Kernels, ModelConfig
+from trainer.model.llama import Kernels
 from trainer.parallel.context_parallel import chunk_tiles, chunks_of, split_batch
 
 
