@@ -51,7 +51,7 @@ sglang: $(VENV)/.installed
 # Against the real SGLang on this machine's CPU; what that costs is why it is not part of `test`.
 test-sglang: $(VENV)/.installed
 	$(PY) -m gen.serving.sglang_environment --device cpu
-	$(PY) -m pytest tests/sglang --sglang
+	$(PY) -m pytest tests/sglang --sglang --kills 4
 
 # A real Slurm of two nodes and a real Ray on this machine; needs root to install and start Slurm.
 test-cluster: $(VENV)/.installed

@@ -75,6 +75,8 @@ class ChatClient:
         self.connection = connection or Connection()
         self.extra_body = extra_body or {}
         self.tokenizer = tokenizer
+        self.restarted: set[str] = set()  # servers that went away: another model may come back
+        self.looks = asyncio.Lock()
         self.servers_count = True  # until one has no /tokenize
         self.apis = {url: api_of(url) for url in routing.urls}
         self.proxies = {url: proxy_for(url) for url in routing.urls}
@@ -145,6 +147,35 @@ class ChatClient:
                 self.servers_count = False
         return -(-len(text.encode()) // BYTES_A_TOKEN)
 
+    async def serves_the_model(self, server: str) -> bool:
+        """Look at a server that is back: SGLang answers to any name, with the model it has.
+
+        Raises:
+            aiohttp.ClientError, TimeoutError: it does not answer.
+            ServersLost: no other server is left.
+        """
+        async with self.looks:
+            if server not in self.restarted:
+                return True
+            url = f"{self.apis[server]}/models"
+            async with self.http.get(url, proxy=self.proxies[server]) as response:
+                content = await response.read()
+            if response.status == UNAVAILABLE:
+                self.routing.down(server, f"HTTP {response.status}: {start_of(content)}")
+                return False
+            served = None
+            if response.status == 200:
+                served = models_of(read_answer(url, response.status, content)[0])
+            if served is not None and self.model not in served:
+                self.routing.refuse(
+                    server,
+                    f"{server} came back and serves {', '.join(served)}, not "
+                    f"generator.model={self.model}; what was generated before is stored",
+                )
+                return False
+            self.restarted.discard(server)
+            return True
+
     async def post(
         self,
         document_id: str,
@@ -170,6 +201,8 @@ class ChatClient:
             server = await self.routing.server_for(document_id)
             url = bases[server] + path
             try:
+                if server in self.restarted and not await self.serves_the_model(server):
+                    continue
                 turn = self.suspects if lost >= SUSPECT - 1 else contextlib.nullcontext()
                 request = self.http.post(url, json=body, proxy=self.proxies[server])
                 async with turn, request as response:
@@ -177,6 +210,7 @@ class ChatClient:
                     pause = pause_told(response.headers)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                 self.routing.down(server, f"{type(error).__name__}: {error}")
+                self.restarted.add(server)
                 continue
             except (aiohttp.ClientError, TimeoutError) as error:
                 problem, reason = f"{type(error).__name__}: {error}", "connection lost"
@@ -185,6 +219,7 @@ class ChatClient:
                     self.routing.down(server, problem, self.timeout)
                 else:
                     lost += 1
+                    self.restarted.add(server)
             else:
                 if status == UNAVAILABLE or (status == TOO_MANY_REQUESTS and pause is not None):
                     self.routing.down(server, f"HTTP {status}: {start_of(content)}", told=pause)
@@ -201,6 +236,14 @@ class ChatClient:
                 await asyncio.sleep(wait * random.uniform(0.5, 1.5))
         failed = GenerationFailed if attempt == self.attempts else ConnectionsLost
         raise failed(f"{url}: {attempt} attempts failed, the last with {problem}", reason)
+
+
+def models_of(listing: Any) -> list[str] | None:
+    """Names in the answer of ``/v1/models``; None where it is no list of them."""
+    try:
+        return [str(entry["id"]) for entry in listing["data"]]
+    except (KeyError, TypeError):
+        return None
 
 
 def pause_told(headers: Mapping[str, str]) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,10 +90,17 @@ class Routing:
         route.told = told is not None
         route.closed_until = now + (route.pause if told is None else max(told, FIRST_PAUSE))
 
+    def refuse(self, url: str, problem: str) -> None:
+        """Never use a server again."""
+        route = self.routes[url]
+        route.problem, route.told, route.closed_until = problem, True, math.inf
+
     def check(self) -> None:
         """Raise ServersLost where waiting is no use."""
         if failure := self.failure():
             raise ServersLost(failure)
+        if all(route.closed_until == math.inf for route in self.routes.values()):
+            raise ServersLost("; ".join(route.problem for route in self.routes.values()))
         now = self.clock()
         since = [route.down_since for route in self.routes.values()]
         if all(began is not None and now - began > self.outage_seconds for began in since):

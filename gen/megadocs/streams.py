@@ -34,7 +34,7 @@ from gen.megadocs.assembly import (
 )
 from gen.megadocs.encoding import Encoder, real_tokens
 from gen.megadocs.missing import Missing, missing_of
-from gen.quality.gates import QualityConfig, gates, select, strip_preamble
+from gen.quality.gates import QualityConfig, advice, gates, select, strip_preamble
 from gen.quality.table import columns_of, quality_table
 from trainer.data.format import (
     MANIFEST,
@@ -362,6 +362,7 @@ def describe_judged(judged: dict[str, Any]) -> str:
     return (
         f"; of {judged['generations']:,} generations {left_out:,} left out; "
         f"gates: {', '.join(found) or 'none failed'}"
+        + "".join(f"\n  {line}" for line in advice(judged["failed"], judged["generations"]))
     )
 
 

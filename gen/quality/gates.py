@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gen.quality.language import other_language
+from gen.quality.language import SourceLanguage
 
 # Gates in the order in which they are blamed: a generation counts as dropped by its first one.
 GATES = (
@@ -27,6 +27,21 @@ GATES = (
     "length",
 )
 POLICIES = ("keep", "drop")
+# A gate that this share of the generations fail tells of the job's settings, not of the texts.
+NEARLY_ALL = 0.8
+ADVICE = {
+    "empty": "the model says nothing: look at them with generate.py report",
+    "refusal": "the model refuses: another method, or another model",
+    "language": "the model leaves the documents' language: say in method.system which to write in",
+    "repetition": "the model loops: raise method.temperature, or generator.extra_body."
+    "repetition_penalty where the server has it",
+    "duplicate": "siblings are alike: raise method.temperature",
+    "copy": "the model copies its document: another method, a higher method.temperature, or a "
+    "larger model",
+    "preamble": "the model announces its text: quality.preamble=strip cuts that off",
+    "length": "method.max_tokens cuts the generations: raise it, or leave long documents out with "
+    "corpus.max_characters",
+}
 HEAD = 300  # characters in which an answer refuses
 
 # One character of a script written without spaces counts as a word.
@@ -134,6 +149,7 @@ def measure(source: str, siblings: Sequence[tuple[int, str, str]]) -> list[Measu
         source: the document's text.
         siblings: (index, text, finish reason) of its generations, in ascending order of index.
     """
+    language = SourceLanguage(source)
     source_ngrams = set(ngrams(WORD.findall(source.lower()), 8))
     measured: list[Measures] = []
     earlier: list[set[int]] = []
@@ -148,7 +164,7 @@ def measure(source: str, siblings: Sequence[tuple[int, str, str]]) -> list[Measu
                 words=len(words),
                 empty=not any(character.isalnum() for character in text),
                 refusal=REFUSAL.search(text[:HEAD]) is not None,
-                language=other_language(source, text),
+                language=language.differs(text),
                 preamble=strip_preamble(text) != text,
                 length=finish_reason == "length",
                 compression=len(zlib.compress(content)) / max(1, len(content)),
@@ -193,6 +209,20 @@ def gates(columns: dict[str, np.ndarray], config: QualityConfig) -> dict[str, np
         "preamble": columns["preamble"],
         "length": columns["length"],
     }
+
+
+def advice(failed: dict[str, int], generations: int) -> list[str]:
+    """What to change where nearly all generations fail a gate.
+
+    Args:
+        failed: how many fail each gate.
+        generations: how many there are.
+    """
+    return [
+        f"{count:,} of {generations:,} generations fail the gate {gate!r}: {ADVICE[gate]}"
+        for gate, count in failed.items()
+        if count >= NEARLY_ALL * max(1, generations)
+    ]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ SAMPLE = 2000  # characters that are looked at
 FEWEST_WORDS = 20  # a shorter text is not judged
 CLEAR_MARGIN = 1.5  # how much more frequent another language's function words must be
 FEWEST_LETTERS = 20
+FEWEST_FUNCTION_WORDS = 0.1  # share of the words; with fewer a text's language is not known
 # Scripts that one language mixes freely.
 SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "HANGUL": "HANGUL", "KATAKANA-HIRAGANA": "CJK"}
 
@@ -50,6 +51,14 @@ FUNCTION_WORDS = {
     }.items()
 }
 WORD = re.compile(r"[^\W\d_]+")
+LANGUAGES = tuple(FUNCTION_WORDS)
+# Places in LANGUAGES of those that a word is a function word of.
+LANGUAGES_OF = {
+    word: tuple(place for place, name in enumerate(LANGUAGES) if word in FUNCTION_WORDS[name])
+    for words in FUNCTION_WORDS.values()
+    for word in words
+}
+NO_ASCII_LETTER = {code: None for code in range(128) if not chr(code).isalpha()}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -61,41 +70,51 @@ def script_of(character: str) -> str:
 
 def dominant_script(text: str) -> str | None:
     """The script of most letters, or None where there are too few letters."""
-    letters = [character for character in text[:SAMPLE] if character.isalpha()]
+    sample = text[:SAMPLE]
+    if sample.isascii():
+        return "LATIN" if len(sample.translate(NO_ASCII_LETTER)) >= FEWEST_LETTERS else None
+    letters = [character for character in sample if character.isalpha()]
     if len(letters) < FEWEST_LETTERS:
         return None
-    return Counter(script_of(letter) for letter in letters).most_common(1)[0][0]
+    return Counter(map(script_of, letters)).most_common(1)[0][0]
 
 
-def language_shares(text: str) -> dict[str, float]:
-    """Share of the words that are function words of each language; empty for a short text."""
+def language_shares(text: str) -> list[float]:
+    """Share of the words that are function words of each of LANGUAGES; empty for a short text."""
     words = WORD.findall(text[:SAMPLE].lower())
     if len(words) < FEWEST_WORDS:
-        return {}
-    return {
-        name: sum(word in known for word in words) / len(words)
-        for name, known in FUNCTION_WORDS.items()
-    }
+        return []
+    counts = [0] * len(LANGUAGES)
+    for word in words:
+        for place in LANGUAGES_OF.get(word, ()):
+            counts[place] += 1
+    return [count / len(words) for count in counts]
 
 
-def other_language(source: str, text: str) -> bool:
-    """Whether ``text`` is clearly in another script or language than ``source``.
+class SourceLanguage:
+    """The language of a document, which its generations are compared with.
 
     Texts of fewer than 20 words are judged by their script alone; a language that is not listed,
     or code, tables and names without function words, are never called different.
     """
-    scripts = dominant_script(source), dominant_script(text)
-    if None in scripts:
-        return False
-    if scripts[0] != scripts[1]:
-        return True
-    of_source, of_text = language_shares(source), language_shares(text)
-    if not of_source or not of_text:
-        return False
-    expected = max(of_source, key=lambda name: of_source[name])
-    found = max(of_text, key=lambda name: of_text[name])
-    return (
-        of_source[expected] >= 0.1
-        and of_text[found] >= 0.1
-        and of_text[found] > CLEAR_MARGIN * of_text[expected]
-    )
+
+    def __init__(self, source: str) -> None:
+        self.script = dominant_script(source)
+        shares = language_shares(source)
+        self.expected = shares.index(max(shares)) if shares else None
+        self.clear = bool(shares) and max(shares) >= FEWEST_FUNCTION_WORDS
+
+    def differs(self, text: str) -> bool:
+        """Whether ``text`` is clearly in another script or language."""
+        script = dominant_script(text)
+        if self.script is None or script is None:
+            return False
+        if self.script != script:
+            return True
+        if not self.clear or self.expected is None:
+            return False
+        shares = language_shares(text)
+        if not shares:
+            return False
+        found = max(shares)
+        return found >= FEWEST_FUNCTION_WORDS and found > CLEAR_MARGIN * shares[self.expected]

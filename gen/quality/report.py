@@ -17,9 +17,19 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 
 from gen.corpus.documents import Document
+from gen.generations.failures import all_failures, describe_reasons
 from gen.generations.store import GenerationStore
 from gen.megadocs.assembly import TEXT_COLUMNS, Generations
-from gen.quality.gates import GATES, WORD, QualityConfig, ReportConfig, Selection, gates, select
+from gen.quality.gates import (
+    GATES,
+    WORD,
+    QualityConfig,
+    ReportConfig,
+    Selection,
+    advice,
+    gates,
+    select,
+)
 from gen.quality.table import columns_of, quality_table
 from trainer.files import read_json, replace_file
 
@@ -70,7 +80,8 @@ def write_quality_report(
     with replace_file(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     rows = gate_rows(judged, quality)
-    return "\n".join("".join(f"{cell:>12}" for cell in row) for row in rows)
+    lines = ["".join(f"{cell:>12}" for cell in row) for row in rows]
+    return "\n".join(lines + advice(judged.selection.failed, judged.table.num_rows))
 
 
 def judge(
@@ -183,6 +194,7 @@ def render(judged: Judged, quality: QualityConfig, config: ReportConfig, images:
         for name, png in images.items()
     )
     documents = len(np.unique(judged.source))
+    told = advice(judged.selection.failed, judged.table.num_rows)
     alike = "".join(
         f"<tr><td>{html.escape(words)}</td><td>{share:.2%}</td></tr>"
         for words, share in openings(judged)
@@ -197,6 +209,8 @@ documents. {html.escape(described)}.</p>
 <h2>Gates</h2>
 <p>A generation may fail several gates; it counts as dropped by the first one that drops it.</p>
 {html_table(gate_rows(judged, quality))}
+{"".join(f"<p>{html.escape(line)}.</p>" for line in told)}
+<h2>Missing</h2><p>{html.escape(describe_missing(judged.store))}</p>
 <h2>Distributions</h2><div class="figures">{figures}</div>
 <h2>Most frequent openings</h2>
 <table>{alike or "<tr><td>no two generations open with the same eight words</td></tr>"}</table>
@@ -204,6 +218,19 @@ documents. {html.escape(described)}.</p>
 <h2>Examples of what the gates found</h2>{examples(judged, config)}
 </body></html>
 """
+
+
+def describe_missing(store: GenerationStore) -> str:
+    """How many generations the latest jobs could not make, and why."""
+    failures = all_failures(store.folder)
+    if not failures:
+        return "No generation failed in the latest job."
+    reasons = Counter(failure.reason for failure in failures.values())
+    examples = "; ".join(
+        f"{document_id}#{index}: {failure.problem[:200]}"
+        for (document_id, index), failure in list(failures.items())[:5]
+    )
+    return f"Failed: {describe_reasons(dict(reasons.most_common()))}. {examples}"
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:

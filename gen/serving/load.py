@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import aiohttp
@@ -31,12 +32,18 @@ class ServerLoad:
     running: float
 
 
-def parse_load(page: str) -> ServerLoad | None:
-    """The load a Prometheus page tells of, summed over its ranks; None where it tells nothing."""
+def read_samples(page: str, names: Collection[str]) -> dict[str, float]:
+    """Values of a Prometheus page by name, summed over labels; names it lacks are left out."""
     values: dict[str, float] = {}
     for name, value in SAMPLE.findall(page):
-        if name in WAITING or name in RUNNING:
+        if name in names:
             values[name] = values.get(name, 0.0) + float(value)
+    return values
+
+
+def parse_load(page: str) -> ServerLoad | None:
+    """The load a Prometheus page tells of, summed over its ranks; None where it tells nothing."""
+    values = read_samples(page, (*WAITING, *RUNNING))
     waiting = [values[name] for name in WAITING if name in values]
     if not waiting:
         return None

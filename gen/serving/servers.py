@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 
-from gen.client.chat import NOT_SERVED
+from gen.client.answers import read_answer
+from gen.client.chat import NOT_SERVED, models_of
 from gen.client.connection import Connection, api_of, check_secrets, proxy_for, root_of
 from gen.serving.sglang import SglangConfig
 from gen.serving.supervisor import SupervisedServer, free_port
@@ -184,9 +185,8 @@ def check_model(url: str, model: str, connection: Connection) -> None:
         return
     if answer.status_code != 200:
         raise ValueError(f"{listing} answers HTTP {answer.status_code}: {answer.text[:200]}")
-    try:
-        served = [str(entry["id"]) for entry in answer.json()["data"]]
-    except (ValueError, KeyError, TypeError):
+    served = models_of(read_answer(listing, 200, answer.content)[0])
+    if served is None:
         print(f"{listing} is no list of models: generator.model={model} is not checked")
         return
     if model not in served:

@@ -29,7 +29,10 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         model=str(tiny_llama),
         context_length=CONTEXT,
         threads=1,
-        sglang=SglangConfig(device="cpu"),
+        # A short queue, so that a test can fill it.
+        sglang=SglangConfig(
+            device="cpu", max_running_requests=16, arguments=["--max-queued-requests=32"]
+        ),
     )
     with serving(config, tmp_path_factory.mktemp("server") / "server.log") as servers:
         yield servers.urls[0]

@@ -258,6 +258,37 @@ def test_an_attached_server_that_comes_back_is_waited_for(
     assert keys(GenerationStore(tmp_path / "generations" / "rephrase")) == ALL_KEYS
 
 
+def test_a_server_that_comes_back_with_another_model_is_refused(
+    server: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    port, again, done = free_port(), threading.Event(), threading.Event()
+    store = GenerationStore(tmp_path / "generations" / "rephrase")
+
+    def restart() -> None:
+        with faulty(server, [], port=port):
+            wait_until(lambda: bool(store.parts()))
+        other = GeneratorConfig(model="another", context_length=256, concurrency=1, threads=1)
+        with (
+            embedded_server(other, tmp_path / "log") as running,
+            faulty(running.url, [], port=port),
+        ):
+            again.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{port}"
+        config = GeneratorConfig("openai", urls=[url], concurrency=1, flush_seconds=0.1)
+        method = MethodConfig(prompt=REPHRASE.prompt, generations=40, max_tokens=16)
+        with pytest.raises(ServersLost, match="came back and serves another, not"):
+            run_job(method, config, DOCUMENTS, tokenizer, tmp_path, serving)
+        assert again.is_set()
+    finally:
+        done.set()
+        thread.join()
+
+
 # ---- servers that are started here ----
 
 

@@ -16,12 +16,13 @@ from gen.quality.gates import (
     GATES,
     QualityConfig,
     ReportConfig,
+    advice,
     gates,
     measure,
     select,
     strip_preamble,
 )
-from gen.quality.language import other_language
+from gen.quality.language import SourceLanguage
 from gen.quality.report import write_quality_report
 from gen.quality.table import columns_of, quality_table
 
@@ -146,7 +147,7 @@ def test_long_varied_prose_is_not_repetition() -> None:
     ],
 )
 def test_languages(source: str, text: str, other: bool) -> None:
-    assert other_language(source, text) is other
+    assert SourceLanguage(source).differs(text) is other
 
 
 def test_a_preamble_is_cut_off_and_nothing_else() -> None:
@@ -338,3 +339,14 @@ def test_a_report_needs_generations_of_these_documents(root: Path) -> None:
         write_quality_report(
             GenerationStore(root / "none"), DOCUMENTS, "h", STRICT, ReportConfig(), root / "r.html"
         )
+
+
+def test_a_gate_that_nearly_always_fires_says_what_to_set() -> None:
+    failed = {"length": 47, "copy": 3, "preamble": 48}
+    assert advice(failed, 48) == [
+        "47 of 48 generations fail the gate 'length': method.max_tokens cuts the generations: "
+        "raise it, or leave long documents out with corpus.max_characters",
+        "48 of 48 generations fail the gate 'preamble': the model announces its text: "
+        "quality.preamble=strip cuts that off",
+    ]
+    assert advice({"length": 30}, 48) == []

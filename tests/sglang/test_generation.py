@@ -1,0 +1,214 @@
+"""The job and the streams on the real SGLang: agreement to the token, cached share, kills."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from tokenizers import Tokenizer
+
+from gen.corpus.documents import Document, load_split
+from gen.generations.job import run_job
+from gen.generations.sessions import Session
+from gen.generations.store import GenerationStore
+from gen.prompts import MethodConfig
+from gen.serving.load import read_samples
+from gen.serving.servers import GeneratorConfig, serving
+from tests.conftest import REPOSITORY, run_script
+from tests.gen.serving.target import Target
+from tests.gen.serving.test_conformance import text_of
+
+PROMPT = "{text}\n\nSay it again in other words."
+COUNTERS = ("sglang:prompt_tokens_total", "sglang:cached_tokens_total")
+GENERATED = "sglang:generation_tokens_total"
+
+
+def job(
+    target: Target,
+    tokenizer: Tokenizer,
+    root: Path,
+    documents: list[Document],
+    generations: int,
+    max_tokens: int = 4,
+    **options: object,
+) -> Session:
+    method = MethodConfig(prompt=PROMPT, generations=generations, max_tokens=max_tokens)
+    config = GeneratorConfig(
+        "openai",
+        model=target.model,
+        urls=[target.url],
+        context_length=target.context_length,
+        **{"concurrency": 8, "siblings_in_flight": 8, **options},  # type: ignore[arg-type]
+    )
+    return run_job(method, config, documents, tokenizer, root, serving)
+
+
+def counters(target: Target) -> Counter[str]:
+    """What the server has counted since its start."""
+    page = httpx.get(f"{target.url}/metrics", timeout=30.0).text
+    wanted = (*COUNTERS, GENERATED)
+    missing = [name for name in wanted if f"\n{name}{{" not in page]
+    assert not missing, f"this SGLang has no counter {missing}"
+    return Counter({name: round(value) for name, value in read_samples(page, wanted).items()})
+
+
+def fresh_documents(count: int, words: int = 120) -> list[Document]:
+    """Texts that no earlier test has put into the server's cache."""
+    first = random.randrange(10**6)
+    return [Document(f"d{i}", text_of(words, start=first + 7 * i)) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("generations", "siblings", "warm_up"),
+    [(1, 1, True), (3, 1, True), (4, 4, True), (4, 4, False), (5, 2, True)],
+)
+def test_the_clients_tokens_are_the_servers(
+    target: Target,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    generations: int,
+    siblings: int,
+    warm_up: bool,
+) -> None:
+    before = counters(target)
+    options = {"siblings_in_flight": siblings, "warm_up": warm_up}
+    session = job(target, tokenizer, tmp_path, fresh_documents(3), generations, 4, **options)
+    warm_ups = session.requests - session.generations  # one token each, not kept
+    assert warm_ups == (3 if siblings > 1 and warm_up else 0)
+    counted = counters(target)
+    counted.subtract(before)
+    assert counted == {
+        "sglang:prompt_tokens_total": session.prompt_tokens,
+        "sglang:cached_tokens_total": session.cached_tokens,
+        "sglang:generation_tokens_total": session.completion_tokens + warm_ups,
+    }
+
+
+@pytest.mark.parametrize("generations", [2, 8, 32])
+def test_siblings_share_their_prompt(
+    target: Target, tokenizer: Tokenizer, tmp_path: Path, generations: int
+) -> None:
+    session = job(target, tokenizer, tmp_path, fresh_documents(4), generations, 2)
+    assert session.cached_share >= 0.97 * (generations - 1) / generations
+
+
+def test_a_document_longer_than_the_context_is_cut(
+    target: Target, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (document,) = fresh_documents(1, words=2 * target.context_length)
+    session = job(target, tokenizer, tmp_path, [document], 2)
+    rows = GenerationStore(tmp_path / "generations" / "rephrase").read().to_pylist()
+    assert [row["truncated"] for row in rows] == [True, True]
+    longest = session.prompt_tokens / session.requests
+    assert 0.97 * target.context_length < longest <= target.context_length - 4
+
+
+def test_a_full_queue_costs_nothing_but_time(
+    target: Target, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """The server takes 16 requests, lets 32 wait and refuses the others with 503."""
+    documents = fresh_documents(120, words=10)
+    options = {"concurrency": 120, "siblings_in_flight": 1}
+    session = job(target, tokenizer, tmp_path, documents, 1, 24, **options)
+    assert session.generations == 120
+    rows = GenerationStore(tmp_path / "generations" / "rephrase").read(["document_id"])
+    assert len(set(rows["document_id"].to_pylist())) == 120
+
+
+@pytest.mark.parametrize("method", ["rephrase", "faq", "wrap_easy", "latent"])
+def test_documents_become_streams(target: Target, tmp_path: Path, method: str) -> None:
+    run_script(
+        *("generate.py", "scale=demo", f"method={method}", f"root={tmp_path}"),
+        *("corpus.max_documents=24", "corpus.max_characters=700", "corpus.held_out=0.25"),
+        *("tokenizer.vocab_size=400", "method.generations=2", "method.max_tokens=6"),
+        *("generator=openai", f"generator.model={target.model}", f"generator.urls=[{target.url}]"),
+        "generator.context_length=4096",
+    )
+    suffix = "" if method in ("rephrase", "latent") else f"-{method}"
+    kinds = ["latent"] if method == "latent" else ["simple", "stitched"]
+    for kind in kinds:
+        assert (tmp_path / "streams" / f"{kind}-g2{suffix}" / "manifest.json").exists()
+
+
+# ---- kills ----
+
+
+def descendants(client: int, title: str) -> list[psutil.Process]:
+    """The client's processes whose command line holds ``title``."""
+    found = []
+    for process in psutil.Process(client).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+VICTIMS: dict[str, Callable[[int], list[psutil.Process]]] = {
+    "scheduler": lambda client: descendants(client, "sglang::scheduler"),
+    "detokenizer": lambda client: descendants(client, "sglang::detokenizer"),
+    "server": lambda client: descendants(client, "sglang.launch_server")[-1:],
+    "client": lambda client: [psutil.Process(client)],
+}
+
+
+@pytest.mark.timeout(3600)
+def test_kills_lose_and_double_nothing(
+    tiny_llama: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """SIGKILL of every process in turn, at random moments; with --kills=20 the full number."""
+    kills = pytestconfig.getoption("--kills")
+    generations = 60
+    command = [
+        *(sys.executable, "generate.py", "generate", "scale=demo", f"root={tmp_path}"),
+        *("corpus.max_documents=60", "corpus.max_characters=900", "tokenizer.vocab_size=400"),
+        *(f"method.generations={generations}", "method.max_tokens=24"),
+        *("generator=sglang", f"generator.model={tiny_llama}", "generator.sglang.device=cpu"),
+        *("generator.context_length=4096", "generator.concurrency=4", "generator.adaptive=false"),
+        *("generator.siblings_in_flight=4", "generator.flush_seconds=0.2", "generator.restarts=50"),
+        "generator.threads=1",
+    ]
+    store = GenerationStore(tmp_path / "generations" / "rephrase")
+    chooser = random.Random(kills)
+    done: Counter[str] = Counter()
+    client = None
+
+    def keys() -> Counter[tuple[str, int]]:
+        rows = store.read(["document_id", "index"]).to_pylist() if store.parts() else []
+        return Counter((row["document_id"], row["index"]) for row in rows)
+
+    with (tmp_path / "client.log").open("wb") as log:
+        for kill in range(kills):
+            if client is None or client.poll() is not None:
+                client = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log)
+            before, deadline = len(keys()), time.monotonic() + 300
+            while len(keys()) <= before and client.poll() is None:  # it generates
+                assert time.monotonic() < deadline, (tmp_path / "client.log").read_text()[-3000:]
+                time.sleep(0.1)
+            time.sleep(chooser.uniform(0.0, 1.0))
+            victim = list(VICTIMS)[kill % len(VICTIMS)]
+            for process in VICTIMS[victim](client.pid)[:1]:
+                os.kill(process.pid, signal.SIGKILL)
+                done[victim] += 1
+            if victim == "client":
+                client.wait()
+        if client is not None and client.poll() is None:
+            assert client.wait(1200) == 0, (tmp_path / "client.log").read_text()[-3000:]
+        finished = subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=False
+        )
+    assert finished.returncode == 0, finished.stderr
+    print("killed:", dict(done))
+    assert sum(done.values()) >= kills - 1, done  # all but one that came when it was finished
+    names = [document.id for document in load_split(tmp_path, "train")]
+    assert keys() == Counter((name, index) for name in names for index in range(generations))
+    assert not re.search(r"Traceback", finished.stderr)
