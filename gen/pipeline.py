@@ -81,7 +81,7 @@ def generate(config: GenerateConfig) -> None:
         corpus = prepare_corpus(config, root)
     if config.task in ("all", "generate"):
         generate_missing(config, corpus, root)
-    if config.task in ("all", "streams"):
+    if config.task in ("all", "streams", "corpus"):
         with only_one(root / "streams.lock"):  # jobs of several methods build `real` as well
             build_streams(config, corpus, root)
     return None
@@ -198,6 +198,8 @@ def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
 
     build("real", 0, corpus.train)
     build("val", 0, corpus.val)
+    if config.task == "corpus":  # what a first model, real only, is trained with
+        return
     if config.method.latent:  # thoughts belong to the cuts of one G
         build("latent", config.method.generations, corpus.train)
         return

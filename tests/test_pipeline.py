@@ -60,7 +60,7 @@ def test_from_documents_to_a_report(corpus_root: Path, tmp_path: Path) -> None:
         (["method.generations=many"], "generations"),
         (["method.generations=0"], "method.generations=0 must be at least 1"),
         (["generator=openai", "generator.model=m"], "needs generator.urls"),
-        (["generator=sglang"], "needs generator.sglang.python"),
+        (["generator=sglang", "generator.sglang.device=tpu"], "is not one of cuda, cpu"),
         (
             ["generator=openai", "generator.urls=[http://127.0.0.1:9]"],
             "generator=openai needs generator.model",

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,13 +18,16 @@ import httpx
 from gen.client.answers import read_answer
 from gen.client.chat import NOT_SERVED, models_of
 from gen.client.connection import Connection, api_of, check_secrets, proxy_for, root_of
+from gen.serving import sglang_environment
 from gen.serving.sglang import SglangConfig
 from gen.serving.supervisor import SupervisedServer, free_port
+from trainer.files import only_one
 
 EMBEDDED = Path(__file__).with_name("embedded.py")
 RESERVED = {
     *("model", "messages", "prompt", "max_tokens", "temperature", "top_p", "seed", "stream", "n"),
 }
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 EMBEDDED_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -222,6 +226,30 @@ def embedded_weights() -> Path:
     return Path(carrier.submodule_search_locations[0]) / EMBEDDED_WEIGHTS
 
 
+def sglang_model(config: GeneratorConfig) -> str:
+    """What SGLang loads; the embedded generator's model is converted for it once.
+
+    Raises:
+        ValueError: the conversion failed.
+    """
+    if config.model != EMBEDDED_MODEL:
+        return config.model
+    folder = sglang_environment.cache() / EMBEDDED_MODEL
+    with only_one(folder.with_suffix(".lock")):
+        if not folder.exists():
+            command = [*config.sglang.interpreter(), str(sglang_environment.CONVERT)]
+            done = subprocess.run(
+                [*command, str(embedded_weights()), str(folder)],
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise ValueError(f"{EMBEDDED_MODEL} was not converted:\n{done.stderr[-2000:]}")
+    return str(folder)
+
+
 def sglang_server(config: GeneratorConfig, log: Path, replica: int) -> SupervisedServer:
     """SGLang in its own environment, on its own GPUs."""
     port = free_port()
@@ -230,7 +258,7 @@ def sglang_server(config: GeneratorConfig, log: Path, replica: int) -> Supervise
         log = log.with_name(f"{log.stem}-replica-{replica}{log.suffix}")
     return SupervisedServer(
         "SGLang",
-        config.sglang.command(config.model, config.context_length, port),
+        config.sglang.command(sglang_model(config), config.model, config.context_length, port),
         port,
         log,
         config.start_timeout,

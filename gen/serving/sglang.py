@@ -86,10 +86,18 @@ class SglangConfig:
     def gpus_a_replica(self) -> int:
         return self.tp_size * self.dp_size
 
-    def command(self, model: str, context_length: int, port: int) -> list[str]:
-        """The command line of one server."""
+    def command(self, path: str, name: str, context_length: int, port: int) -> list[str]:
+        """The command line of one server.
+
+        Args:
+            path: of the model: a folder or a name at the hub.
+            name: by which clients ask for it.
+            context_length: tokens of prompt and answer together.
+            port: at which it listens.
+        """
         values = {
-            "--model-path": model,
+            "--model-path": path,
+            "--served-model-name": name,
             "--host": "127.0.0.1",
             "--port": port,
             "--context-length": context_length,
@@ -121,6 +129,7 @@ class SglangConfig:
         else:
             values["--mem-fraction-static"] = self.mem_fraction_static
         switches = {
+            "--sleep-on-idle": self.runs_on == "cpu",  # or it spins, on a core the client needs
             "--enable-metrics": True,  # the queue that adaptive concurrency looks at
             "--enable-cache-report": True,  # cached tokens in every answer
             "--enable-hierarchical-cache": self.hierarchical_cache,

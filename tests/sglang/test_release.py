@@ -36,7 +36,7 @@ def test_every_flag_is_one_of_this_release() -> None:
     wanted = set()
     for device in ("cuda", "cpu"):
         EVERY_OPTION.device, EVERY_OPTION.python = device, "python"
-        command = EVERY_OPTION.command("model", 512, 1)
+        command = EVERY_OPTION.command("model", "model", 512, 1)
         wanted |= {flag.split("=")[0] for flag in command if flag.startswith("--")}
     assert wanted - known == set()
 

@@ -17,6 +17,7 @@ import subprocess
 from pathlib import Path
 
 VERSION = "0.5.23"
+CONVERT = Path(__file__).with_name("convert_gguf.py")
 STAMP = "installed"  # file of a finished environment
 
 
@@ -30,10 +31,14 @@ def has_gpu() -> bool:
     return shown.returncode == 0 and shown.stdout.startswith("GPU ")
 
 
+def cache() -> Path:
+    """The user's folder for what all checkouts share."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megadocs"
+
+
 def folder(device: str) -> Path:
     """Where the environment for ``device`` (``cuda`` or ``cpu``) is or would be."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "megadocs" / f"sglang-{VERSION}-{device}"
+    return cache() / f"sglang-{VERSION}-{device}"
 
 
 def interpreter(device: str) -> str:

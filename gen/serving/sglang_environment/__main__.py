@@ -27,7 +27,7 @@ NOT_ON_A_CPU = {
     *("torchaudio", "torchcodec", "timm", "tml-renderers", "smg-grpc-servicer", "modelscope"),
     *("mistral-common", "build", "ninja", "py-spy", "datasets", "deepseek-recipe"),
 }
-IMPORTED_BUT_NOT_REQUIRED = ["dill"]
+IMPORTED_BUT_NOT_REQUIRED = ["dill", "accelerate"]  # the second reads GGUF files
 
 
 def install(device: str) -> Path:
@@ -49,7 +49,7 @@ def install(device: str) -> Path:
         constraints = HERE / f"constraints-{VERSION}-{device}.txt"
         tested = ["-c", str(constraints)] if constraints.exists() else []  # a newer release: none
         if device == "cuda":
-            pip(python, *tested, f"sglang=={VERSION}")
+            pip(python, *tested, f"sglang=={VERSION}", *IMPORTED_BUT_NOT_REQUIRED)
         else:
             pip(python, *tested, *requirements_on_a_cpu(python))
             pip(python, "--no-deps", f"sglang=={VERSION}")

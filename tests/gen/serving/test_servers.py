@@ -26,7 +26,7 @@ from trainer.plugins import importable_in_jobs
 
 
 def flags(config: SglangConfig) -> list[str]:
-    return config.command("org/model", 8192, 30000)
+    return config.command("org/model", "org/model", 8192, 30000)
 
 
 def test_sglangs_flags() -> None:
@@ -100,7 +100,7 @@ def test_an_sglang_that_is_not_installed_says_how_to_install_it(
     environment.mkdir(parents=True)
     (environment / sglang_environment.STAMP).touch()
     config.check()
-    assert config.sglang.command("m", 512, 1)[0] == str(environment / "bin" / "python")
+    assert config.sglang.command("m", "m", 512, 1)[0] == str(environment / "bin" / "python")
     assert config.gpus_used == 0
 
 
