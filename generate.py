@@ -3,7 +3,8 @@
 A first bare word chooses one task: ``python generate.py status root=data/mine`` tells how far the
 generations are, ``python generate.py report root=data/mine`` writes a page to judge them by;
 without one the corpus, its generations and its streams are made in order. Several methods at once:
-``python generate.py --multirun method=rephrase,latent``.
+``python generate.py --multirun method=rephrase,latent``. What the missing generations will cost:
+``python generate.py estimate=true estimate.tokens_per_second=2500``.
 """
 
 import re

@@ -3,6 +3,7 @@
 Several at once: ``python train.py --multirun recipe=real,simple,stitched,latent``.
 The paper's local search: ``python train.py -m sweep=star recipe=stitched``.
 One job a GPU: ``python train.py --multirun hydra/launcher=gpu_pool seed=0,1,2``.
+What it will cost: ``python train.py estimate=true estimate.device=h100-80gb``.
 One job on several GPUs: ``torchrun --nproc-per-node 8 train.py recipe=stitched``.
 """
 
@@ -20,6 +21,11 @@ def main(run: TrainConfig) -> float:
     """Return the validation loss, the number a sweep minimises; infinite where it diverged."""
     from trainer.loop import train  # imports torch, which --help and a sweep's master need not
 
+    if run.estimate.enabled:
+        from trainer.estimate import report
+
+        print(report(run), flush=True)
+        return math.nan
     try:
         return train(run)
     except NonFiniteLossError as error:

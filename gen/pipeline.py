@@ -24,6 +24,7 @@ from gen.corpus.tokenizer import (
     encode,
     load_tokenizer,
 )
+from gen.estimate import GenerateEstimate, estimate
 from gen.exchange.config import ImportConfig
 from gen.exchange.export import Export
 from gen.exchange.importing import Import
@@ -58,6 +59,8 @@ class GenerateConfig:
     streams: StreamConfig = field(default_factory=StreamConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    # estimate=true says what the missing generations will cost, and generates nothing.
+    estimate: GenerateEstimate = field(default_factory=GenerateEstimate)
 
 
 def generate(config: GenerateConfig) -> None:
@@ -79,6 +82,9 @@ def generate(config: GenerateConfig) -> None:
         return import_and_build(config, root)
     with only_one(root / "corpus.lock"):  # several nodes may begin with a new corpus at once
         corpus = prepare_corpus(config, root)
+    if config.estimate.enabled:
+        arguments = (config.method, config.generator, config.estimate)
+        return print(estimate(*arguments, corpus.train, corpus.tokenizer, root))
     if config.task in ("all", "generate"):
         generate_missing(config, corpus, root)
     if config.task in ("all", "streams", "corpus"):

@@ -13,6 +13,7 @@ PACKAGES = ("kernels", "trainer", "gen", "benchmarks")
 ORDER = (
     ("plugins.hydra_plugins",),
     ("study",),
+    ("estimate",),
     ("loop", "setup"),
     ("evaluation",),
     ("run",),
@@ -25,6 +26,7 @@ ORDER = (
 )
 ORDER_IN_GEN = (
     ("pipeline",),
+    ("estimate",),
     ("exchange",),
     ("megadocs",),
     ("quality",),

@@ -16,7 +16,7 @@ import report
 import train
 from gen.pipeline import TASKS
 from tests.conftest import REPOSITORY
-from trainer.entry import CONF, check_overrides
+from trainer.entry import CONF, check_overrides, spelled_out
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 SCRIPTS = {"train.py": train, "generate.py": generate, "evaluate.py": evaluate, "report.py": report}
@@ -62,6 +62,7 @@ def compose(script: str, arguments: list[str]) -> None:
     name = script.removesuffix(".py")
     if name == "generate" and arguments and arguments[0] in TASKS:
         arguments[0] = f"task={arguments[0]}"
+    arguments = spelled_out(arguments)
     flags = ("--multirun", "-m")
     overrides = [argument for argument in arguments if argument not in flags]
     check_overrides(name, overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Call
         )
 
         def start() -> Result:
+            sys.argv = spelled_out(sys.argv)
             user_errors(check_overrides)(name, sys.argv[1:])
             try:
                 return run()
@@ -64,6 +66,11 @@ def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Call
         return start
 
     return decorate
+
+
+def spelled_out(arguments: list[str]) -> list[str]:
+    """``estimate=true`` is short for ``estimate.enabled=true``: Hydra takes a group for a file."""
+    return [re.sub(r"^estimate=", "estimate.enabled=", argument) for argument in arguments]
 
 
 def unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:

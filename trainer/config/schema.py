@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer.config.estimate import TrainEstimate
 from trainer.config.fields import check_bounds, group, setting
 from trainer.config.renamed import translated
 
@@ -370,6 +371,9 @@ class TrainConfig:
         TrackingConfig, "Where metrics go besides the console and metrics.jsonl."
     )
     checkpoint: CheckpointConfig = group(CheckpointConfig, "When a run is saved.")
+    estimate: TrainEstimate = group(
+        TrainEstimate, "estimate=true says what the run will cost, and trains nothing."
+    )
     seed: int = setting(
         0, "Of initialisation and dropout (the order has data.order_seed).", at_least=0
     )
@@ -415,7 +419,7 @@ class TrainConfig:
         Nor where the streams lie: ``trainer/run/inputs.py`` says what is in them.
         """
         science = to_dict(self)
-        for key in ("runtime", "tracking", "checkpoint", "output", "name"):
+        for key in ("runtime", "tracking", "checkpoint", "estimate", "output", "name"):
             science.pop(key)
         science["recipe"]["generations"] = self.recipe.used_generations
         science["recipe"].pop("max_generations")
