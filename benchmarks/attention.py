@@ -113,6 +113,7 @@ def providers(
         "triton": lambda: ours(borders, longest, "triton", tiles=tables()),
         "triton+tables": lambda: ours(borders, longest, "triton"),  # made in every call
         "gluon": lambda: ours(borders, longest, "gluon", tiles=tables(gluon=True)),
+        "gluon_split": lambda: ours(borders, longest, "gluon_split", tiles=tables(gluon=True)),
         "flash": lambda: pytorch("flash", borders, longest, group),
         "flex": lambda: flex(borders, tokens),
     }

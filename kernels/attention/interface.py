@@ -11,17 +11,26 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .flex import flex_document_attention
 from .libraries import cudnn_fits, cudnn_refusal, flash_attn_attention, library_attention
-from .op import gluon_refusal, interpreted, triton_attention, triton_refusal
+from .op import OURS, gluon_refusal, interpreted, triton_attention, triton_refusal
 from .reference import reference_attention
 from .sdpa import torch_attention
 from .tile_scheduler import Tiles
 
 Backend = Literal[
-    "auto", "flash", "cudnn", "flash_attn", "flex", "triton", "gluon", "torch", "reference"
+    "auto",
+    "flash",
+    "cudnn",
+    "flash_attn",
+    "flex",
+    "triton",
+    "gluon",
+    "gluon_split",
+    "torch",
+    "reference",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
-NEEDS_HALF = ("flash", "cudnn", "flash_attn", "triton", "gluon")
+NEEDS_HALF = ("flash", "cudnn", "flash_attn", *OURS)
 
 # Options a backend does not have.
 LACKS = {
@@ -31,6 +40,7 @@ LACKS = {
     "flex": ("cu_seqlens_k", "return_lse"),
     "triton": (),
     "gluon": ("window", "softcap"),
+    "gluon_split": ("window", "softcap"),
     "torch": ("cu_seqlens_k", "window", "softcap", "return_lse"),
     "reference": (),
 }
@@ -109,12 +119,13 @@ def varlen_attention(
             CUDA, ``torch`` (SDPA per segment), ``reference`` (quadratic, every option, any dtype),
             or ``auto``: the first of these that can do what is asked. Only when asked for:
             ``triton`` (our kernels with every option, half precision on CUDA; deterministic),
-            ``gluon`` (``triton`` with warp-specialised kernels for sm_90 and head dimensions 64
-            and 128; without window and softcap), ``flash_attn`` (the flash-attn package), ``flex``
-            (FlexAttention; no backward pass on a CPU). ``kernels/check.py`` says which of them are
-            right on a GPU, and which is the fastest.
-        tiles: of :func:`kernels.attention_tiles` for ``triton`` and ``gluon``, of
-            ``document_block_mask`` for ``flex``; made in each call if None.
+            ``gluon_split`` (warp-specialised kernels for sm_90 and head dimensions 64 and 128,
+            without window and softcap; deterministic), ``gluon`` (the same with a backward pass
+            that is faster on long segments and adds to dQ in any order), ``flash_attn`` (the
+            flash-attn package), ``flex`` (FlexAttention; no backward pass on a CPU).
+            ``kernels/check`` says which of them are right on a GPU, and which is the fastest.
+        tiles: of :func:`kernels.attention_tiles` for our own kernels, of ``document_block_mask``
+            for ``flex``; made in each call if None.
 
     Returns:
         ``[Tq, Hq, Dh]``; 0 with gradient 0 for tokens after the last border.
@@ -127,7 +138,7 @@ def varlen_attention(
         raise ValueError(f"window={window} must be at least 1: a token sees itself; None for all")
     if softcap < 0:
         raise ValueError(f"softcap={softcap} must be positive, or 0 for none")
-    made_for = ("flex",) if isinstance(tiles, BlockMask) else ("triton", "gluon")
+    made_for = ("flex",) if isinstance(tiles, BlockMask) else OURS
     if tiles is not None and backend not in made_for:
         raise ValueError(f"these tiles are for backend={' or '.join(made_for)}, not {backend!r}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -166,7 +177,7 @@ def varlen_attention(
         return flex_document_attention(q, k, v, cu_seqlens, scale, window, softcap, mask)
     if backend == "torch":
         return torch_attention(q, k, v, cu_seqlens, scale)
-    if backend in ("triton", "gluon"):
+    if backend in OURS:
         assert not isinstance(tiles, BlockMask)
         out, lse = triton_attention(
             q,
@@ -179,7 +190,7 @@ def varlen_attention(
             window,
             softcap,
             tiles,
-            backend == "gluon",
+            backend,
         )
         return (out, lse) if return_lse else out
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
@@ -244,7 +255,7 @@ def refusal(backend: str, device: torch.device, head_dim: int) -> str | None:
     """Why a backend cannot run on a device with this head dimension, or None."""
     if backend == "cudnn":
         return cudnn_refusal(device, head_dim)
-    if backend == "gluon":
+    if backend in ("gluon", "gluon_split"):
         return gluon_refusal(device, head_dim)
     if backend == "triton":
         return triton_refusal(device, head_dim)

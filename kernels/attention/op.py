@@ -6,7 +6,6 @@ and it can stand in a compiled graph, a CUDA graph or a checkpointed block.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ..namespace import NAMESPACE
 from .tile_config import TileConfig, tile_config
 from .tile_scheduler import Tiles, make_tiles
+
+OURS = ("triton", "gluon", "gluon_split")  # backends of :func:`kernels.varlen_attention`
 
 
 def attention_tiles(
@@ -42,7 +43,7 @@ def attention_tiles(
         cu_seqlens_k: borders of the keys where they differ.
         tokens_k: length of the key axis where it differs.
         window: keys a query sees, itself included; None for all.
-        gluon: for ``backend="gluon"``, whose tiles have one size.
+        gluon: for ``backend="gluon"`` and ``"gluon_split"``, whose tiles have one size.
 
     Raises:
         ValueError: no tile sizes for this GPU or head dimension.
@@ -50,7 +51,7 @@ def attention_tiles(
     longest = tokens if max_seqlen is None else max_seqlen
     config = tile_config(cu_seqlens.device, head_dim, group, longest)
     if gluon:
-        config = with_gluon_tiles(config, head_dim)
+        config = with_gluon_tiles(config)
     keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     length = tokens if tokens_k is None else tokens_k
     return make_tiles(cu_seqlens, keys, tokens, length, config, window)
@@ -67,12 +68,11 @@ def triton_attention(
     window: int | None,
     softcap: float,
     tiles: Tiles | None,
-    gluon: bool = False,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
-    """Document-masked causal attention by our Triton kernels.
+    """Document-masked causal attention by our own kernels.
 
-    Arguments are those of :func:`kernels.varlen_attention`; with ``gluon`` those
-    warp-specialised kernels for sm_90 are used that exist.
+    Arguments are those of :func:`kernels.varlen_attention`; ``backend`` is one of ``OURS``.
 
     Returns:
         ``[Tq, Hq, Dh]`` and the fp32 log-sum-exp ``[Hq, Tq]``, both differentiable.
@@ -87,8 +87,8 @@ def triton_attention(
         )
     if scale <= 0:
         raise ValueError(f"scale={scale} must be positive with backend='triton'")
-    if gluon:
-        check_gluon(q, tiles)
+    if backend != "triton" and tiles is not None and tiles.config != with_gluon_tiles(tiles.config):
+        raise ValueError(f"these tiles are not for backend={backend!r}; make them with gluon=True")
     if tiles is None:
         tiles = attention_tiles(
             cu_seqlens,
@@ -99,7 +99,7 @@ def triton_attention(
             cu_seqlens_k=cu_seqlens_k,
             tokens_k=k.shape[0],
             window=window,
-            gluon=gluon,
+            gluon=backend != "triton",
         )
     out, lse = attention_op(
         q,
@@ -112,21 +112,9 @@ def triton_attention(
         scale,
         window or 0,
         softcap,
-        gluon,
+        backend,
     )
     return out, lse
-
-
-def check_gluon(q: Tensor, tiles: Tiles | None) -> None:
-    """Raise ValueError for tables that were made for the portable kernels."""
-    if tiles is not None and tiles.config != with_gluon_tiles(tiles.config, q.shape[2]):
-        raise ValueError("these tiles are not for backend='gluon'; make them with gluon=True")
-    if q.shape[2] != 64 and not torch.compiler.is_compiling():
-        warnings.warn(  # shown once
-            f"backend='gluon' computes dK and dV of head dimension {q.shape[2]} with the portable "
-            "Triton kernel",
-            stacklevel=3,
-        )
 
 
 def gluon_refusal(device: torch.device, head_dim: int) -> str | None:
@@ -150,9 +138,9 @@ def triton_refusal(device: torch.device, head_dim: int) -> str | None:
     return None
 
 
-def with_gluon_tiles(config: TileConfig, head_dim: int) -> TileConfig:
-    """The Gluon kernels have tiles of 128; dK and dV of larger heads are the Triton kernel's."""
-    return config._replace(rows=128, columns=128 if head_dim == 64 else config.columns)
+def with_gluon_tiles(config: TileConfig) -> TileConfig:
+    """The Gluon kernels have tiles of 128."""
+    return config._replace(rows=128, columns=128)
 
 
 @torch.compiler.assume_constant_result
@@ -175,13 +163,13 @@ def attention_op(
     scale: float,
     window: int,
     softcap: float,
-    gluon: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; ``window`` is 0 for none, ``max_seqlen`` only counts FLOPs."""
     from .triton.forward import attention_forward
 
     q, k, v = (with_contiguous_heads(x) for x in (q, k, v))
-    if gluon and len(q) and len(k):  # TMA cannot describe a tensor without rows
+    if backend != "triton" and len(q) and len(k):  # TMA cannot describe a tensor without rows
         from .sm90.forward import attention_forward_sm90
 
         return attention_forward_sm90(q, k, v, row_tiles, scale, multiprocessors(q.device))
@@ -202,7 +190,7 @@ def _(
     scale: float,
     window: int,
     softcap: float,
-    gluon: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
@@ -224,12 +212,30 @@ def attention_backward_op(
     scale: float,
     window: int,
     softcap: float,
-    gluon: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     from .triton.backward import attention_backward
 
     q, k, v, dout = (with_contiguous_heads(x) for x in (q, k, v, dout))
+    dlse = dlse.contiguous()
+    if backend != "triton" and len(q) and len(k):
+        from .sm90.backward import attention_backward_sm90
+
+        return attention_backward_sm90(
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dout,
+            dlse,
+            row_tiles,
+            column_tiles,
+            scale,
+            multiprocessors(q.device),
+            backend == "gluon",
+        )
     return attention_backward(
         q,
         k,
@@ -237,14 +243,13 @@ def attention_backward_op(
         out,
         lse,
         dout,
-        dlse.contiguous(),
+        dlse,
         row_tiles,
         column_tiles,
         TileConfig(*config),
         scale,
         window or None,
         softcap,
-        multiprocessors(q.device) if gluon and len(q) and len(k) else None,
     )
 
 
@@ -301,7 +306,7 @@ def attention_flops(
     scale: float,
     window: int,
     softcap: float,
-    gluon: bool,
+    backend: str,
     out_shape: Any = None,
 ) -> int:
     """4 FLOPs a pair, head and dimension.

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention.interface import HALF, LACKS, refusal, varlen_attention
 from ..attention.libraries import cudnn_fits, has_flash_attn, library_attention
-from ..attention.op import attention_tiles
+from ..attention.op import OURS, attention_tiles
 from ..attention.reference import reference_attention
 from ..attention.sdpa import torch_attention
 from ..segments import padded_borders
@@ -33,8 +33,8 @@ from .verdicts import (
 
 LENGTHS = (1, 63, 64, 65, 127, 128, 129, 2, 300)  # of the checked segments, then empty ones
 TAIL = 37  # tokens behind the last border
-CANDIDATES = ("gluon", "triton", "cudnn", "flash", "flash_attn")
-DETERMINISTIC = ("gluon", "triton", "torch", "reference")
+CANDIDATES = ("gluon", "gluon_split", "triton", "cudnn", "flash", "flash_attn")
+DETERMINISTIC = ("gluon_split", "triton", "torch", "reference")
 
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
@@ -231,7 +231,7 @@ def bind(backend: str, heads: Heads, pack: Pack) -> Attend:
 
         return cudnn
     options: dict[str, Any] = {"backend": backend, "cu_seqlens_k": pack.cu_seqlens_k}
-    if backend in ("triton", "gluon"):
+    if backend in OURS:
         options["tiles"] = attention_tiles(
             pack.cu_seqlens,
             pack.tokens,
@@ -240,7 +240,7 @@ def bind(backend: str, heads: Heads, pack: Pack) -> Attend:
             max_seqlen=pack.max_seqlen,
             cu_seqlens_k=pack.cu_seqlens_k,
             tokens_k=pack.tokens_k,
-            gluon=backend == "gluon",
+            gluon=backend != "triton",
         )
     with_lse = "return_lse" not in LACKS[backend]
 

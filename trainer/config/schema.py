@@ -276,6 +276,7 @@ class AttentionBackend(enum.Enum):
     flex = "flex"
     triton = "triton"
     gluon = "gluon"
+    gluon_split = "gluon_split"
     torch = "torch"
     reference = "reference"
 

@@ -33,10 +33,10 @@ class Kernels:
         """What an attention backend shares among the layers of a batch; None for most."""
         if self.attention == "flex":
             return document_block_mask(cu_seqlens, tokens)
-        if self.attention not in ("triton", "gluon"):
+        if self.attention not in ("triton", "gluon", "gluon_split"):
             return None
         group = config.num_heads // config.num_kv_heads
-        gluon = self.attention == "gluon"
+        gluon = self.attention != "triton"
         return attention_tiles(
             cu_seqlens, tokens, config.head_dim, group, max_seqlen=max_seqlen, gluon=gluon
         )

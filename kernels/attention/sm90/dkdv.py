@@ -198,10 +198,10 @@ def dkdv_sm90_kernel(
     v_tile = gl.allocate_shared_memory(DTYPE, [2, 64, D], v_desc.layout)
     q_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
     dout_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, D], dout_desc.layout)
-    full, empty = barriers(1)
+    full, empty = barriers(1, 2)
     kv_full, kv_empty = full.index(0), empty.index(0)
-    q_full, q_empty = barriers(STAGES)
-    dout_full, dout_empty = barriers(STAGES)
+    q_full, q_empty = barriers(STAGES, 2)
+    dout_full, dout_empty = barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [

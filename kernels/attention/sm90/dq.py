@@ -85,6 +85,26 @@ def produce(
 
 
 @gluon.jit
+def rows_of_softmax(
+    out, dout, dout_row, dout_head, lse, dlse, rows, inside, head, heads, tokens, D: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """lse, delta = sum(dO * O) - dLSE and their place in ``[Hq, Tq]``, of rows of one head."""
+    columns = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    head = head.to(gl.int64)
+    tokens_of = rows.to(gl.int64)
+    place = tokens_of[:, None] * (heads * D) + head * D + columns
+    dout_place = tokens_of[:, None] * dout_row + head * dout_head + columns
+    o = gl.load(out + place, mask=inside[:, None], other=0.0).to(gl.float32)
+    do = gl.load(dout + dout_place, mask=inside[:, None], other=0.0).to(gl.float32)
+    stats = head * tokens + tokens_of
+    row_lse = gl.load(lse + stats, mask=inside, other=0.0)
+    delta = gl.sum(o * do, 1) - gl.load(dlse + stats, mask=inside, other=0.0)
+    # A row that sees no key has no gradient, whatever came from above.
+    return row_lse, gl.where(row_lse == float("-inf"), 0.0, delta), stats
+
+
+@gluon.jit
 def gradient_step(
     q, dout, k_ring, v_ring, k_full, k_empty, v_full, v_empty, dq, lse_log2, delta, limit,
     first_key, step, scale_log2, SCORES: gl.constexpr, WEIGHTS: gl.constexpr, D: gl.constexpr,
@@ -136,18 +156,11 @@ def consume(
         )
         if count > 0:
             rows = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORE))
-            columns = gl.arange(0, D, layout=gl.SliceLayout(0, STORE))[None, :]
             inside = rows < count
-            tokens_of = (first + rows).to(gl.int64)
-            place = tokens_of[:, None] * (heads * D) + head * D + columns
-            dout_place = tokens_of[:, None] * dout_row + head.to(gl.int64) * dout_head + columns
-            o = gl.load(out + place, mask=inside[:, None], other=0.0).to(gl.float32)
-            do = gl.load(dout + dout_place, mask=inside[:, None], other=0.0).to(gl.float32)
-            stats = head.to(gl.int64) * tokens + tokens_of
-            row_lse = gl.load(lse + stats, mask=inside, other=0.0)
-            row_delta = gl.sum(o * do, 1) - gl.load(dlse + stats, mask=inside, other=0.0)
-            # A row that sees no key has no gradient, whatever came from above.
-            row_delta = gl.where(row_lse == float("-inf"), 0.0, row_delta)
+            row_lse, row_delta, stats = rows_of_softmax(
+                out, dout, dout_row, dout_head, lse, dlse, first + rows, inside, head, heads,
+                tokens, D, STORE,
+            )  # fmt: skip
             gl.store(delta + stats, row_delta, mask=inside)
             row_delta = gl.convert_layout(row_delta, gl.SliceLayout(1, SCORES))
             # 1.4427 is log2(e)
@@ -174,6 +187,8 @@ def consume(
             step += steps
             done += 1
             values = gl.convert_layout((dq * scale).to(DTYPE), STORE)
+            columns = head * D + gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
+            place = (first + rows).to(gl.int64)[:, None] * (heads * D) + columns[None, :]
             gl.store(dq_out + place, values, mask=inside[:, None])
 
 
@@ -190,10 +205,10 @@ def dq_sm90_kernel(
     dout_tile = gl.allocate_shared_memory(DTYPE, [2, 64, D], dout_desc.layout)
     k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
-    full, empty = barriers(1)
+    full, empty = barriers(1, 2)
     q_full, q_empty = full.index(0), empty.index(0)
-    k_full, k_empty = barriers(STAGES)
-    v_full, v_empty = barriers(STAGES)
+    k_full, k_empty = barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [

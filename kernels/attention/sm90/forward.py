@@ -36,7 +36,7 @@ STAGES = {64: 3, 128: 2}  # tiles of K and of V in shared memory
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
 RAGGED = 1 << 30  # rows of a ragged descriptor; a segment's rows are its last ones
-WRAP = 1 << 34  # elements after which addresses of two bytes each wrap around in the ragged stride
+WRAP = 1 << 34  # elements: that often as many as RAGGED says, and an address is back where it was
 
 
 @gluon.jit
@@ -252,13 +252,13 @@ def consume(
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr):
-    """A ring's full barriers, which wait for bytes, and its empty ones, for both consumers."""
+def barriers(COUNT: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A ring's full barriers, which wait for bytes, and its empty ones, for all consumers."""
     full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
     return full, empty
 
 
@@ -274,10 +274,10 @@ def forward_sm90_kernel(
     q_tile = gl.allocate_shared_memory(DTYPE, [2, 64, D], q_desc.layout)
     k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
-    full, empty = barriers(1)
+    full, empty = barriers(1, 2)
     q_full, q_empty = full.index(0), empty.index(0)
-    k_full, k_empty = barriers(STAGES)
-    v_full, v_empty = barriers(STAGES)
+    k_full, k_empty = barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -371,5 +371,5 @@ def ragged_descriptor(x: Tensor, rows: int) -> Any:
 
 
 def shared_layout(block: list[int], dtype: torch.dtype) -> Any:
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for(block, kind)
+    kinds = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+    return gl.NVMMASharedLayout.get_default_for(block, kinds[dtype])

@@ -6,8 +6,12 @@ and the tests run the same kernel source on a model of the machine by putting an
 
 from __future__ import annotations
 
+from typing import Any
+
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -23,9 +27,20 @@ __all__ = [
     "gl",
     "gluon",
     "mbarrier",
+    "tma_add",
     "tma_load",
+    "tma_store_wait",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
 
+tma_store_wait = tma.store_wait
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@builtin
+def tma_add(tensor_desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
+    """Add a tile in shared memory to global memory; triton 3.6 has no name for it."""
+    place = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, place, src.handle)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..sm90.dkdv import HEAD_DIMS, key_gradients_sm90
-from ..sm90.dq import query_gradient_sm90
 from ..tile_config import TileConfig
 from .dkdv import key_gradients
 from .dq import query_gradient
@@ -29,7 +27,6 @@ def attention_backward(
     scale: float,
     window: int | None,
     softcap: float,
-    gluon_programs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; bitwise the same in every run.
 
@@ -47,23 +44,12 @@ def attention_backward(
         scale: factor of the scores.
         window: keys a query sees, itself included; None for all.
         softcap: 0 for none.
-        gluon_programs: programs of the persistent sm_90 kernels; None for the portable ones.
 
     Returns:
         Gradients in the inputs' shapes and dtypes, contiguous.
     """
-    if gluon_programs is None:
-        dq, delta = query_gradient(
-            q, k, v, out, lse, dout, dlse, row_tiles, config, scale, window, softcap
-        )
-    else:
-        dq, delta = query_gradient_sm90(
-            q, k, v, out, lse, dout, dlse, row_tiles, scale, gluon_programs
-        )
-    if gluon_programs is None or q.shape[2] not in HEAD_DIMS:
-        dk, dv = key_gradients(
-            q, k, v, lse, delta, dout, column_tiles, config, scale, window, softcap
-        )
-    else:
-        dk, dv = key_gradients_sm90(q, k, v, lse, delta, dout, column_tiles, scale, gluon_programs)
+    dq, delta = query_gradient(
+        q, k, v, out, lse, dout, dlse, row_tiles, config, scale, window, softcap
+    )
+    dk, dv = key_gradients(q, k, v, lse, delta, dout, column_tiles, config, scale, window, softcap)
     return dq, dk, dv

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels.attention.sm90 import dkdv, dq
+from kernels.attention.sm90 import dkdv, dq, one_pass
 from kernels.attention.sm90 import forward as sm90
 from kernels.attention.tile_config import TileConfig, config_for, find_entries, read_configs
 from kernels.attention.tile_scheduler import FIELDS
@@ -79,10 +79,24 @@ def compile_kernel(
     return describe(kernel, compiled)
 
 
-def descriptor(*block: int) -> str:
-    """The type of a host descriptor of bf16 tiles."""
-    layout = gl.NVMMASharedLayout.get_default_for([*block], gl.bfloat16)
-    return f"tensordesc<bf16{[*block]},{layout!r}>"
+def descriptor(*block: int, kind: Any = gl.bfloat16) -> str:
+    """The type of a host descriptor of tiles."""
+    layout = gl.NVMMASharedLayout.get_default_for([*block], kind)
+    return f"tensordesc<{kind.name}{[*block]},{layout!r}>"
+
+
+def one_pass_types(head_dim: int, with_dq: bool) -> dict[str, str]:
+    """Of the descriptors of ``one_pass_kernel``."""
+    queries = descriptor(1, 1, one_pass.BLOCK_M, head_dim)
+    keys = descriptor(1, 1, one_pass.BLOCK_N, head_dim)
+    dq = descriptor(1, 1, one_pass.BLOCK_M, head_dim, kind=gl.float32)
+    return {
+        "q_desc": queries,
+        "dout_desc": queries,
+        "k_desc": keys,
+        "v_desc": keys,
+        "dq_desc": dq if with_dq else keys,
+    }
 
 
 def gluon_kernels(head_dim: int) -> list[tuple[Any, dict[str, Any], dict[str, str]]]:
@@ -109,6 +123,15 @@ def gluon_kernels(head_dim: int) -> list[tuple[Any, dict[str, Any], dict[str, st
         constants = {"BLOCK_M": dkdv.BLOCK_M, "STAGES": dkdv.STAGES}
         types = {"q_desc": step, "dout_desc": step, "k_desc": tile, "v_desc": tile}
         found.append((dkdv.dkdv_sm90_kernel, constants, types))
+    sizes = {
+        "BLOCK_M": one_pass.BLOCK_M,
+        "BLOCK_N": one_pass.BLOCK_N,
+        "STAGES": one_pass.STAGES,
+    }
+    for with_dq in (False, True) if head_dim not in dkdv.HEAD_DIMS else (True,):
+        constants = sizes | {"WITH_DQ": with_dq}
+        found.append((one_pass.one_pass_kernel, constants, one_pass_types(head_dim, with_dq)))
+    found.append((one_pass.delta_kernel, {"ROWS": one_pass.DELTA_ROWS}, {}))
     return found
 
 
@@ -124,6 +147,7 @@ def compile_gluon(
         "CONSUMER_REGISTERS": sm90.CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": sm90.PRODUCER_REGISTERS,
     }
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = TYPES | types | {"scale_log2": "fp32"}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")
@@ -133,23 +157,51 @@ def compile_gluon(
     source = GluonASTSource(
         kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
-    compiled = triton.compile(
-        source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "enable_fp_fusion": True}
-    )
+    warps = 8 if kernel is one_pass.one_pass_kernel else 4
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)
     ptx = compiled.asm["ptx"]
     return describe(kernel, compiled) | {
         "waits": re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx),
+        "steps": step_loops(compiled.asm["cubin"]),
         "setmaxnreg": sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
     }
 
 
+def dump(cubin: bytes, what: str) -> str:
+    """What ``cuobjdump`` says of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def step_loops(cubin: bytes) -> list[dict[str, int]]:
+    """The innermost loops with matrix products: how many, and the accesses to spilled registers."""
+    found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]+);", dump(cubin, "-sass"))
+    code = [(int(address, 16), instruction) for address, instruction in found]
+    loops = []
+    for end, instruction in code:
+        # A jump back without a condition ends a wait for a barrier, not a loop.
+        jump = re.match(r"@!?U?P\d\s+U?BRA.*0x([0-9a-f]+)", instruction.strip())
+        if jump and int(jump[1], 16) < end:
+            loops.append((int(jump[1], 16), end))
+    counts = []
+    for start, end in loops:
+        if any(start <= other[0] and other[1] <= end for other in loops if other != (start, end)):
+            continue
+        names = [line.split() for address, line in code if start <= address <= end]
+        names_of = [re.split(r"[. ]", " ".join(x for x in n if x[0] != "@"))[0] for n in names]
+        if products := names_of.count("HGMMA"):
+            stores, loads = names_of.count("STL"), names_of.count("LDL")
+            counts.append({"products": products, "spill_stores": stores, "spill_loads": loads})
+    return counts
+
+
 def describe(kernel: Any, compiled: Any) -> dict[str, Any]:
     """What ``cuobjdump`` and the PTX say of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(CUOBJDUMP), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dump(compiled.asm["cubin"], "-res-usage")
     number = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "kernel": kernel.__name__,

@@ -2,9 +2,10 @@
 
 It stands in for ``kernels.attention.sm90.gluon_compat``. Warps of a specialised region are threads;
 barriers have arrivals, bytes and phases; a TMA copy first spoils its target with NaN and arrives
-later, in any order; who arrives at a barrier stalls so that others go ahead; a matrix product
-compares its operands when it is issued and when it is waited for. So a wait that is missing shows
-as NaN, a buffer that is given back too early as a changed operand, and a wrong phase as a deadlock.
+later, in any order; who arrives at a barrier stalls so that others go ahead; a matrix product and
+an addition to memory compare their operands when they are issued and when they are waited for, and
+refuse what was stored without a fence. So a wait that is missing shows as NaN, a buffer that is
+given back too early as a changed operand, and a wrong phase as a deadlock.
 Registers, layouts and instructions are not modelled: the compile-only tests look at those.
 """
 
@@ -23,7 +24,7 @@ from torch import Tensor
 DEADLOCK_SECONDS = 30
 BARRIER = "barrier"
 machine = SimpleNamespace(program=0, programs=1, changed=threading.Condition(), failed=False)
-pending = threading.local()  # products that this warpgroup has issued
+pending = threading.local()  # what this warpgroup has issued, and stored without a fence
 
 
 class Barrier:
@@ -75,6 +76,26 @@ class Shared:
     def reshape(self, shape: list[int]) -> Shared:
         return Shared(self.data.view(shape))
 
+    def store(self, value: Tensor) -> None:
+        self.data.copy_(value)
+        unfenced().add(self.data.untyped_storage().data_ptr())
+
+    def load(self, layout: Any) -> Tensor:
+        return self.data.clone()
+
+
+def unfenced() -> set[int]:
+    """Buffers that this warpgroup has stored to and the asynchronous proxy cannot see yet."""
+    if not hasattr(pending, "unfenced"):
+        pending.unfenced = set()
+    stored: set[int] = pending.unfenced
+    return stored
+
+
+def check_fenced(operand: Shared) -> None:
+    stored = operand.data.untyped_storage().data_ptr() in unfenced()
+    assert not stored, "read by the asynchronous proxy without a fence"
+
 
 class Pointer:
     def __init__(self, data: Tensor, offset: Any = 0) -> None:
@@ -95,7 +116,8 @@ class TensorDescriptor:
         self.block_type = SimpleNamespace(nbytes=int(np.prod(block)) * base.element_size())
         self.memory = torch.empty(0, dtype=base.dtype).set_(base.untyped_storage())
 
-    def read(self, corner: list[Any]) -> Tensor:
+    def places(self, corner: list[Any]) -> tuple[Tensor, Tensor]:
+        """Where the elements of a block lie in memory, and which exist."""
         address = np.zeros([1] * len(self.block), np.uint64)
         inside = np.ones([1] * len(self.block), bool)
         for axis, (start, size) in enumerate(zip(corner, self.block, strict=True)):
@@ -108,8 +130,15 @@ class TensorDescriptor:
             with np.errstate(over="ignore"):
                 address = address + at.astype(np.int64).astype(np.uint64) * stride
         address = np.where(inside, address + np.uint64(self.base.storage_offset()), 0)
-        values = self.memory[torch.from_numpy(address.astype(np.int64))]
-        return torch.where(torch.from_numpy(inside), values, 0)
+        return torch.from_numpy(address.astype(np.int64)), torch.from_numpy(inside)
+
+    def read(self, corner: list[Any]) -> Tensor:
+        address, inside = self.places(corner)
+        return torch.where(inside, self.memory[address], 0)
+
+    def add(self, corner: list[Any], values: Tensor) -> None:
+        address, inside = self.places(corner)
+        self.memory.index_add_(0, address[inside], values[inside])
 
 
 def tma_load(desc: TensorDescriptor, corner: list[Any], barrier: Barrier, target: Shared) -> None:
@@ -122,6 +151,36 @@ def copy(desc: TensorDescriptor, corner: list[int], barrier: Barrier, target: Sh
     stall()
     target.data.copy_(desc.read(corner))
     barrier.update(0, -desc.block_type.nbytes)
+
+
+def tma_add(desc: TensorDescriptor, corner: list[Any], source: Shared) -> None:
+    """Reads its source at some time until it is waited for."""
+    check_fenced(source)
+    addition = Addition(desc, [int(x) for x in corner], source)
+    pending.additions = [*getattr(pending, "additions", []), addition]
+
+
+class Addition(threading.Thread):
+    def __init__(self, desc: TensorDescriptor, corner: list[int], source: Shared) -> None:
+        super().__init__(daemon=True)
+        self.desc, self.corner, self.source = desc, corner, source
+        self.issued = source.data.clone()
+        self.same = False
+        self.start()
+
+    def run(self) -> None:
+        stall()
+        self.same = torch.equal(self.source.data.nan_to_num(), self.issued.nan_to_num())
+        with machine.changed:
+            self.desc.add(self.corner, self.issued)
+
+
+def tma_store_wait(outstanding: int) -> None:
+    additions = getattr(pending, "additions", [])
+    while len(additions) > outstanding:
+        addition = additions.pop(0)
+        addition.join()
+        assert addition.same, "overwritten before it was added"
 
 
 def stall() -> None:
@@ -139,6 +198,8 @@ class Product:
 
     def __init__(self, a: Any, b: Shared, acc: Any, use_acc: bool) -> None:
         self.operands = [x for x in (a, b) if isinstance(x, Shared)]
+        for operand in self.operands:
+            check_fenced(operand)
         self.issued = [x.data.clone() for x in self.operands]
         left = self.issued[0] if isinstance(a, Shared) else a
         self.result = left @ self.issued[-1] + (acc if use_acc else 0)
@@ -167,7 +228,7 @@ def warpgroup_mma_wait(outstanding: int, deps: list[Any]) -> Any:
 
 
 def fence_async_shared() -> None:
-    """Nothing to order here."""
+    unfenced().clear()
 
 
 def warp_specialize(parts: list[Any], warps: list[int], registers: list[int]) -> None:
@@ -177,6 +238,7 @@ def warp_specialize(parts: list[Any], warps: list[int], registers: list[int]) ->
         try:
             function(*arguments)
             assert not getattr(pending, "list", []), "a product that nobody has waited for"
+            assert not getattr(pending, "additions", []), "an addition that nobody has waited for"
         except BaseException as error:
             failures.append(error)
             with machine.changed:
@@ -277,6 +339,7 @@ gl = SimpleNamespace(
     warp_specialize=warp_specialize,
     SliceLayout=nothing,
     BlockedLayout=nothing,
+    SwizzledSharedLayout=nothing,
     DotOperandLayout=nothing,
     NVMMADistributedLayout=nothing,
     NVMMASharedLayout=SimpleNamespace(get_default_for=nothing),

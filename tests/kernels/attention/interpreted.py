@@ -192,7 +192,7 @@ def op() -> None:
     q, k, v, borders, _ = draw([12, 0, 7], extra=3)
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
     tiles = attention_tiles(borders, 22, 16, 2)
-    options = (tiles.rows, tiles.columns, list(tiles.config), 12, 0.25, 0, 0.0, False)
+    options = (tiles.rows, tiles.columns, list(tiles.config), 12, 0.25, 0, 0.0, "triton")
     torch.library.opcheck(attention_op, (q, k, v, *options))
     out, lse = (x.detach() for x in attention_op(q, k, v, *options))
     saved = [x.detach() for x in (q, k, v, out, lse, out.transpose(0, 1).clone().transpose(0, 1))]
