@@ -66,7 +66,7 @@ class DataConfig:
     )
     order_seed: int = setting(42, "Seed of the order of the documents.", at_least=0)
     cache: str | None = setting(
-        None, "Local folder for shards of a remote root; null: one is chosen by its address."
+        None, "Local folder for the shards of a remote root; needed only then."
     )
 
 
