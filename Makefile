@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo gpu quick test test-random lint sglang test-sglang test-cluster clean
+.PHONY: demo gpu quick test test-random lint sglang test-sglang test-cluster docs clean
 
 # The environment is finished when its stamp is; an interrupted installation is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -76,6 +76,10 @@ $(GPU_VENV)/.installed: pyproject.toml constraints.txt
 
 gpu: $(GPU_VENV)/.installed
 	$(GPU_VENV)/bin/python -m benchmarks.gpu --minutes $(MINUTES)
+
+# Pages that are made from the code.
+docs: $(VENV)/.installed
+	$(PY) docs/make_config.py
 
 clean:
 	rm -rf demo $(VENV)

@@ -21,6 +21,7 @@ from gen.generations.siblings import Work
 from gen.generations.store import GenerationStore
 from gen.prompts import MethodConfig
 from gen.serving.servers import GeneratorConfig
+from trainer.config.fields import setting
 
 SAMPLE = 200  # documents whose prompts are counted
 
@@ -29,18 +30,16 @@ SAMPLE = 200  # documents whose prompts are counted
 class GenerateEstimate:
     """``generate.py estimate=true``."""
 
-    enabled: bool = False  # say what the missing generations will cost instead of making them
-    # New tokens a second that one GPU generates, prompts included in its time; above 0. There is no
-    # figure for every model: python -m benchmarks.generation measures it on one GPU.
-    tokens_per_second: float = 2000.0
-
-    def check(self) -> None:
-        """Raise ValueError where the speed cannot be one."""
-        if not self.tokens_per_second > 0:
-            raise ValueError(
-                f"estimate.tokens_per_second={self.tokens_per_second} must be above 0: new tokens "
-                "that one GPU generates in a second"
-            )
+    enabled: bool = setting(
+        False, "Say what the missing generations will cost instead of making them."
+    )
+    tokens_per_second: float = setting(
+        2000.0,
+        "New tokens that one GPU generates, prompts included in its time. There is no figure for "
+        "every model: python -m benchmarks.generation measures it on one GPU.",
+        unit="tokens/s",
+        above=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from gen.megadocs.streams import StreamConfig, build_stream
 from gen.prompts import MethodConfig
 from gen.quality.gates import QualityConfig, ReportConfig
 from gen.serving.servers import GeneratorConfig, serving
+from trainer.config.fields import check_bounds, group, setting
 from trainer.files import only_one
 
 TASKS = ("all", "corpus", "generate", "streams", "status", "report")
@@ -45,28 +46,36 @@ TASKS = ("all", "corpus", "generate", "streams", "status", "report")
 class GenerateConfig:
     """Everything ``generate.py`` can be told."""
 
-    task: str = "all"  # all, corpus, generate, streams, status or report
-    root: str = "data/pydoc"  # corpus folder
-    # Instead of a task: write documents, generations and megadocs of root to this new folder, as
-    # Parquet that datasets.load_dataset opens.
-    export: str | None = None
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    task: str = setting(
+        "all", "What is done; all: the corpus, generations, streams.", choices=TASKS
+    )
+    root: str = setting("data/pydoc", "Corpus folder: documents, generations, streams.")
+    export: str | None = setting(
+        None,
+        "Instead of a task: write documents, generations and megadocs of root to this new folder, "
+        "as Parquet that datasets.load_dataset opens.",
+    )
+    corpus: CorpusConfig = group(CorpusConfig, "Where the real documents come from.")
+    tokenizer: TokenizerConfig = group(TokenizerConfig, "What the streams are written with.")
+    method: MethodConfig = group(MethodConfig, "How a model is asked to rewrite a document.")
+    generator: GeneratorConfig = group(
+        GeneratorConfig, "The model that writes, and how it is reached."
+    )
     # generate.py calls this group import, which no field of Python can be called.
-    imports: ImportConfig = field(default_factory=ImportConfig)
-    streams: StreamConfig = field(default_factory=StreamConfig)
-    quality: QualityConfig = field(default_factory=QualityConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
+    imports: ImportConfig = group(ImportConfig, "Generations that exist already; say import.path=.")
+    streams: StreamConfig = group(StreamConfig, "How megadocs are put together.")
+    quality: QualityConfig = group(
+        QualityConfig,
+        "What is found in generations: keep counts one, drop leaves it out of the streams.",
+    )
+    report: ReportConfig = group(ReportConfig, "What the quality report shows.")
     # estimate=true says what the missing generations will cost, and generates nothing.
-    estimate: GenerateEstimate = field(default_factory=GenerateEstimate)
+    estimate: GenerateEstimate = group(GenerateEstimate, "estimate=true: what it would cost.")
 
 
 def generate(config: GenerateConfig) -> None:
     """Run one task, or all of them in order; what is finished already is not done again."""
-    if config.task not in TASKS:
-        raise ValueError(f"task={config.task} is not one of {', '.join(TASKS)}")
+    check_bounds(config)
     root = Path(config.root)
     if config.task == "status":
         return print(status(root))

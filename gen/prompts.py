@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from trainer.config.fields import check_bounds, setting
 
 FIELD = re.compile(r"\{(text|prefix|suffix|variant)\}")
 
@@ -13,21 +15,26 @@ FIELD = re.compile(r"\{(text|prefix|suffix|variant)\}")
 class MethodConfig:
     """How a model is asked to rewrite a document."""
 
-    name: str = "rephrase"  # folder of the generations; latent ones get their G added
-    latent: bool = False  # a thought for each of G cuts instead of G rewrites
-    generations: int = 8  # G: generations per document
-    chat: bool = True  # False: the prompt as it stands, for base models without a chat template
-    system: str = ""
-    prompt: str = "{text}"  # with {text}; latent: with {prefix} and {suffix}
-    # What {variant} of the prompt stands for: generation i takes variant i modulo their number.
-    variants: list[str] = field(default_factory=list)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 1024  # of a generation
-    source: str = ""  # where the prompt comes from
+    name: str = setting("rephrase", "Folder of the generations; latent ones get their G added.")
+    latent: bool = setting(False, "A thought for each of G cuts instead of G rewrites.")
+    generations: int = setting(8, "G: generations a document.", unit="generations", at_least=1)
+    chat: bool = setting(
+        True, "false: the prompt as it stands, for base models without a chat template."
+    )
+    system: str = setting("", "System message.")
+    prompt: str = setting("{text}", "Template with {text}; latent: with {prefix} and {suffix}.")
+    variants: list[str] = setting(
+        [],
+        "What {variant} of the prompt stands for: generation i takes variant i mod their number.",
+    )
+    temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.", at_least=0)
+    top_p: float = setting(1.0, "Nucleus sampling; 1 is off.", above=0, at_most=1)
+    max_tokens: int = setting(1024, "Length of a generation, at most.", unit="tokens", at_least=1)
+    source: str = setting("", "Where the prompt comes from.")
 
     def check(self) -> None:
         """Raise ValueError where the template or a number cannot work."""
+        check_bounds(self, "method.")
         wanted = {"prefix", "suffix"} if self.latent else {"text"}
         wanted |= {"variant"} if self.variants else set()
         found = set(FIELD.findall(self.prompt))
@@ -45,14 +52,6 @@ class MethodConfig:
             raise ValueError(
                 f"method.name={self.name!r} names a folder: use letters, digits, '_', '-' and '.'"
             )
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"method.temperature={self.temperature} must not be negative and "
-                f"method.top_p={self.top_p} must be in (0, 1]"
-            )
-        for name in ("generations", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"method.{name}={getattr(self, name)} must be at least 1")
 
     @property
     def version(self) -> str:

@@ -1,5 +1,6 @@
 """The documentation says what works: every command composes, every key, file and link exists."""
 
+import importlib.util
 import re
 import shlex
 import tomllib
@@ -108,9 +109,7 @@ def test_a_command_of_the_documentation_is_possible(page: str, command: str) -> 
 def test_links_and_files_exist(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        if target.startswith("https://") or target.endswith(
-            "config.md"
-        ):  # generated; a test of its own
+        if target.startswith("https://"):
             continue
         assert (page.parent / target).exists(), target
     if page.name in ("LOG.md", "CHANGELOG.md"):  # they tell of what was
@@ -119,3 +118,14 @@ def test_links_and_files_exist(page: Path) -> None:
     for path in re.findall(tree, text):
         if not set(path) & set("{}"):
             assert (REPOSITORY / path).exists(), path
+
+
+def test_the_page_of_all_keys_is_current() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "make_config", REPOSITORY / "docs" / "make_config.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "run `make docs`"

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from gen.corpus.files import files_below, lines_of, parquet_rows, whole_text
+from trainer.config.fields import setting
 from trainer.files import read_json, replace_file, write_json
 
 SCHEMA = pa.schema(
@@ -31,17 +32,36 @@ SOURCE = ("format", "path", "subset", "split")  # of the config: where documents
 class CorpusConfig:
     """Where the real documents come from."""
 
-    format: str = "pydoc"  # pydoc, text, jsonl, parquet, huggingface, or import: see gen/exchange
-    path: str | None = None  # folder, file, or the name of a Hugging Face dataset
-    pattern: str = "*.txt"  # text: which files of the folder
-    text_column: str = "text"
-    id_column: str | None = None  # null: a hash of the text
-    subset: str | None = None  # huggingface: configuration name
-    split: str = "train"  # huggingface
-    held_out: float = 0.05  # share of the documents for validation, chosen by a hash of the id
-    max_documents: int | None = None  # read no more than this many
-    max_characters: int | None = None  # leave longer documents out, counted
-    token_budget: int | None = None  # exact number of training tokens; the last document is cut
+    format: str = setting(
+        "pydoc",
+        "What the documents are read from; import: the files of generator=import.",
+        choices=("pydoc", "text", "jsonl", "parquet", "huggingface", "import"),
+    )
+    path: str | None = setting(None, "Folder, file, or the name of a Hugging Face dataset.")
+    pattern: str = setting("*.txt", "text: which files of the folder.")
+    text_column: str = setting("text", "Column or key of the text.")
+    id_column: str | None = setting(None, "Column or key of the id; null: a hash of the text.")
+    subset: str | None = setting(None, "huggingface: configuration name.")
+    split: str = setting("train", "huggingface: split.")
+    held_out: float = setting(
+        0.05,
+        "Share of the documents for validation, chosen by a hash of the id.",
+        at_least=0,
+        below=1,
+    )
+    max_documents: int | None = setting(
+        None, "Read no more than this many.", unit="documents", at_least=1
+    )
+    max_characters: int | None = setting(
+        None, "Longer documents are left out and counted.", unit="characters", at_least=1
+    )
+    token_budget: int | None = setting(
+        None,
+        "Exact number of training tokens; the last document is cut. A document needs two: a token "
+        "and its end.",
+        unit="tokens",
+        at_least=2,
+    )
 
 
 @dataclass(frozen=True)

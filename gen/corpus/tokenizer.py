@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from trainer.config.fields import setting
 from trainer.files import read_json, replace_file, write_json
 
 
@@ -16,10 +17,14 @@ from trainer.files import read_json, replace_file, write_json
 class TokenizerConfig:
     """Which tokenizer the streams are written with."""
 
-    kind: str = "bpe"  # bpe (byte-level, trained on the training documents), file, or hub
-    path: str | None = None  # file: a tokenizers JSON file; hub: a model name
-    vocab_size: int = 4096  # bpe
-    eos_token: str = "<|endoftext|>"  # ends every document; must be in the vocabulary
+    kind: str = setting(
+        "bpe",
+        "bpe (byte-level, trained on the training documents), a file, or one from the hub.",
+        choices=("bpe", "file", "hub"),
+    )
+    path: str | None = setting(None, "file: a tokenizers JSON file; hub: a model name.")
+    vocab_size: int = setting(4096, "bpe: tokens of the vocabulary.", unit="tokens", at_least=1)
+    eos_token: str = setting("<|endoftext|>", "Ends every document; must be in the vocabulary.")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gen.generations.store import SCHEMA
+from trainer.config.fields import check_bounds, setting
 
 # Columns of a store that a row may bring along with the text.
 CARRIED = tuple(
@@ -17,30 +18,44 @@ CARRIED = tuple(
 class ImportConfig:
     """Files with generations; columns are names or paths into lists and structs, as ``a.b``."""
 
-    path: str | None = None  # folder, glob, file or URI (hf://, s3://) of rows with generations
-    # Method -> folder or glob below path; empty: everything at path is method.name.
-    methods: dict[str, str] = field(default_factory=dict)
-    only: list[str] = field(default_factory=list)  # of methods: those to import; empty: all
-    generation_column: str = "generation"  # a text, or a list of texts
-    id_column: str | None = "id"  # of the source; null: a hash of its text
-    text_column: str | None = "text"  # of the source; null: rows only name it, by id_column
-    metadata_column: str | None = None  # of the source: an object, or JSON; kept by corpus=import
-    # corpus=import where rows hold no sources: folder, glob, file or URI of those.
-    sources: str | None = None
-    source_id_column: str = "id"
-    source_text_column: str = "text"
-    # Column of the store -> column of the row, such as finish_reason, completion_tokens, model or
-    # index. Without an index generations of a source are numbered in the order of the files.
-    columns: dict[str, str] = field(default_factory=dict)
-    as_is: bool = (
-        False  # keep empty generations and thoughts (<think>), which are left out otherwise
+    path: str | None = setting(
+        None, "Folder, glob, file or URI (hf://, s3://) of rows with generations."
     )
-    model: str = "unknown"  # that wrote them, where no column says so
-    licence: str = ""  # of the generations, as you know it; kept with them
-    processes: int | None = None  # that read files; null: all cores for large ones
+    methods: dict[str, str] = setting(
+        {},
+        "Method -> folder or glob below path; empty: everything at path is method.name.",
+    )
+    only: list[str] = setting([], "Of methods: those to import; empty: all.")
+    generation_column: str = setting("generation", "A text, or a list of texts.")
+    id_column: str | None = setting("id", "Of the source; null: a hash of its text.")
+    text_column: str | None = setting(
+        "text", "Of the source; null: rows only name it, by id_column."
+    )
+    metadata_column: str | None = setting(
+        None, "Of the source: an object, or JSON; kept by corpus=import."
+    )
+    sources: str | None = setting(
+        None, "corpus=import where rows hold no sources: folder, glob, file or URI of those."
+    )
+    source_id_column: str = setting("id", "Of sources.")
+    source_text_column: str = setting("text", "Of sources.")
+    columns: dict[str, str] = setting(
+        {},
+        "Column of the store -> column of the row, such as finish_reason, completion_tokens, model "
+        "or index. Without an index, generations are numbered in the order of the files.",
+    )
+    as_is: bool = setting(
+        False, "Keep empty generations and thoughts (<think>), which are left out otherwise."
+    )
+    model: str = setting("unknown", "That wrote them, where no column says so.")
+    licence: str = setting("", "Of the generations, as you know it; kept with them.")
+    processes: int | None = setting(
+        None, "That read files; null: all cores for large ones.", unit="processes", at_least=1
+    )
 
     def check(self) -> None:
         """Raise ValueError where a setting is missing or cannot work."""
+        check_bounds(self, "import.")
         if self.path is None:
             raise ValueError(
                 "generator=import needs import.path=FOLDER (or a glob, a file, hf://..., s3://...)"
@@ -72,5 +87,3 @@ class ImportConfig:
                 raise ValueError(
                     f"import.methods: {name!r} names a folder: use letters, digits, '_', '-', '.'"
                 )
-        if self.processes is not None and self.processes < 1:
-            raise ValueError(f"import.processes={self.processes} must be at least 1")

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from gen.megadocs.encoding import Encoder, real_tokens
 from gen.megadocs.missing import Missing, missing_of
 from gen.quality.gates import QualityConfig, advice, gates, select, strip_preamble
 from gen.quality.table import columns_of, quality_table
+from trainer.config.fields import check_bounds, setting
 from trainer.data.format import (
     MANIFEST,
     ContentHash,
@@ -63,40 +64,62 @@ PLAIN = ("rephrase", "latent")  # methods that streams do not name: the paper's
 class StreamConfig:
     """How megadocs are put together."""
 
-    # G of the streams, of each method where there are several; empty: the method's
-    generations: list[int] = field(default_factory=list)
-    # simple, stitched: styles whose generations they take, in this order; empty: the method's alone
-    methods: list[str] = field(default_factory=list)
-    # Of each of methods, the share of the documents, in [0, 1], that take its generations, chosen
-    # by a hash of the id; empty: all of them.
-    shares: list[float] = field(default_factory=list)
-    member_order: str = "methods"  # of a stitched megadoc's rephrases: methods, or random
-    # Text between the members of a megadoc; null is the end-of-text token, which the evidence says
-    # the paper used.
-    separator: str | None = None
-    real_document: str = "last"  # last, first or absent
-    # Around a latent thought. The paper's delimiters are not known; these are what the public
-    # re-implementation uses.
-    open_thought: str = "<think>"
-    close_thought: str = "</think>"
-    # Generations that are not there: refuse to build, or allow a share of them to be left out.
-    missing: str = "refuse"
-    missing_share: float = 0.01  # allow: of all generations of the stream, at most
-    shuffle_seed: int = 0  # order of the simple stream
-    shard_bytes: int = 1 << 26
+    generations: list[int] = setting(
+        [],
+        "G of the streams, of each method where there are several; empty: the method's.",
+        unit="generations",
+        at_least=1,
+    )
+    methods: list[str] = setting(
+        [],
+        "simple, stitched: styles whose generations they take, in this order; empty: the method's "
+        "alone.",
+    )
+    shares: list[float] = setting(
+        [],
+        "Of each of methods, the share of the documents that take its generations, chosen by a "
+        "hash of the id; empty: all of them.",
+        at_least=0,
+        at_most=1,
+    )
+    member_order: str = setting(
+        "methods",
+        "Order of a stitched megadoc's rephrases: as methods says, or random.",
+        choices=("methods", "random"),
+    )
+    separator: str | None = setting(
+        None,
+        "Text between the members of a megadoc; null: the end-of-text token, which the evidence "
+        "says the paper used.",
+    )
+    real_document: str = setting(
+        "last",
+        "Where the real document stands in a megadoc.",
+        choices=("last", "first", "absent"),
+    )
+    open_thought: str = setting(
+        "<think>",
+        "Before a latent thought. The paper's delimiters are not known; these are what the public "
+        "re-implementation uses.",
+    )
+    close_thought: str = setting("</think>", "After a latent thought.")
+    missing: str = setting(
+        "refuse",
+        "Generations that are not there: refuse to build, or allow a share of them to be left out.",
+        choices=("refuse", "allow"),
+    )
+    missing_share: float = setting(
+        0.01,
+        "allow: of all generations of the stream, at most.",
+        at_least=0,
+        at_most=1,
+    )
+    shuffle_seed: int = setting(0, "Of the order of the simple stream.", at_least=0)
+    shard_bytes: int = setting(1 << 26, "Size of a shard.", unit="bytes", at_least=1)
 
     def check(self) -> None:
         """Raise ValueError for an unknown option or an impossible number."""
-        if self.real_document not in ("last", "first", "absent"):
-            raise ValueError(
-                f"streams.real_document={self.real_document} is not one of last, first, absent"
-            )
-        if self.missing not in ("refuse", "allow"):
-            raise ValueError(f"streams.missing={self.missing} is not one of refuse, allow")
-        if not 0 <= self.missing_share <= 1:
-            raise ValueError(f"streams.missing_share={self.missing_share} must be in [0, 1]")
-        if any(generations < 1 for generations in self.generations):
-            raise ValueError(f"streams.generations={self.generations} must all be at least 1")
+        check_bounds(self, "streams.")
         if len(set(self.methods)) != len(self.methods):
             raise ValueError(f"streams.methods={self.methods} names a method twice")
         if self.shares and len(self.shares) != len(self.methods):
@@ -104,10 +127,6 @@ class StreamConfig:
                 f"streams.shares={self.shares} must hold one share for each of "
                 f"streams.methods={self.methods}"
             )
-        if any(not 0 <= share <= 1 for share in self.shares):
-            raise ValueError(f"streams.shares={self.shares} must all be in [0, 1]")
-        if self.member_order not in ("methods", "random"):
-            raise ValueError(f"streams.member_order={self.member_order} is not methods or random")
 
     def styles(self, kind: str, method: str) -> list[str]:
         """The methods whose generations a stream of a kind takes."""

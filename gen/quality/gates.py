@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gen.quality.language import SourceLanguage
+from trainer.config.fields import check_bounds, setting
 
 # Gates in the order in which they are blamed: a generation counts as dropped by its first one.
 GATES = (
@@ -80,42 +81,58 @@ AGREEMENT = re.compile(
 class QualityConfig:
     """Policies and thresholds; ``keep`` counts a generation, ``drop`` leaves it out of streams."""
 
-    empty: str = "drop"  # no letter and no digit
-    refusal: str = "keep"  # "I cannot ...", "As an AI ...", "Please provide the text"
-    language: str = "keep"  # another script or language than its document
-    repetition: str = "keep"  # compresses too well, or repeats its own n-grams
-    duplicate: str = "keep"  # nearly a sibling of lower index
-    copy: str = "keep"  # nearly its document
-    preamble: str = "keep"  # "Here is a rephrased version:"; may also be strip: the line is cut off
-    length: str = "keep"  # cut off by max_tokens
-    compression: float = 0.2  # repetition: zlib bytes per byte, below
-    repetition_words: int = 200  # shorter texts are judged by their n-grams alone
-    repeated_ngrams: float = 0.35  # repetition: share of 4-grams seen before in the text, above
-    copied_ngrams: float = 0.8  # copy: share of 8-grams that are in the document, above
-    similarity: float = 0.8  # duplicate: Jaccard index of the 5-grams, above
-    processes: int | None = None  # that measure; null: all cores for a large store
+    empty: str = setting("drop", "No letter and no digit.", choices=POLICIES)
+    refusal: str = setting(
+        "keep", "'I cannot ...', 'As an AI ...', 'Please provide the text'.", choices=POLICIES
+    )
+    language: str = setting(
+        "keep", "Another script or language than its document.", choices=POLICIES
+    )
+    repetition: str = setting(
+        "keep", "Compresses too well, or repeats its own n-grams.", choices=POLICIES
+    )
+    duplicate: str = setting("keep", "Nearly a sibling of lower index.", choices=POLICIES)
+    copy: str = setting("keep", "Nearly its document.", choices=POLICIES)
+    preamble: str = setting(
+        "keep",
+        "'Here is a rephrased version:'; strip: the line is cut off.",
+        choices=(*POLICIES, "strip"),
+    )
+    length: str = setting("keep", "Cut off by max_tokens.", choices=POLICIES)
+    compression: float = setting(
+        0.2, "repetition: zlib bytes per byte, below.", at_least=0, at_most=1
+    )
+    repetition_words: int = setting(
+        200, "Shorter texts are judged by their n-grams alone.", unit="words", at_least=0
+    )
+    repeated_ngrams: float = setting(
+        0.35, "repetition: share of 4-grams seen before in the text, above.", at_least=0, at_most=1
+    )
+    copied_ngrams: float = setting(
+        0.8, "copy: share of 8-grams that are in the document, above.", at_least=0, at_most=1
+    )
+    similarity: float = setting(
+        0.8, "duplicate: Jaccard index of the 5-grams, above.", at_least=0, at_most=1
+    )
+    processes: int | None = setting(
+        None, "That measure; null: all cores for a large store.", unit="processes", at_least=1
+    )
 
     def check(self) -> None:
         """Raise ValueError for an unknown policy or an impossible threshold."""
-        for gate in GATES:
-            allowed = (*POLICIES, "strip") if gate == "preamble" else POLICIES
-            if getattr(self, gate) not in allowed:
-                raise ValueError(
-                    f"quality.{gate}={getattr(self, gate)} is not one of {', '.join(allowed)}"
-                )
-        for name in ("compression", "repeated_ngrams", "copied_ngrams", "similarity"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"quality.{name}={getattr(self, name)} must be in [0, 1]")
+        check_bounds(self, "quality.")
 
 
 @dataclass
 class ReportConfig:
     """What the quality report shows."""
 
-    samples: int = 10  # documents, drawn at random, beside their generations
-    siblings: int = 4  # generations shown of each
-    examples: int = 3  # generations shown of each gate
-    seed: int = 0
+    samples: int = setting(
+        10, "Documents, drawn at random, beside their generations.", unit="documents", at_least=0
+    )
+    siblings: int = setting(4, "Generations shown of each.", unit="generations", at_least=0)
+    examples: int = setting(3, "Generations shown of each gate.", unit="generations", at_least=0)
+    seed: int = setting(0, "Of the draw.", at_least=0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from gen.client.connection import Connection, api_of, check_secrets, proxy_for, 
 from gen.serving import sglang_environment
 from gen.serving.sglang import SglangConfig
 from gen.serving.supervisor import SupervisedServer, free_port
+from trainer.config.fields import check_bounds, group, setting
 from trainer.files import only_one
 
 EMBEDDED = Path(__file__).with_name("embedded.py")
@@ -35,52 +36,95 @@ EMBEDDED_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 class GeneratorConfig:
     """The model that writes, and how it is reached."""
 
-    # embedded, openai (running servers), sglang (started here), or import: no model but files
-    kind: str = "embedded"
-    model: str = "SmolLM2-135M-Instruct"  # sglang: a path or hub name
-    urls: list[str] = field(default_factory=list)  # openai: one or more servers of that model
-    api_key: str | None = None  # '$NAME': the environment variable that holds it
-    # Sent with every request. A secret's value is '$NAME', as for api_key. Part of the store's
-    # settings, as is extra_body.
-    extra_headers: dict[str, str] = field(default_factory=dict)
-    # Fields added to every request: top_k, min_p, repetition_penalty, chat_template_kwargs, ...
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    ca_file: str | None = None  # certificates of the authority that signed the servers' own
-    # Counts prompts where servers have no /tokenize: a tokenizer.json, a folder with one, or a name
-    # at the hub. Null: their bytes are counted, three to a token.
-    tokenizer: str | None = None
-    # Tokens beside method.max_tokens for a generation whose answer ended while the model was still
-    # thinking, and for those after it; 0: it is failed.
-    thinking_tokens: int = 0
-    context_length: int = 2048  # tokens of prompt and answer together
-    concurrency: int = 8  # requests in flight at each server, at most
-    adaptive: bool = False  # fewer than that where they only wait in the server's queue
-    # Generations of one document in flight: 1 reuses llama.cpp's slot, SGLang shares a prefix
-    # among all that follow the first.
-    siblings_in_flight: int = 1
-    # Where siblings run at once: a request for one token puts the document's prompt into the
-    # server's cache before them. False: the first sibling does, while the others wait for it.
-    warm_up: bool = True
-    seed: int = 0
-    timeout: float = 600.0  # seconds
-    attempts: int = 6
-    flush_seconds: float = 5.0  # generations are on the disk at most this late
-    merge_parts: int = 128  # so many small parts of the store become one
-    writer: int = 0  # this job among several that share the store
-    writers: int = 1
-    threads: int | None = None  # embedded, sglang on a CPU: threads of a server; null: all cores
-    sglang: SglangConfig = field(default_factory=SglangConfig)
-    gpus: int | None = None  # that this job keeps busy, for its cost; null: sglang's own, else none
-    start_timeout: float = 1200.0  # embedded, sglang: seconds until it must be healthy
-    restarts: int = 5  # embedded, sglang: in a row, without ten healthy minutes between
-    outage_seconds: float = 1800.0  # how long no server may answer before the job ends
+    kind: str = setting(
+        "embedded",
+        "Where texts come from: the embedded llama.cpp, running servers of the OpenAI API, an "
+        "SGLang started here, or files instead of a model (import).",
+        choices=("embedded", "openai", "sglang", "import"),
+    )
+    model: str = setting(
+        "SmolLM2-135M-Instruct", "Name of the model; sglang: a folder or a name at the hub."
+    )
+    urls: list[str] = setting([], "openai: one or more servers of that model.")
+    api_key: str | None = setting(None, "'$NAME': the environment variable that holds the key.")
+    extra_headers: dict[str, str] = setting(
+        {},
+        "Sent with every request; a secret's value is '$NAME', as for api_key. Part of the store's "
+        "settings, as is extra_body.",
+    )
+    extra_body: dict[str, Any] = setting(
+        {},
+        "Added to every request: top_k, min_p, repetition_penalty, chat_template_kwargs, ...",
+    )
+    ca_file: str | None = setting(
+        None, "Certificates of the authority that signed the servers' own."
+    )
+    tokenizer: str | None = setting(
+        None,
+        "Counts prompts where servers have no /tokenize: a tokenizer.json, a folder with one, or a "
+        "name at the hub; null: their bytes are counted, three to a token.",
+    )
+    thinking_tokens: int = setting(
+        0,
+        "Tokens beside method.max_tokens for a generation whose answer ended while the model was "
+        "still thinking, and for those after it; 0: it is failed.",
+        unit="tokens",
+        at_least=0,
+    )
+    context_length: int = setting(2048, "Prompt and answer together.", unit="tokens", at_least=1)
+    concurrency: int = setting(
+        8, "Requests in flight at each server, at most.", unit="requests", at_least=1
+    )
+    adaptive: bool = setting(
+        False, "Fewer requests than concurrency where they only wait in the server's queue."
+    )
+    siblings_in_flight: int = setting(
+        1,
+        "Generations of one document in flight: 1 reuses llama.cpp's slot, SGLang shares a prefix "
+        "among all that follow the first.",
+        unit="requests",
+        at_least=1,
+    )
+    warm_up: bool = setting(
+        True,
+        "Where siblings run at once, a request for one token puts the document's prompt into the "
+        "server's cache before them; false: the first sibling does, while the others wait for it.",
+    )
+    seed: int = setting(0, "Seed from which every generation's own seed follows.")
+    timeout: float = setting(600.0, "For one answer.", unit="seconds", above=0)
+    attempts: int = setting(6, "Tries of one generation before it is failed.", at_least=1)
+    flush_seconds: float = setting(
+        5.0, "Generations are on the disk at most this late.", unit="seconds", above=0
+    )
+    merge_parts: int = setting(128, "So many small parts of the store become one.", at_least=1)
+    writer: int = setting(0, "This job among several that share the store.", at_least=0)
+    writers: int = setting(1, "Jobs that share the store.", at_least=1)
+    threads: int | None = setting(
+        None,
+        "embedded, sglang on a CPU: threads of a server; null: all cores.",
+        unit="threads",
+        at_least=1,
+    )
+    sglang: SglangConfig = group(SglangConfig, "How SGLang is started.")
+    gpus: int | None = setting(
+        None,
+        "GPUs that this job keeps busy, for its cost; null: sglang's own, else none.",
+        unit="GPUs",
+        at_least=0,
+    )
+    start_timeout: float = setting(
+        1200.0, "embedded, sglang: until it must be healthy.", unit="seconds", above=0
+    )
+    restarts: int = setting(
+        5, "embedded, sglang: restarts in a row, without ten healthy minutes between.", at_least=0
+    )
+    outage_seconds: float = setting(
+        1800.0, "How long no server may answer before the job ends.", unit="seconds", above=0
+    )
 
     def check(self) -> None:
         """Raise ValueError where options do not fit together."""
-        if self.kind not in ("embedded", "openai", "sglang", "import"):
-            raise ValueError(
-                f"generator.kind={self.kind} is not one of embedded, openai, sglang, import"
-            )
+        check_bounds(self, "generator.")
         if self.kind == "openai" and not self.urls:
             raise ValueError("generator=openai needs generator.urls=[http://host:port, ...]")
         if self.kind == "openai" and not self.model:
@@ -96,13 +140,6 @@ class GeneratorConfig:
                 "method.max_tokens, method.temperature, method.top_p, generator.seed or "
                 "generator.model"
             )
-        if self.thinking_tokens < 0:
-            raise ValueError(
-                f"generator.thinking_tokens={self.thinking_tokens} must not be negative"
-            )
-        for name in ("concurrency", "siblings_in_flight", "attempts", "merge_parts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"generator.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.writer < self.writers:
             raise ValueError(
                 f"generator.writer={self.writer} must be in [0, generator.writers={self.writers})"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gen.serving import sglang_environment
+from trainer.config.fields import check_bounds, setting
 
 CPU_CACHE_TOKENS = 65536  # that the KV cache holds on a CPU: 3 GB for a model of 135M parameters
 
@@ -19,51 +20,72 @@ class SglangConfig:
     here, or whose name your release has changed, go into ``arguments``.
     """
 
-    # The interpreter of another environment than that of `make sglang`, or a command that runs one
-    # in a container, such as 'apptainer exec --nv sglang.sif python3'.
-    python: str | None = None
-    device: str | None = None  # cuda or cpu; null: cuda where there is a GPU
-    # Servers, each on GPUs of its own. Documents stick to one, so every server keeps the prefixes
-    # of its documents; SGLang's own data parallelism deals requests out in turn and does not.
-    replicas: int = 1
-    tp_size: int = 1  # GPUs a model is split over
-    dp_size: int = 1  # copies inside one server; prefer replicas
-    # The order that shares prefixes is the client's: SGLang's longest-prefix policy gives up above
-    # 128 waiting requests.
-    schedule_policy: str = "fcfs"
-    schedule_conservativeness: float = (
-        0.5  # below 1 admits more; raise it if requests are retracted
+    python: str | None = setting(
+        None,
+        "Interpreter of another environment than that of `make sglang`, or a command that runs one "
+        "in a container, such as 'apptainer exec --nv sglang.sif python3'.",
     )
-    # Of the GPU's memory, for weights and KV cache. On a CPU the cache is max_total_tokens.
-    mem_fraction_static: float | None = None
-    max_total_tokens: int | None = None  # that the KV cache holds; null: what memory allows
-    max_running_requests: int | None = None
-    chunked_prefill_size: int | None = 8192  # tokens
-    hierarchical_cache: bool = False  # evicted prefixes go to host memory: for latent thoughts
-    hicache_ratio: float = 2.0  # host memory over KV cache
-    # Draft tokens from n-grams of the prompt: rewrites copy. Off until it is measured to help at
-    # temperature 1.
-    ngram_speculation: bool = False
-    speculative_num_draft_tokens: int = 8
-    kv_cache_dtype: str | None = None  # fp8_e5m2 halves the cache and changes the samples
-    deterministic: bool = False  # the same text for the same seed; costs throughput
-    load_format: str | None = None  # dummy: random weights of the true shape, for benchmarks
-    arguments: list[str] = field(default_factory=list)  # more flags, as on the command line
+    device: str | None = setting(
+        None, "Null: cuda where there is a GPU, else cpu.", choices=("cuda", "cpu")
+    )
+    replicas: int = setting(
+        1,
+        "Servers, each on GPUs of its own. Documents stick to one, so every server keeps the "
+        "prefixes of its documents; SGLang's own data parallelism deals requests out in turn and "
+        "does not.",
+        at_least=1,
+    )
+    tp_size: int = setting(1, "GPUs a model is split over.", unit="GPUs", at_least=1)
+    dp_size: int = setting(1, "Copies inside one server; prefer replicas.", at_least=1)
+    schedule_policy: str = setting(
+        "fcfs",
+        "Order of the queue. The order that shares prefixes is the client's: SGLang's "
+        "longest-prefix policy gives up above 128 waiting requests.",
+    )
+    schedule_conservativeness: float = setting(
+        0.5, "Below 1 admits more; raise it if requests are retracted.", above=0
+    )
+    mem_fraction_static: float | None = setting(
+        None,
+        "Share of the GPU's memory for weights and KV cache. On a CPU the cache is "
+        "max_total_tokens.",
+        above=0,
+        below=1,
+    )
+    max_total_tokens: int | None = setting(
+        None, "That the KV cache holds; null: what memory allows.", unit="tokens", at_least=1
+    )
+    max_running_requests: int | None = setting(
+        None, "In one batch of the engine.", unit="requests", at_least=1
+    )
+    chunked_prefill_size: int | None = setting(
+        8192, "Tokens of prompts in one prefill step; -1: whole prompts.", unit="tokens"
+    )
+    hierarchical_cache: bool = setting(
+        False, "Evicted prefixes go to host memory: for latent thoughts."
+    )
+    hicache_ratio: float = setting(2.0, "Host memory over KV cache.", above=0)
+    ngram_speculation: bool = setting(
+        False,
+        "Draft tokens from n-grams of the prompt: rewrites copy. Off until it is measured to help "
+        "at temperature 1.",
+    )
+    speculative_num_draft_tokens: int = setting(
+        8, "Of ngram_speculation.", unit="tokens", at_least=1
+    )
+    kv_cache_dtype: str | None = setting(
+        None, "fp8_e5m2 halves the cache and changes the samples; null: the model's."
+    )
+    deterministic: bool = setting(False, "The same text for the same seed; costs throughput.")
+    load_format: str | None = setting(
+        None, "dummy: random weights of the true shape, for benchmarks."
+    )
+    arguments: list[str] = setting([], "More flags, as on the command line.")
 
     def check(self) -> None:
         """Raise ValueError where options do not fit together."""
-        if self.device not in (None, "cuda", "cpu"):
-            raise ValueError(f"generator.sglang.device={self.device} is not one of cuda, cpu")
+        check_bounds(self, "generator.sglang.")
         self.interpreter()
-        for name in ("replicas", "tp_size", "dp_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"generator.sglang.{name}={getattr(self, name)} must be at least 1"
-                )
-        if self.mem_fraction_static is not None and not 0.0 < self.mem_fraction_static < 1.0:
-            raise ValueError(
-                f"generator.sglang.mem_fraction_static={self.mem_fraction_static} must be in (0, 1)"
-            )
 
     def interpreter(self) -> list[str]:
         """The command that runs the Python of SGLang's environment.

@@ -13,6 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +67,7 @@ def setting(
     """A dataclass field with its meaning, its unit and the values that are allowed.
 
     Args:
-        default: the value where the user gives none; lists are copied for every config.
+        default: the value where the user gives none; lists and dictionaries are copied.
         meaning: one or two plain sentences, as ``docs/config.md`` shows them.
         unit: of the number, such as ``tokens`` or ``seconds``.
         above, at_least, below, at_most: bounds of a number, checked by :func:`check_bounds`.
@@ -78,8 +79,8 @@ def setting(
         "bounds": Bounds(above, at_least, below, at_most),
         "choices": tuple(choices),
     }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -110,7 +111,8 @@ def check_bounds(config: Any, prefix: str = "") -> None:
             if isinstance(single, int | float) and not isinstance(single, bool):
                 if not bounds.hold(single):
                     wanted = str(bounds) or "a finite number"
-                    raise ValueError(f"{key}={value} must be {wanted}: {meaning}")
+                    verb = "must all be" if isinstance(value, list) else "must be"
+                    raise ValueError(f"{key}={value} {verb} {wanted}: {meaning}")
             elif choices and single not in choices:
                 raise ValueError(f"{key}={value} is not one of {', '.join(choices)}: {meaning}")
 
