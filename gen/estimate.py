@@ -80,7 +80,6 @@ def estimate(
     root: Path,
 ) -> Cost:
     """The cost of what ``root`` lacks; of all writers together."""
-    settings.check()
     store = GenerationStore.of_method(root, method.name, method.generations, method.latent)
     alone = replace(config, writer=0, writers=1)
     works, _ = missing_works(method, alone, store, documents, tokenizer)

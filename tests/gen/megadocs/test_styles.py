@@ -120,7 +120,7 @@ def test_impossible_choices(root: Path) -> None:
         (StreamConfig(methods=["faq", "faq"]), "names a method twice"),
         (StreamConfig(methods=STYLES, shares=[1.0]), "one share for each"),
         (StreamConfig(methods=STYLES, shares=[1.0, 1.5]), r"must all be in \[0, 1\]"),
-        (StreamConfig(member_order="sorted"), "is not methods or random"),
+        (StreamConfig(member_order="sorted"), "is not one of methods, random"),
         (StreamConfig(methods=["faq", "maths"]), "maths holds no generations"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
