@@ -21,7 +21,7 @@ from gen.generations.siblings import Work
 from gen.generations.store import GenerationStore
 from gen.prompts import MethodConfig
 from gen.serving.servers import GeneratorConfig
-from trainer.config.fields import setting
+from trainer.config.fields import check_bounds, setting
 
 SAMPLE = 200  # documents whose prompts are counted
 
@@ -80,6 +80,7 @@ def estimate(
     root: Path,
 ) -> Cost:
     """The cost of what ``root`` lacks; of all writers together."""
+    check_bounds(settings, "estimate.")
     store = GenerationStore.of_method(root, method.name, method.generations, method.latent)
     alone = replace(config, writer=0, writers=1)
     works, _ = missing_works(method, alone, store, documents, tokenizer)
