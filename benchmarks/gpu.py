@@ -29,6 +29,7 @@ import torch
 
 from benchmarks import table, timing
 from kernels.check.verdicts import source_hash
+from trainer.files import write_json
 
 ROOT = Path(__file__).parents[1]
 CHECK = "kernels.check.__main__"
@@ -148,9 +149,7 @@ class State:
             "seconds": round(seconds, 1),
             "sources": source_hash(),
         }
-        unfinished = self.file.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.done, indent=1) + "\n")
-        unfinished.replace(self.file)
+        write_json(self.file, self.done)
 
 
 def run(step: Step, folder: Path, seconds: float) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import json
 import platform
 import statistics
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from trainer.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -177,8 +178,5 @@ def arguments(description: str, question: str) -> argparse.ArgumentParser:
 def write_results(path: Path, command: str, results: Any) -> None:
     """JSON with the environment, in one piece or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    content = {"command": command, **environment(), "results": results}
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(path)
+    write_json(path, {"command": command, **environment(), "results": results})
     print(f"\nwritten: {path}")

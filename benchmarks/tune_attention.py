@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from benchmarks.attention import lognormal
 from kernels.attention.tile_config import FILE, TileConfig, read_configs
 from kernels.attention.tile_scheduler import make_tiles
 from trainer.data.random_stream import random_windows
+from trainer.files import write_json
 
 # By the smallest max_seqlen that the tiles are for.
 PACKS = {1: lognormal(32_768), 8192: [32_768]}
@@ -149,9 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         entry = configs.setdefault(architecture, {}).setdefault(str(head_dim), {})
         entry.setdefault(str(group), {})[str(longest)] = chosen._asdict()
         # After every shape, so that an interrupted run keeps what it has found.
-        unfinished = FILE.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(configs, indent=2) + "\n")
-        unfinished.replace(FILE)
+        write_json(FILE, configs)
     if options.output:
         timing.write_results(options.output, "python -m benchmarks.tune_attention", found)
     print(f"written: {FILE}; run the tests of tests/kernels on this GPU before using it")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 
 def sync(path: Path) -> None:
@@ -60,18 +61,28 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Wait until no other process is in a block with the same lock file."""
+def only_one(path: Path, wait: bool = True) -> Iterator[None]:
+    """Be the only process in a block with this lock file; a killed one holds it no longer.
+
+    Raises:
+        BlockingIOError: another process is in it and ``wait`` is false.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=wait)
+    except filelock.Timeout:
+        raise BlockingIOError(f"{path} is held by another process") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON atomically."""
     with replace_file(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1))
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:

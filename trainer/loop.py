@@ -32,6 +32,7 @@ from trainer.data.packing import pack_whole
 from trainer.data.plan import Plan, Source
 from trainer.errors import NonFiniteLossError
 from trainer.evaluation.losses import evaluate_model
+from trainer.files import write_json
 from trainer.model.llama import Llama
 from trainer.optim.averaging import WeightAverage
 from trainer.optim.bad_steps import StepGuard
@@ -46,7 +47,7 @@ from trainer.run.inputs import changed_inputs, read_inputs, run_dir_of, stream_p
 from trainer.run.kernel_choice import check_kernels, choose_kernels, compute_dtype
 from trainer.run.metrics import Meter
 from trainer.run.progress import Progress, checkpoints, read_progress
-from trainer.run.run_dir import check_progress, claimed, finished_loss, write_json
+from trainer.run.run_dir import check_progress, claimed, finished_loss
 from trainer.run.trackers import Tracker
 from trainer.stop import StopSignals, stopped
 

@@ -6,7 +6,6 @@ mosaicml-streaming gives the format and the downloads; the order of reading is t
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -22,6 +21,7 @@ from trainer.data.format import (
     read_manifest,
     verify,
 )
+from trainer.files import only_one
 
 if TYPE_CHECKING:
     from streaming import LocalDataset
@@ -164,8 +164,7 @@ def read_stream_manifest(path: str | Path, cache: str | None = None) -> StreamMa
 
     local = cache_folder(str(path), cache) / "newest"
     local.mkdir(parents=True, exist_ok=True)
-    with (local / "download.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with only_one(local / "download.lock"):
         (local / MANIFEST).unlink(missing_ok=True)
         CloudDownloader.get(str(path)).download(f"{path}/{MANIFEST}", str(local / MANIFEST))
         return StreamManifest.of(read_manifest(local), local)
@@ -221,8 +220,7 @@ def download_stream(remote: str, cache: str | None) -> Path:
     def fetch(name: str) -> None:
         downloader.download(f"{remote}/{name}", str(local / name))
 
-    with (local / "download.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks and runs of a machine share its cache
+    with only_one(local / "download.lock"):  # the ranks and runs of a machine share its cache
         check_same_manifest(downloader, remote, local)
         for name in ("index.json", "lengths.npy", "member_lengths.npy"):
             fetch(name)

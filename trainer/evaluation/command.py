@@ -8,9 +8,9 @@ from typing import Any
 from trainer.config.evaluate import EvaluateConfig
 from trainer.evaluation.downstream import SETS, TASKS, evaluate_tasks, keep_scores
 from trainer.evaluation.ensemble import evaluate_ensemble
+from trainer.files import write_json
 from trainer.run.export import export_run
 from trainer.run.progress import newest_checkpoint
-from trainer.run.run_dir import write_json
 
 
 def evaluate(config: EvaluateConfig) -> float | None:

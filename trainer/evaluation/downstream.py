@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.run.run_dir import write_json
+from trainer.files import write_json
 
 # In a run's folder, for the report.
 TASKS = "tasks.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.schema import TrainConfig, load_config, save_config
+from trainer.files import only_one, replace_file
 from trainer.run.inputs import changed_inputs, read_inputs, run_dir_of
 from trainer.run.progress import checkpoints
 
@@ -23,10 +23,9 @@ def claimed(run_dir: Path, config: TrainConfig) -> Iterator[None]:
     Raises:
         ValueError: another config was trained there, or another process is training there now.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "run.lock").open("w") as lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(only_one(run_dir / "run.lock", wait=False))
         except BlockingIOError:
             raise ValueError(
                 f"another process is training {run_dir} right now; wait for it, or choose "
@@ -114,10 +113,8 @@ def record_config(run_dir: Path, config: TrainConfig) -> None:
     """
     if checkpoints(run_dir) or (run_dir / "result.json").exists():
         check_same_config(run_dir, config)
-    path = run_dir / "config.yaml"
-    unfinished = path.with_suffix(".tmp")
-    save_config(config, unfinished)
-    os.replace(unfinished, path)
+    with replace_file(run_dir / "config.yaml") as unfinished:
+        save_config(config, unfinished)
 
 
 def differences(earlier: TrainConfig, config: TrainConfig) -> str:
@@ -138,13 +135,3 @@ def differences(earlier: TrainConfig, config: TrainConfig) -> str:
         for key in old | new
         if old.get(key) != new.get(key)
     )
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON atomically."""
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

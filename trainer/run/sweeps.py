@@ -21,6 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
+from trainer.files import replace_file
 from trainer.plugins import importable_in_jobs
 
 POLL_SECONDS = 2.0  # between looks at Slurm's queue
@@ -225,9 +226,10 @@ def write_results(output: Path) -> None:
         )
     names = list(dict.fromkeys(name for row in rows for name in row))
     output.mkdir(parents=True, exist_ok=True)
-    unfinished = output / f".results.{os.getpid()}.tmp"
-    with unfinished.open("w", newline="") as file:
+    with (
+        replace_file(output / "results.csv") as unfinished,
+        unfinished.open("w", newline="") as file,
+    ):
         table = csv.DictWriter(file, names)
         table.writeheader()
         table.writerows(rows)
-    os.replace(unfinished, output / "results.csv")

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from trainer.config.schema import TrainConfig, to_dict
+from trainer.files import replace_file
 
 Number = int | float
 
@@ -135,9 +135,8 @@ def forget_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(line + "\n" for line in kept))
-    os.replace(unfinished, path)  # a kill must not cost the history
+    with replace_file(path) as unfinished:  # a kill must not cost the history
+        unfinished.write_text("".join(line + "\n" for line in kept))
 
 
 def environment() -> dict[str, str]:

@@ -23,8 +23,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.schema import TrainConfig
+from trainer.files import write_json
 from trainer.run.inputs import run_dir_of
-from trainer.run.run_dir import finished_loss, write_json
+from trainer.run.run_dir import finished_loss
 from trainer.run.sweeps import run_jobs, write_results
 from trainer.study.star_search import Certificate, Grid, Place, StarSearch
 
