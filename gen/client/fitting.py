@@ -69,7 +69,7 @@ async def fit(
     Raises:
         GenerationFailed: not even the instructions fit.
     """
-    room = context_length - method.max_tokens - TEMPLATE_ROOM
+    room = context_length - method.max_tokens - (TEMPLATE_ROOM if method.chat else 0)
 
     async def tokens(candidate: dict[str, str]) -> int:
         text = "".join(part["content"] for part in method.messages(index, **candidate))

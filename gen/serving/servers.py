@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from gen.client.answers import read_answer
-from gen.client.chat import NOT_SERVED, models_of
+from gen.client.chat import models_of
 from gen.client.connection import Connection, api_of, check_secrets, proxy_for, root_of
 from gen.serving import sglang_environment
 from gen.serving.sglang import SglangConfig
@@ -221,14 +221,20 @@ def check_model(url: str, model: str, connection: Connection) -> None:
     """Raise ValueError where a server lists its models and the one asked for is not among them."""
     listing = f"{api_of(url)}/models"
     answer = connection.get(listing, timeout=30.0)
-    if answer.status_code in NOT_SERVED:
-        print(f"{url} does not list its models: generator.model={model} is not checked")
-        return
-    if answer.status_code != 200:
-        raise ValueError(f"{listing} answers HTTP {answer.status_code}: {answer.text[:200]}")
-    served = models_of(read_answer(listing, 200, answer.content)[0])
-    if served is None:
-        print(f"{listing} is no list of models: generator.model={model} is not checked")
+    if answer.status_code in (401, 403):
+        raise ValueError(
+            f"{listing} answers HTTP {answer.status_code}: {answer.text[:200]}; "
+            "generator.api_key='$NAME' sends the key in that environment variable"
+        )
+    served = None
+    if answer.status_code == 200:
+        served = models_of(read_answer(listing, 200, answer.content)[0])
+    if served is None:  # some servers list only what they have downloaded, or nothing
+        print(
+            f"{listing} does not list its models (HTTP {answer.status_code}): "
+            f"generator.model={model} is not checked",
+            flush=True,
+        )
         return
     if model not in served:
         raise ValueError(

@@ -38,7 +38,7 @@ def install(device: str) -> Path:
     """
     place = folder(device)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_suffix(".lock").open("w") as lock:
+    with place.with_name(f"{place.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another checkout may be installing it
         if (place / STAMP).exists():
             return place
