@@ -256,6 +256,8 @@ def build_documents(
                 "use another root=..., or delete that folder to put these documents in its place"
             )
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.parquet.*.tmp"):  # of killed attempts
+        leftover.unlink()
     counts = dict.fromkeys(("read", "empty", "duplicate", "too_long", "train", "val"), 0)
     characters = 0
     texts_seen: set[bytes] = set()
