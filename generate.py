@@ -20,10 +20,17 @@ def main(config: GenerateConfig) -> None:
     generate(config)
 
 
+def as_overrides(arguments: list[str]) -> list[str]:
+    """What is typed as Hydra wants it: a task for a first bare word, `imports.` for `import.`.
+
+    No field of Python can be called import, and Hydra wants `++` before new keys of a dictionary.
+    """
+    task = arguments[:1] if arguments[:1] and arguments[0] in TASKS else []
+    keys = [re.sub(r"^([+~]*)import\.", r"\1imports.", key) for key in arguments[len(task) :]]
+    keys = [re.sub(r"^imports\.(methods|columns)\b", r"++imports.\1", key) for key in keys]
+    return [*(f"task={name}" for name in task), *keys]
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and sys.argv[1] in TASKS:
-        sys.argv[1] = f"task={sys.argv[1]}"
-    # No field of Python can be called import: the keys of that group lie at `imports`.
-    for place, argument in enumerate(sys.argv):
-        sys.argv[place] = re.sub(r"^([+~]*)import\.", r"\1imports.", argument)
+    sys.argv[1:] = as_overrides(sys.argv[1:])
     main()

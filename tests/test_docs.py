@@ -15,7 +15,6 @@ import evaluate
 import generate
 import report
 import train
-from gen.pipeline import TASKS
 from tests.conftest import REPOSITORY
 from trainer.entry import CONF, check_overrides, spelled_out
 
@@ -39,6 +38,8 @@ def in_tables(page: Path) -> Iterator[str]:
             yield code
         elif re.fullmatch(r"[a-z][\w./]*=[^\s\"]+( [a-z][\w./]*=[^\s\"]+)*", code):
             program = {"generate.md": "generate", "evaluate.md": "evaluate"}.get(page.name, "train")
+            if code.startswith(("import", "streams.", "corpus", "quality")):
+                program = "generate"
             if code.startswith("question="):
                 program = "report"
             elif code.startswith(("tokenizer=", "generator=")):
@@ -61,8 +62,8 @@ def commands() -> list[tuple[str, str]]:
 def compose(script: str, arguments: list[str]) -> None:
     """What ``python SCRIPT ARGUMENTS`` does before its work: compose a config of its types."""
     name = script.removesuffix(".py")
-    if name == "generate" and arguments and arguments[0] in TASKS:
-        arguments[0] = f"task={arguments[0]}"
+    if name == "generate":
+        arguments = generate.as_overrides(arguments)
     arguments = spelled_out(arguments)
     flags = ("--multirun", "-m")
     overrides = [argument for argument in arguments if argument not in flags]

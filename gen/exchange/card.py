@@ -137,8 +137,8 @@ def licence_of(part: Part) -> str:
 
 
 def rebuild(stores: list[Part], held_out: float) -> str:
-    methods = ", ".join(f"{part.name}: {part.name}" for part in stores)
+    methods = " ".join(f"import.methods.{part.name}={part.name}" for part in stores)
     return (
         "```bash\npython generate.py root=NEW corpus=import generator=import import=megadocs \\\n"
-        f"    corpus.held_out={held_out} import.path=FOLDER 'import.methods={{{methods}}}'\n```\n"
+        f"    corpus.held_out={held_out} import.path=FOLDER {methods}\n```\n"
     )

@@ -115,7 +115,7 @@ def import_again(folder: Path, root: Path) -> None:
     Import(config, "unused", corpus, root).run()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(corpora)
 def test_importing_an_export_gives_the_same_documents_and_stores(
     tmp_path_factory: pytest.TempPathFactory,

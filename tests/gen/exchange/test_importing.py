@@ -10,15 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from datasets import Dataset
+from omegaconf import OmegaConf
 
 from gen.corpus.documents import CorpusConfig, hash_text, is_held_out, load_split
 from gen.exchange.config import ImportConfig
 from gen.exchange.importing import Import
 from gen.generations.store import GenerationStore
-from tests.conftest import run_script
+from tests.conftest import REPOSITORY, run_script
 from tests.gen.exchange.conftest import RunImport
 
 FINEPHRASE = Path(__file__).with_name("finephrase")
+PRESETS = REPOSITORY / "conf" / "generate" / "import"
 ROWS = [
     {
         "id": f"d{number}",
@@ -97,15 +99,19 @@ def test_every_format_gives_the_same_documents_and_generations(
     assert not (tmp_path / "root" / "importing").exists()
 
 
-def test_the_layout_that_datatrove_writes(tmp_path: Path) -> None:
-    """Real files of datatrove's ParquetWriter, through the command a user types."""
-    command = [
-        *("generate.py", "generate", f"root={tmp_path}", "corpus=import", "generator=import"),
-        *("import=finephrase", f"import.path={FINEPHRASE}", "import.licence=ODC-By-1.0"),
-    ]
-    done = run_script(*command)
-    assert "faq: 36 generations of 36 documents from 2 files" in done.stdout
-    assert "  held_out: 4\n" in done.stdout
+def test_the_layout_that_datatrove_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real files of datatrove's ParquetWriter; the command itself is run by test_page.py."""
+    preset = OmegaConf.to_container(OmegaConf.load(PRESETS / "finephrase.yaml"))
+    assert isinstance(preset, dict)
+    settings = {str(name): value for name, value in preset.items()}
+    config = ImportConfig(path=str(FINEPHRASE), licence="ODC-By-1.0", **settings)
+    corpus = CorpusConfig(format="import", path=str(FINEPHRASE))
+    Import(config, "unused", corpus, tmp_path).run()
+    printed = capsys.readouterr().out
+    assert "faq: 36 generations of 36 documents from 2 files" in printed
+    assert "  held_out: 4\n" in printed
     for style in ("faq", "math", "table", "tutorial"):
         rows = store_rows(tmp_path, style)
         assert len(rows) == 36
@@ -122,7 +128,8 @@ def test_the_layout_that_datatrove_writes(tmp_path: Path) -> None:
     assert [part["file"] for part in record["parts"]["part-000-000000.parquet"]] == [
         str(FINEPHRASE / "faq" / f"000_00000_{chunk}.parquet") for chunk in range(2)
     ]
-    assert "all 36 imported generations are there" in run_script(*command).stdout
+    Import(config, "unused", corpus, tmp_path).run()
+    assert "faq: all 36 imported generations are there" in capsys.readouterr().out
 
 
 def test_a_glob_an_url_and_one_file_are_places_too(tmp_path: Path, run_import: RunImport) -> None:
