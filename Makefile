@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo gpu quick test test-random lint sglang test-sglang test-cluster docs clean
+.PHONY: demo gpu rehearse quick test test-random lint sglang test-sglang test-cluster docs clean
 
 # The environment is finished when its stamp is; an interrupted installation is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
@@ -80,6 +80,10 @@ gpu: $(GPU_VENV)/.installed
 # Pages that are made from the code.
 docs: $(VENV)/.installed
 	$(PY) docs/make_config.py
+
+# Every step of the real models on fake CUDA tensors; a few of them are part of `test`.
+rehearse: $(VENV)/.installed
+	$(PY) -m pytest tests/rehearsal --rehearsal
 
 clean:
 	rm -rf demo $(VENV)

@@ -62,6 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="tests of a real Slurm and Ray: make test-cluster",
     )
     add("--kills", type=int, default=3, help="SIGKILLs of the generation client; in full: 50")
+    add("--rehearsal", action="store_true", help="every GPU step on fake tensors: make rehearse")
     add("--sglang", action="store_true", help="the tests against the real SGLang: make test-sglang")
     add("--server-url", help="a running server for the tests marked server; else the embedded one")
     add("--server-model", default="SmolLM2-135M-Instruct", help="its name, as /v1/models lists it")

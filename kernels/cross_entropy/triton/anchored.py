@@ -217,7 +217,8 @@ def anchored_cross_entropy(
     vocabulary = weight.shape[0]
     block_d = min(1024, triton.next_power_of_2(depth))
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
-    losses, lses, anchor = torch.empty(3, rows, **fp32)
+    # Each aligned by itself: Triton compiles again for an address that is not.
+    losses, lses, anchor = (torch.empty(rows, **fp32) for _ in range(3))
     anchor_kernel[(rows,)](hidden, weight, targets, anchor, depth, block_d, enable_fp_fusion=True)
     target_logit = anchor.clone()  # a repaired row gets another anchor
     overflow = torch.zeros(rows, dtype=torch.int32, device=hidden.device)
