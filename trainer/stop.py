@@ -65,8 +65,11 @@ def hand_on(stop: Stopped) -> NoReturn:
     requeue = signal.getsignal(signal.SIGUSR2)
     if "SUBMITIT_EXECUTOR" in os.environ and callable(requeue):
         if stop.number == signal.SIGUSR2 or slurm_job_runs_on():
+            # Slurm ends the requeued job at once, with it the scontrol that asks for the requeue.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             requeue(signal.SIGUSR2, None)  # does not return on the first rank
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             time.sleep(SLURM_KILLS)  # an end now could end the rank that requeues
         raise SystemExit(128 + stop.number)
     handler = signal.getsignal(stop.number)
@@ -80,6 +83,8 @@ def slurm_job_runs_on() -> bool:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return False
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # one of its tasks has the id of the whole array
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,13 +45,13 @@ class Program:
     words: list[str]
     folder: Path
     environment: dict[str, str]
-    output: list[str] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)  # such as srun and its options
 
     def __post_init__(self) -> None:
         self.log = self.folder / f"call-{time.monotonic_ns()}.log"
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(REPOSITORY / self.script), *self.words],
+                [*self.before, sys.executable, str(REPOSITORY / self.script), *self.words],
                 cwd=self.folder,
                 env=self.environment,
                 stdout=file,
@@ -80,8 +80,8 @@ def start(slurm: Slurm, tmp_path: Path) -> Iterator[Start]:
     """Start a program in a folder of its own, outside the checkout, with the Slurm at hand."""
     programs = []
 
-    def starter(script: str, *words: str) -> Program:
-        programs.append(Program(script, list(words), tmp_path, slurm.environment))
+    def starter(script: str, *words: str, before: Sequence[str] = ()) -> Program:
+        programs.append(Program(script, list(words), tmp_path, slurm.environment, list(before)))
         return programs[-1]
 
     yield starter

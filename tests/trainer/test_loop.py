@@ -317,7 +317,7 @@ def test_one_run_folder_has_one_process(corpus_root: Path, tmp_path: Path) -> No
     settings = config(corpus_root, tmp_path, name="run")
     with (
         claimed(tmp_path / "run", settings),
-        pytest.raises(ValueError, match="another process is training"),
+        pytest.raises(ValueError, match="is being trained by process"),
     ):
         train(settings)
 

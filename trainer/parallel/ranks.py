@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.config.schema import Parallel, RuntimeConfig
 from trainer.model.llama import Llama
 from trainer.parallel.context_parallel import apply_context_parallel
+from trainer.parallel.slurm import own_device_only, ranks_of_step
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # also that of a collective
 
@@ -102,7 +103,8 @@ class Ranks:
 
 @contextlib.contextmanager
 def join_ranks(config: RuntimeConfig) -> Iterator[Ranks]:
-    """Join the process group that torchrun describes, or run alone without one."""
+    """Join the process group that torchrun or Slurm's step describes, or run alone without one."""
+    os.environ.update(ranks_of_step(os.environ))
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -116,7 +118,7 @@ def join_ranks(config: RuntimeConfig) -> Iterator[Ranks]:
         if world_size % size:
             raise ValueError(
                 f"{name}={size} does not divide the {world_size} ranks; start a multiple of it "
-                "with torchrun --nproc-per-node"
+                "with torchrun --nproc-per-node or srun --ntasks"
             )
     if world_size == 1:
         yield Ranks(0, 1, device)
@@ -188,6 +190,8 @@ def choose_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise ValueError("runtime.device=cuda, but PyTorch sees no CUDA device")
         index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if own_device_only():
+            index = 0
         if index >= count:
             raise ValueError(
                 f"process {index} of this node has no device of its own: PyTorch sees {count}; "

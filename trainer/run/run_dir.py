@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -27,12 +28,38 @@ def claimed(run_dir: Path, config: TrainConfig) -> Iterator[None]:
         try:
             held.enter_context(only_one(run_dir / "run.lock", wait=False))
         except BlockingIOError:
-            raise ValueError(
-                f"another process is training {run_dir} right now; wait for it, or choose "
-                "another name=..."
-            ) from None
+            raise ValueError(trained_elsewhere(run_dir)) from None
+        (run_dir / "process.json").write_text(json.dumps(this_process()))
         record_config(run_dir, config)
         yield
+
+
+def this_process() -> dict[str, str]:
+    """What tells processes that train the same run apart, and jobs of Slurm."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return {"host": socket.gethostname(), "process": str(os.getpid()), "job": job}
+
+
+def trained_elsewhere(run_dir: Path) -> str:
+    """Why a run is not trained twice at once, and what to do."""
+    try:
+        other = json.loads((run_dir / "process.json").read_text())
+    except (OSError, ValueError):  # it has not written yet who it is
+        other = {"host": "another host", "process": "?", "job": ""}
+    who = f"process {other['process']} on {other['host']}"
+    if other["job"] and other["job"] == os.environ.get("SLURM_JOB_ID"):
+        return (
+            f"{run_dir} is being trained by {who} of this same Slurm job {other['job']}: its "
+            "processes do not know of each other, so each would train the whole run. Start them "
+            "with srun python train.py (a rank a task), or one torchrun a node "
+            "(--ntasks-per-node=1)"
+        )
+    if other["job"]:
+        who += f", Slurm job {other['job']},"
+    return (
+        f"{run_dir} is being trained by {who} right now; wait for it, choose another name=..., "
+        "or start processes that share one run with torchrun"
+    )
 
 
 def check_progress(run_dir: Path, step: int) -> None:

@@ -1,0 +1,85 @@
+"""Jobs that are cut off save, are requeued and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import psutil
+import torch
+
+from tests.cluster.conftest import TINY, Start
+from tests.cluster.slurm import Slurm
+from tests.conftest import wait_until
+from trainer.run.checkpoint import load_model
+from trainer.run.progress import checkpoints
+
+# Some seconds of training whose checkpoints lie far apart.
+LONG = [*TINY, "checkpoint.count=1", "tracking.num_evaluations=1", "tracking.log_every=1"]
+
+
+def starts(run: Path) -> list[int]:
+    """Steps from which the job of a run began."""
+    return [json.loads(line)["step"] for line in (run / "starts.jsonl").read_text().splitlines()]
+
+
+def trains(run: Path) -> bool:
+    log = run / "metrics.jsonl"
+    return log.exists() and log.stat().st_size > 0
+
+
+def test_a_time_limit_a_requeue_and_a_preemption_cost_no_more_than_a_step(
+    start: Start, slurm: Slurm, corpus: str, tmp_path: Path
+) -> None:
+    words = [*LONG, f"data.root={corpus}", "output=runs", "recipe.epochs=60", "launcher=slurm"]
+    sweep = start("train.py", *words, "seed=0,1,2", "name=seed-${seed}")
+    runs = [tmp_path / "runs" / f"seed-{seed}" for seed in range(3)]
+    wait_until(lambda: all(trains(run) for run in runs))
+    job = max(int(name.partition("_")[0]) for name in slurm.jobs())
+    slurm.command("scancel", "--signal=USR2", f"{job}_0")  # what submitit's time limit sends
+    slurm.command("scontrol", "requeue", f"{job}_1")
+    slurm.command("scancel", "--signal=TERM", f"{job}_2")
+    said = sweep.wait()
+    assert said.count("done   seed=") == 3
+    for run in runs:
+        first, second = starts(run)
+        assert first == 0
+        assert second > 0
+        assert "two starts" not in said
+
+
+def test_two_nodes_of_two_tasks_are_one_run_that_a_signal_to_one_rank_stops_whole(
+    start: Start, slurm: Slurm, corpus: str, tmp_path: Path
+) -> None:
+    words = [*LONG, f"data.root={corpus}", "output=runs", "recipe.epochs=8"]
+    words += ["runtime.parallel=fsdp"]
+    two_nodes = ["nodes=2", "tasks_per_node=2", "gpus_per_node=2", "cpus_per_task=2"]
+    launcher = ["launcher=slurm", *(f"hydra.launcher.{word}" for word in two_nodes)]
+    sweep = start("train.py", *launcher, *words, "name=disturbed", "seed=0")
+    run = tmp_path / "runs" / "disturbed"
+    wait_until(lambda: trains(run))
+    rank_of(3, run).terminate()
+    sweep.wait()
+    assert len(starts(run)) == 2
+    assert starts(run)[1] > 0
+
+    tasks = ["srun", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2"]
+    start("train.py", *words, "name=calm", before=tasks).wait()
+    calm = tmp_path / "runs" / "calm"
+    assert json.loads((calm / "result.json").read_text())["processes"] == 4
+    same = [load_model(checkpoints(path)[-1])[0].state_dict() for path in (run, calm)]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[1])
+
+
+def rank_of(rank: int, run: Path) -> psutil.Process:
+    """The process of a rank that trains below the folder of ``run``."""
+    for process in psutil.process_iter():
+        try:
+            mine = process.cwd() == str(run.parents[1]) and "submitit" in " ".join(
+                process.cmdline()
+            )
+            if mine and process.environ().get("SLURM_PROCID") == str(rank):
+                return process
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    raise AssertionError(f"no process of rank {rank}")
