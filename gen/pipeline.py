@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gen.client.answers import GenerationFailed
+from gen.corpus import near_duplicates
 from gen.corpus.documents import (
     CorpusConfig,
     Document,
@@ -156,6 +157,8 @@ def prepare_corpus(config: GenerateConfig, root: Path) -> Corpus:
         f"{counts['duplicate']} duplicate, {counts['too_long']} too long",
         flush=True,
     )
+    if manifest.get("near_duplicates", {}).get("held_out"):
+        print(near_duplicates.describe(manifest["near_duplicates"], counts["val"]), flush=True)
     texts = (document.text for document in load_split(root, "train"))
     tokenizer, vocabulary = build_tokenizer(config.tokenizer, root, texts)
     train = list(load_split(root, "train"))

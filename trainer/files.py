@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+
+SEAL = "content_seal"  # key of a JSON object's own hash
+BLOCK = 1 << 22  # bytes hashed at a time
 
 
 def sync(path: Path) -> None:
@@ -86,4 +90,50 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    """A JSON file.
+
+    Raises:
+        DamagedFileError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is damaged: {error}") from error
+
+
+class DamagedFileError(ValueError):
+    """A file is not what was written; the message names it."""
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object with its own hash, atomically."""
+    write_json(path, content | {SEAL: hash_of(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What :func:`write_sealed` wrote, without the hash; of older versions without one.
+
+    Raises:
+        DamagedFileError: it is no JSON object, or not the one that was written.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path} is damaged: it holds {str(content)[:40]}")
+    if content.pop(SEAL, None) not in (None, hash_of(content)):
+        raise DamagedFileError(f"{path} is damaged: it was changed after it was written")
+    return content
+
+
+def hash_of(content: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever its spaces."""
+    others = {key: value for key, value in content.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

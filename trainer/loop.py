@@ -32,23 +32,24 @@ from trainer.data.packing import pack_whole
 from trainer.data.plan import Plan, Source
 from trainer.errors import NonFiniteLossError
 from trainer.evaluation.losses import evaluate_model
-from trainer.files import write_json
+from trainer.files import sha256, write_sealed
 from trainer.model.llama import Llama
 from trainer.optim.averaging import WeightAverage
 from trainer.optim.bad_steps import StepGuard
 from trainer.optim.optimizer import build_optimizers, set_schedules
 from trainer.parallel.activation_checkpointing import choose_recompute, recompute_blocks
 from trainer.parallel.context_parallel import split_batch
-from trainer.parallel.ranks import Ranks, join_ranks, last_backward, parallelize
-from trainer.run.checkpoint import Checkpointer, load_checkpoint, wait_for_checkpoint
+from trainer.parallel.ranks import Ranks, choose_device, join_ranks, last_backward, parallelize
+from trainer.run.checkpoint import Checkpointer, load_checkpoint, newest_whole
 from trainer.run.distillation import Teachers
+from trainer.run.early import check_early, describe_overlap, describe_reading
 from trainer.run.export import load_hugging_face
 from trainer.run.inputs import changed_inputs, read_inputs, run_dir_of, stream_path
 from trainer.run.kernel_choice import check_kernels, choose_kernels, compute_dtype
 from trainer.run.metrics import Meter
 from trainer.run.progress import Progress, checkpoints, read_progress
 from trainer.run.run_dir import check_progress, claimed, finished_loss
-from trainer.run.trackers import Tracker
+from trainer.run.trackers import Tracker, was_evaluated
 from trainer.stop import StopSignals, stopped
 
 FULL = 0.97  # density of the windows below which we say how to raise it
@@ -66,6 +67,7 @@ def train(config: TrainConfig) -> float:
         NonFiniteLossError: a loss or a gradient became NaN or infinite; names step and documents.
     """
     config.check()
+    check_kernels(config, choose_device(config.runtime.device))
     inputs = read_inputs(config)
     run_dir = run_dir_of(config, inputs)
     if (trained := finished_loss(config, inputs)) is not None:
@@ -73,7 +75,6 @@ def train(config: TrainConfig) -> float:
         return trained
 
     with join_ranks(config.runtime) as ranks, contextlib.ExitStack() as cleanup:
-        check_kernels(config, ranks.device)
         # The data: streams, and a plan that says which document is read when.
         streams = open_streams(config)
         validation = open_stream(config, config.data.validation)
@@ -83,9 +84,17 @@ def train(config: TrainConfig) -> float:
         vocabulary = model_vocabulary(config, streams[0])
         config = replace(config, model=replace(config.model, vocab_size=vocabulary))
         plan = plan_data(config, streams)
-        if ranks.is_main:
-            print(describe_data(streams, plan), flush=True)
         steps = plan.steps(config.recipe.epochs)
+        check_early(config, streams[0], run_dir, ranks)
+        if ranks.is_main:
+            cleanup.enter_context(claimed(run_dir, config))
+            print(describe_data(streams, plan), flush=True)
+            for remark in (
+                describe_reading(plan, config.recipe.epochs, steps),
+                describe_overlap(streams, validation),
+            ):
+                if remark:
+                    print(remark, flush=True)
 
         # The model.
         a_batch = partial(first_batch, config, plan, streams, ranks)
@@ -105,11 +114,9 @@ def train(config: TrainConfig) -> float:
 
         teachers = None
         if config.distillation.teachers:
-            teachers = Teachers(config.distillation, streams[0], ranks)
+            teachers = Teachers(config.distillation, ranks)
 
         # Where an earlier attempt stopped.
-        if ranks.is_main:
-            cleanup.enter_context(claimed(run_dir, config))
         before = resume(run_dir, wrapped, optimizers, average, plan, streams[0], inputs, ranks)
         if ranks.is_main:
             check_progress(run_dir, before.step)
@@ -142,6 +149,19 @@ def train(config: TrainConfig) -> float:
             saver,
         ):
             meter = Meter(config, ranks, plan, streams, before.step)
+
+            def evaluate_at(done: int) -> None:
+                saver.finish()
+                scores = evaluate_model(model, validation, config.data, ranks)
+                tracker.log(done, scores.metrics())
+                meter.start_window()
+
+            due = 0 < before.step < steps and before.step % evaluate_every == 0
+            if (
+                due
+                and ranks.sum_on_hosts(ranks.is_main and was_evaluated(run_dir, before.step)) == 0
+            ):
+                evaluate_at(before.step)  # the attempt before was stopped between the two
             for step, micro_batches in loader:
                 rate = set_schedules(optimizers, step, steps, config.optimizer, config.recipe)
                 seed_step(config.seed, step, ranks.rank)
@@ -168,11 +188,8 @@ def train(config: TrainConfig) -> float:
                     # Nothing non-finite may reach a checkpoint, no evaluation the speed.
                     metrics = meter.read(done, rate)
                     tracker.log(done, metrics)
-                    tracker.show(done, {"loss": f"{metrics['train/loss']:.3f}"} | meter.speed())
-                if evaluate_now:
-                    scores = evaluate_model(model, validation, config.data, ranks)
-                    tracker.log(done, scores.metrics())
-                    meter.start_window()
+                    tracker.show(done, meter.shown(metrics))
+                # What is done is safe before time is spent on anything else.
                 if save_now or stop_now:
                     progress = Progress(
                         done,
@@ -193,6 +210,8 @@ def train(config: TrainConfig) -> float:
                     if ranks.is_main:
                         print(f"stopped at step {done} of {steps}; start again to go on")
                     raise stopped(stop_wanted, f"stopped at step {done} of {steps}")
+                if evaluate_now:
+                    evaluate_at(done)
 
             saver.finish()
             with average.in_place() if average else contextlib.nullcontext():
@@ -219,7 +238,9 @@ def train(config: TrainConfig) -> float:
                 "epochs_seen": dict(zip(meter.names, plan.epochs_seen(steps), strict=True)),
                 **scores.to_dict(),
             }
-            write_json(run_dir / "result.json", result)
+            if (run_dir / "metrics.jsonl").exists():
+                result["metrics_sha256"] = sha256(run_dir / "metrics.jsonl")
+            write_sealed(run_dir / "result.json", result)
             print(f"{run_dir}: validation loss {scores.loss['iid']:.4f} nats per token", flush=True)
         return scores.loss["iid"]
 
@@ -383,10 +404,9 @@ def resume(
     ranks: Ranks,
 ) -> Progress:
     """Load the newest checkpoint, if there is one, and say what was done."""
-    newest = ranks.from_main(lambda: next(reversed(checkpoints(run_dir)), None))
+    newest = newest_whole(run_dir, ranks)
     if newest is None:
         return Progress(0, plan.hash(), stream.manifest.tokenizer_sha256, 0.0, inputs=dict(inputs))
-    wait_for_checkpoint(newest)
     progress = read_progress(newest)
     if progress.tokenizer_sha256 != stream.manifest.tokenizer_sha256:
         raise ValueError(

@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from gen.corpus import near_duplicates
 from gen.corpus.files import files_below, lines_of, parquet_rows, whole_text
 from trainer.config.fields import setting
-from trainer.files import read_json, replace_file, write_json
+from trainer.data.format import describe, verify
+from trainer.files import read_sealed, replace_file, write_sealed
 
 SCHEMA = pa.schema(
     [("id", pa.string()), ("text", pa.string()), ("split", pa.string()), ("metadata", pa.string())]
@@ -54,6 +56,12 @@ class CorpusConfig:
     )
     max_characters: int | None = setting(
         None, "Longer documents are left out and counted.", unit="characters", at_least=1
+    )
+    near_duplicates: str = setting(
+        "report",
+        "Held-out documents that training knows nearly word for word: counted (report), taken out "
+        "of training (drop), or no longer held out (keep_in_training).",
+        choices=("report", "drop", "keep_in_training"),
     )
     token_budget: int | None = setting(
         None,
@@ -241,7 +249,9 @@ def build_documents(
     folder = root / "documents"
     wanted = {**config.__dict__, "token_budget": None, "path": spelled_out(config.path)}
     if (folder / "manifest.json").exists():
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_sealed(folder / "manifest.json")
+        if "files" in manifest:
+            verify(folder, manifest, f"delete {folder} and run the same command again")
         manifest["config"]["path"] = spelled_out(manifest["config"]["path"])
         if manifest["config"] == wanted and manifest["source"] == fingerprint(config):
             return manifest
@@ -318,14 +328,23 @@ def build_documents(
                 )
         # Only now: what cannot be read leaves the documents that are there as they are.
         (folder / "manifest.json").unlink(missing_ok=True)
+        (folder / near_duplicates.LEFT_OUT).unlink(missing_ok=True)
+    found_near = near_duplicates.find(
+        load_split(root, "train"), list(load_split(root, "val")), config.near_duplicates
+    )
+    near_duplicates.write_left_out(folder, found_near)
     manifest = {
         "counts": counts,
         "characters": characters,
         "content": content.hexdigest(),
         "source": fingerprint(config),
         "config": wanted,
+        "near_duplicates": found_near.to_dict(),
+        "files": describe(
+            [folder / name for name in ("train.parquet", "val.parquet", near_duplicates.LEFT_OUT)]
+        ),
     }
-    write_json(folder / "manifest.json", manifest)
+    write_sealed(folder / "manifest.json", manifest)
     return manifest
 
 
@@ -348,7 +367,10 @@ def fingerprint(config: CorpusConfig) -> str:
 
 
 def load_split(root: Path, split: str) -> Iterator[Document]:
-    """The documents of ``train`` or ``val`` in corpus order."""
-    for batch in pq.ParquetFile(root / "documents" / f"{split}.parquet").iter_batches(BATCH_ROWS):
+    """The documents of ``train`` or ``val`` in corpus order, without near-duplicates left out."""
+    folder = root / "documents"
+    unused = near_duplicates.left_out(folder, split)
+    for batch in pq.ParquetFile(folder / f"{split}.parquet").iter_batches(BATCH_ROWS):
         for row in batch.to_pylist():
-            yield Document(row["id"], row["text"], json.loads(row["metadata"]))
+            if row["id"] not in unused:
+                yield Document(row["id"], row["text"], json.loads(row["metadata"]))

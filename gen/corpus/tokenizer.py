@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.config.fields import setting
-from trainer.files import read_json, replace_file, write_json
+from trainer.files import DamagedFileError, read_sealed, replace_file, sha256, write_sealed
 
 
 @dataclass
@@ -51,7 +51,7 @@ def build_tokenizer(
     """
     folder = root / "tokenizer"
     if (folder / "manifest.json").exists():
-        found = read_json(folder / "manifest.json")["config"]
+        found = read_sealed(folder / "manifest.json")["config"]
         if found != asdict(config):
             raise ValueError(
                 f"{folder} holds another tokenizer ({found}) than asked for ({asdict(config)}); "
@@ -89,7 +89,7 @@ def build_tokenizer(
         config.eos_token,
         eos_id,
     )
-    write_json(folder / "manifest.json", {**asdict(manifest), "config": asdict(config)})
+    write_sealed(folder / "manifest.json", {**asdict(manifest), "config": asdict(config)})
     return load_tokenizer(root)
 
 
@@ -98,9 +98,15 @@ def load_tokenizer(root: Path) -> tuple[Tokenizer, TokenizerManifest]:
 
     Text that looks like a special token is encoded as ordinary text.
     """
-    content = read_json(root / "tokenizer" / "manifest.json")
+    content = read_sealed(root / "tokenizer" / "manifest.json")
     content.pop("config")
-    tokenizer = plain(Tokenizer.from_file(str(root / "tokenizer" / "tokenizer.json")))
+    file = root / "tokenizer" / "tokenizer.json"
+    if not file.exists() or sha256(file) != content["sha256"]:
+        raise DamagedFileError(
+            f"{file} is missing or not the one that was written: put the old one back, or delete "
+            f"{file.parent} and {root / 'streams'} to start over with a new one"
+        )
+    tokenizer = plain(Tokenizer.from_file(str(file)))
     content["vocab_size"] = vocabulary_size(tokenizer)
     return tokenizer, TokenizerManifest(**content)
 

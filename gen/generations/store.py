@@ -191,7 +191,9 @@ class GenerationStore:
         """
         with replace_file(path) as unfinished:
             try:
-                with pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+                with pq.ParquetWriter(
+                    unfinished, schema, compression="zstd", write_page_checksum=True
+                ) as writer:
                     yield writer
             except OSError as error:
                 raise OSError(
@@ -290,7 +292,7 @@ def read_part(part: Path, columns: list[str] | None) -> pa.Table:
         ValueError: it is corrupted.
     """
     try:
-        return pq.read_table(part, columns=columns, schema=SCHEMA)
+        return pq.read_table(part, columns=columns, schema=SCHEMA, page_checksum_verification=True)
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from gen.corpus.documents import Document
+from gen.corpus.near_duplicates import share_in
 from gen.corpus.tokenizer import TokenizerManifest
 from gen.generations.store import GenerationStore
 from gen.megadocs.assembly import (
@@ -201,6 +202,8 @@ def build_stream(
         "generated": "+".join(store.fingerprint() for store in stores) or None,
         "quality": {**asdict(quality), "processes": None} if stores else None,
     }
+    if kind == "val":
+        identity["near_duplicates"] = share_in(root / "documents")
     config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     if (current := current_manifest(folder, config_hash)) is not None:
         for known in current.get("missing", []):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -50,13 +51,14 @@ def quality_table(
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     path = store.folder / "quality.parquet"
     if path.exists():
-        schema = pq.read_schema(path)
-        if (schema.metadata or {}).get(b"key") == key.encode():
-            return pq.read_table(path)
+        with contextlib.suppress(pa.ArrowException, OSError):  # damaged: measured again
+            schema = pq.read_schema(path)
+            if (schema.metadata or {}).get(b"key") == key.encode():
+                return pq.read_table(path, page_checksum_verification=True)
     table = measure_all(store, documents, processes)
     table = table.replace_schema_metadata({"key": key})
     with replace_file(path) as unfinished:
-        pq.write_table(table, unfinished, compression="zstd")
+        pq.write_table(table, unfinished, compression="zstd", write_page_checksum=True)
     return table
 
 

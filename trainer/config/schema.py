@@ -16,12 +16,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from trainer.config.estimate import TrainEstimate
 from trainer.config.fields import check_bounds, group, setting
 from trainer.config.renamed import translated
 
 VERSION = 2  # of the keys that decide what is learnt; part of the hash
+SEALED = "# sha256 of what follows: "  # first line of a stored config
 
 
 class Mask(enum.Enum):
@@ -46,8 +48,12 @@ class DataConfig:
 
     root: str = setting("data/pydoc", "Corpus folder written by generate.py, or its URL.")
     validation: str = setting("val", "Held-out stream to evaluate on, by name or folder.")
-    context_length: int = setting(4096, "Length of a window.", unit="tokens", at_least=2)
-    batch_size: int = setting(64, "Windows in a step, over all ranks.", unit="windows", at_least=1)
+    context_length: int = setting(
+        4096, "Length of a window.", unit="tokens", at_least=2, at_most=10_000_000
+    )
+    batch_size: int = setting(
+        64, "Windows in a step, over all ranks.", unit="windows", at_least=1, at_most=10_000_000
+    )
     micro_batch_size: int | None = setting(
         None,
         "Windows in one forward pass of one rank; null: the rank's whole share of a step.",
@@ -64,7 +70,7 @@ class DataConfig:
         "How documents become windows: whole and packed anew each epoch, a stream cut anew each "
         "epoch, or cut once into windows whose order changes (the paper's).",
     )
-    order_seed: int = setting(42, "Seed of the order of the documents.", at_least=0)
+    order_seed: int = setting(42, "Seed of the order of the documents.", at_least=0, at_most=10**18)
     cache: str | None = setting(
         None, "Local folder for the shards of a remote root; needed only then."
     )
@@ -85,7 +91,9 @@ class RecipeConfig:
     mixing_fraction: float = setting(
         0.0, "w: share of the tokens that comes from the synthetic stream.", at_least=0, below=1
     )
-    epochs: float = setting(16.0, "Passes over the real stream.", unit="epochs", above=0)
+    epochs: float = setting(
+        16.0, "Passes over the real stream.", unit="epochs", above=0, at_most=1e6
+    )
     learning_rate: float = setting(3e-3, "Peak learning rate.", above=0)
     weight_decay: float = setting(1.6, "Decoupled weight decay (AdamW).", at_least=0)
     max_generations: int | None = setting(
@@ -112,15 +120,25 @@ class RecipeConfig:
 class ModelConfig:
     """Shape of the decoder; the paper's four sizes lie in ``conf/train/model/``."""
 
-    hidden_size: int = setting(768, "Width of the residual stream.", unit="channels", at_least=2)
-    intermediate_size: int = setting(2688, "Width of the MLP.", unit="channels", at_least=1)
-    num_layers: int = setting(12, "Blocks of attention and MLP.", at_least=1)
+    hidden_size: int = setting(
+        768, "Width of the residual stream.", unit="channels", at_least=2, at_most=1_000_000
+    )
+    intermediate_size: int = setting(
+        2688, "Width of the MLP.", unit="channels", at_least=1, at_most=10_000_000
+    )
+    num_layers: int = setting(12, "Blocks of attention and MLP.", at_least=1, at_most=10_000)
     num_heads: int = setting(12, "Query heads.", at_least=1)
     num_kv_heads: int = setting(12, "Key and value heads; fewer than num_heads: GQA.", at_least=1)
-    vocab_size: int = setting(0, "Rows of the embeddings; 0: as the tokenizer.", at_least=0)
-    rope_theta: float = setting(10_000.0, "Base of the rotary position embedding.", above=0)
-    norm_eps: float = setting(1e-5, "Epsilon of the RMS norms.", above=0)
-    init_std: float = setting(0.02, "Standard deviation of the initial weights.", above=0)
+    vocab_size: int = setting(
+        0, "Rows of the embeddings; 0: as the tokenizer.", at_least=0, at_most=10_000_000
+    )
+    rope_theta: float = setting(
+        10_000.0, "Base of the rotary position embedding.", above=0, at_most=1e12
+    )
+    norm_eps: float = setting(1e-5, "Epsilon of the RMS norms.", above=0, at_most=1)
+    init_std: float = setting(
+        0.02, "Standard deviation of the initial weights.", above=0, at_most=10
+    )
     dropout: float = setting(
         0.0, "Dropout on the output of every attention and MLP block.", at_least=0, below=1
     )
@@ -324,7 +342,11 @@ class RuntimeConfig:
         LossMemory.fast, "lean: the loss works in 128 MiB, for a fourth matrix product."
     )
     num_threads: int | None = setting(
-        None, "CPU threads of one process; null: PyTorch's choice.", unit="threads", at_least=1
+        None,
+        "CPU threads of one process; null: PyTorch's choice.",
+        unit="threads",
+        at_least=1,
+        at_most=4096,
     )
 
 
@@ -376,7 +398,10 @@ class TrainConfig:
         TrainEstimate, "estimate=true says what the run will cost, and trains nothing."
     )
     seed: int = setting(
-        0, "Of initialisation and dropout (the order has data.order_seed).", at_least=0
+        0,
+        "Of initialisation and dropout (the order has data.order_seed).",
+        at_least=0,
+        at_most=10**18,
     )
     initial_weights: str | None = setting(
         None, "Hugging Face Llama folder to start from; null: random weights."
@@ -388,6 +413,13 @@ class TrainConfig:
         """Raise ValueError for values that cannot work, before anything is read or written."""
         check_bounds(self)
         self.model.check()
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
+            raise ValueError(
+                f"name={self.name!r} must be the name of a folder inside output={self.output}; "
+                "leave it out for one by recipe and config"
+            )
+        if not self.output:
+            raise ValueError("output='' must be a folder for the runs, such as output=runs")
         data, recipe, runtime = self.data, self.recipe, self.runtime
         if (recipe.stream is None) != (recipe.mixing_fraction == 0):
             raise ValueError(
@@ -447,21 +479,29 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved config as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Write the resolved config as YAML, its hash in the first line."""
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    path.write_text(f"{SEALED}{hash_text(text)}\n{text}")
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_config(path: Path) -> TrainConfig:
     """Read a config written by :func:`save_config`, of this version or an older one.
 
     Raises:
-        ValueError: unknown keys, or values of another type; names the file.
+        ValueError: damage, unknown keys, or values of another type; names the file.
     """
     try:
+        first, _, rest = path.read_text().partition("\n")
+        if first.startswith(SEALED) and first != f"{SEALED}{hash_text(rest)}":
+            raise ValueError("it was changed after it was written")
         stored = translated(OmegaConf.to_container(OmegaConf.load(path)))
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), stored)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path} is no config of this program: {error}") from None
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no config of this program, or damaged: {error}") from None
     config = OmegaConf.to_object(merged)
     assert isinstance(config, TrainConfig)
     return config

@@ -145,6 +145,22 @@ def pack(
     )
 
 
+def check_batch(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
+    """The windows in one forward pass of one rank.
+
+    Raises:
+        ValueError: a batch cannot be divided evenly.
+    """
+    share = batch_size // world_size
+    size = micro_batch_size or max(1, share)
+    if batch_size % world_size or share % size:
+        raise ValueError(
+            f"data.batch_size={batch_size} windows cannot be divided among {world_size} ranks in "
+            f"micro-batches of data.micro_batch_size={size}; make it a multiple of both"
+        )
+    return size
+
+
 class BatchLoader:
     """This rank's micro-batches of every step, read ahead by a thread.
 
@@ -172,14 +188,7 @@ class BatchLoader:
         self.world_size = world_size
         self.steps = range(start_step, stop_step)
         self.waited = 0.0
-        share = plan.batch_size // world_size
-        self.micro_batch_size = micro_batch_size or share
-        if plan.batch_size % world_size or share % self.micro_batch_size:
-            raise ValueError(
-                f"data.batch_size={plan.batch_size} windows cannot be divided among {world_size} "
-                f"ranks in micro-batches of data.micro_batch_size={self.micro_batch_size}; make it "
-                "a multiple of both"
-            )
+        self.micro_batch_size = check_batch(plan.batch_size, world_size, micro_batch_size)
 
     def read(self, step: int) -> list[PackedBatch]:
         """This rank's micro-batches of one step."""

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.files import SEAL, hash_of, sha256
+
 MANIFEST = "manifest.json"
-BLOCK = 1 << 22  # bytes hashed at a time
 SAID = 1 << 32  # bytes above which verifying takes seconds and is announced
 
 
@@ -56,9 +57,14 @@ def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
     sealed = {**manifest, "files": described}
-    sealed["manifest_sha256"] = hash_of(sealed)
+    sealed[SEAL] = hash_of(sealed)
     (folder / MANIFEST).write_text(json.dumps(sealed, indent=1))
     return sealed
+
+
+def describe(files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file, by its name, for :func:`verify`."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(file.read_bytes())
-        told = content.get("manifest_sha256")
+        told = content.get(SEAL)
     except (ValueError, AttributeError) as error:
         raise DamagedStreamError(f"{file} is damaged ({error}); {build_again(folder)}") from error
     if told is None:
@@ -90,15 +96,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def verify(folder: Path, manifest: dict[str, Any]) -> None:
+def verify(folder: Path, manifest: dict[str, Any], remedy: str | None = None) -> None:
     """Compare every file with the manifest, once on this machine until a file is written again.
 
     What was verified is remembered beside the temporary files, by path, size and time of change.
 
+    Args:
+        folder: that the files lie in.
+        manifest: its ``files`` are what :func:`describe` gave.
+        remedy: what to do about damage; None to build a stream again.
+
     Raises:
         DamagedStreamError: a file is missing, longer, shorter or other than it was written.
     """
-    sizes = {}
+    remedy = remedy or build_again(folder)
     for name, expected in manifest["files"].items():
         file = folder / name
         found = file.stat().st_size if file.exists() else None
@@ -106,9 +117,8 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
             state = "is missing" if found is None else f"has {found} bytes"
             raise DamagedStreamError(
                 f"{file} {state}, {MANIFEST} says {expected['bytes']}: it was truncated or "
-                f"changed; {build_again(folder)}"
+                f"changed; {remedy}"
             )
-        sizes[name] = found
     memory = Path(tempfile.gettempdir()) / f"megadocs-verified-{os.getuid()}"
     memory.mkdir(mode=0o700, exist_ok=True)
     note = memory / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
@@ -129,7 +139,7 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
                 if found_hash != expected["sha256"]:
                     raise DamagedStreamError(
                         f"{folder / name} is damaged: its SHA-256 is {found_hash[:12]}, {MANIFEST} "
-                        f"says {expected['sha256'][:12]}; {build_again(folder)}"
+                        f"says {expected['sha256'][:12]}; {remedy}"
                     )
         remembered.truncate(0)
         remembered.write(state)
@@ -147,18 +157,3 @@ def fingerprint(folder: Path, manifest: dict[str, Any]) -> str:
         stat = (folder / name).stat()
         states.append([name, expected["sha256"], stat.st_size, stat.st_mtime_ns, stat.st_ino])
     return json.dumps(states)
-
-
-def sha256(file: Path) -> str:
-    """Of a file's content."""
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def hash_of(content: dict[str, Any]) -> str:
-    """Of a manifest without its own hash, whatever its spaces."""
-    others = {key: value for key, value in content.items() if key != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()

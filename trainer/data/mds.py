@@ -45,6 +45,8 @@ class StreamManifest:
     content_sha256: str  # identity of tokens, members and their order
     # methods of its rephrases where there are several
     styles: list[str] = field(default_factory=list)
+    # held-out: share of its documents that have a near-duplicate in training; None: not known
+    near_duplicates: float | None = None
 
     @classmethod
     def of(cls, content: dict[str, Any], folder: Path) -> StreamManifest:
@@ -53,7 +55,7 @@ class StreamManifest:
         Raises:
             DamagedStreamError: it lacks something.
         """
-        content = {"styles": [], **content}
+        content = {"styles": [], "near_duplicates": None, **content}
         if missing := [one.name for one in fields(cls) if one.name not in content]:
             raise DamagedStreamError(
                 f"{folder / MANIFEST} lacks {', '.join(missing)}; {build_again(folder)}"

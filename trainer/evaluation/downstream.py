@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.files import write_json
+from trainer.files import read_sealed, write_sealed
 
 # In a run's folder, for the report.
 TASKS = "tasks.json"
@@ -88,6 +87,6 @@ def evaluate_tasks(
 
 def keep_scores(path: Path, scores: dict[str, Any]) -> Path:
     """Keep scores in a finished run's folder, beside those of other names, for the report."""
-    before = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, before | scores)
+    before = read_sealed(path) if path.exists() else {}
+    write_sealed(path, before | scores)
     return path

@@ -175,6 +175,7 @@ class Scores:
                 "short_up_to": self.cut_off,
                 "tokenizer_sha256": manifest.tokenizer_sha256,
                 "content_sha256": manifest.content_sha256,
+                "near_duplicates": manifest.near_duplicates,
             },
         }
 

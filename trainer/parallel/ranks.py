@@ -96,6 +96,14 @@ class Ranks:
         dist.broadcast_object_list(found, group=self.host_group)
         return found[0]
 
+    def gather_on_hosts(self, value: Any) -> list[Any]:
+        """What every rank gives, by rank; all ranks must call this together."""
+        if self.host_group is None:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value, group=self.host_group)
+        return found
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
@@ -198,10 +206,11 @@ def choose_device(name: str) -> torch.device:
                 f"start at most {count} with torchrun --nproc-per-node"
             )
         return torch.device("cuda", index)
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"runtime.device={name} is not auto, cuda or cpu: {error}") from None
+    if name != "cpu":
+        raise ValueError(
+            f"runtime.device={name} is not auto, cuda or cpu; CUDA_VISIBLE_DEVICES chooses a GPU"
+        )
+    return torch.device(name)
 
 
 def parallelize(model: Llama, ranks: Ranks, config: RuntimeConfig) -> nn.Module:

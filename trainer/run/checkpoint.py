@@ -8,14 +8,14 @@ step is the whole state beside model and optimiser.
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import shutil
 import socket
 import time
 import warnings
-from concurrent.futures import Future
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,17 @@ from torch.distributed.checkpoint.state_dict import (
 
 from trainer.config.schema import Averaging, TrainConfig, load_config
 from trainer.errors import NonFiniteLossError
+from trainer.files import DamagedFileError, sha256, write_sealed
 from trainer.model.llama import Llama
 from trainer.optim.averaging import WeightAverage
 from trainer.parallel.ranks import Ranks
-from trainer.run.progress import Progress, checkpoints, newest_checkpoint
+from trainer.run.progress import (
+    Progress,
+    checkpoints,
+    damage_of,
+    newest_checkpoint,
+    require_whole,
+)
 
 # One process saves alone, which is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -83,7 +90,8 @@ class Checkpointer:
         self.group: dist.ProcessGroup | None = None
         if ranks.world_size > 1:
             self.group = dist.new_group(backend="gloo")  # type: ignore[assignment]
-        self.writing: tuple[Progress, Future[Any]] | None = None
+        self.writing: tuple[Progress, Future[dict[str, str]]] | None = None
+        self.hasher = ThreadPoolExecutor(1)
         if ranks.is_main:
             for leftover in (run_dir / "checkpoints").glob(".step-*"):  # of a killed process
                 shutil.rmtree(leftover)
@@ -116,7 +124,7 @@ class Checkpointer:
             no_dist=self.group is None,
         )
         assert isinstance(future, Future)
-        self.writing = (progress, future)
+        self.writing = (progress, self.hasher.submit(self.hash_own_files, future, unfinished))
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written and drop all but the newest ``keep``.
@@ -130,9 +138,9 @@ class Checkpointer:
         self.writing = None
         unfinished = self.unfinished(progress)
         try:
-            future.result()
+            files = self.own_files(future)
             if self.ranks.is_main:
-                (unfinished / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
+                write_sealed(unfinished / "progress.json", asdict(replace(progress, files=files)))
                 publish(unfinished, self.folder(progress))
         except (OSError, RuntimeError, CheckpointException) as error:
             if self.ranks.is_main:
@@ -142,6 +150,31 @@ class Checkpointer:
             for old in checkpoints(self.run_dir)[: -self.keep]:
                 # Half a folder must not have a checkpoint's name, should a kill come now.
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+
+    def own_files(self, future: Future[dict[str, str]]) -> dict[str, str]:
+        """The hashes of the files of all ranks; raises on all of them where one has failed."""
+        own, failed = {}, None
+        try:
+            own = future.result()
+        except (OSError, RuntimeError, CheckpointException) as error:
+            failed = error
+        parts = self.ranks.gather_on_hosts((own, failed and last_line(failed)))
+        if failed is not None:
+            raise failed
+        for _, problem in parts:
+            if problem:
+                raise RuntimeError(problem)
+        return {name: found for files, _ in parts for name, found in files.items()}
+
+    def hash_own_files(self, written: Future[Any], folder: Path) -> dict[str, str]:
+        """SHA-256 of the files of this rank, by name, once they are written."""
+        written.result()
+        own = f"__{self.ranks.rank}_"
+        return {
+            file.name: sha256(file)
+            for file in folder.iterdir()
+            if file.name.startswith(own) or (self.ranks.is_main and file.name == ".metadata")
+        }
 
     def publish_if_written(self) -> None:
         """Give a checkpoint its name if all ranks have written it; call it after every step."""
@@ -207,13 +240,59 @@ def load_checkpoint(
 ) -> None:
     """Load everything in place; the number of ranks may differ from when it was saved."""
     state = training_state(model, optimizers, average)
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=ranks.world_size == 1)
+    read_tensors(state, checkpoint, ranks.world_size == 1)
     set_state_dict(
         model,
         optimizers,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
+
+
+def read_tensors(state: dict[str, Any], checkpoint: Path, alone: bool) -> None:
+    """Fill ``state`` from a checkpoint.
+
+    Raises:
+        DamagedFileError: torch cannot read it.
+    """
+    try:
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=alone)
+    except (CheckpointException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise DamagedFileError(
+            f"{checkpoint} cannot be read ({last_line(error)}): delete it, the one before is used "
+            "then"
+        ) from error
+
+
+def newest_whole(run_dir: Path, ranks: Ranks) -> Path | None:
+    """The newest checkpoint that is not damaged; None where there is none at all.
+
+    A damaged one is named and put aside. All ranks call this together and share the reading.
+
+    Raises:
+        DamagedFileError: all are damaged.
+    """
+    found = ranks.from_main(lambda: checkpoints(run_dir))
+    aside: list[Path] = []
+    for checkpoint in reversed(found):
+        if ranks.world_size > 1:
+            wait_for_checkpoint(checkpoint)
+        problems = ranks.gather_on_hosts(damage_of(checkpoint, ranks.rank, ranks.world_size))
+        if not any(problems):
+            if ranks.is_main:
+                for damaged in aside:  # its step is written again
+                    damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
+            return checkpoint
+        if ranks.is_main:
+            problem = next(filter(None, problems))
+            print(f"{checkpoint} is damaged ({problem}): the one before it is used", flush=True)
+        aside.append(checkpoint)
+    if aside:
+        raise DamagedFileError(
+            f"no checkpoint of {run_dir} is whole; delete {run_dir / 'checkpoints'} to train from "
+            "the start"
+        )
+    return None
 
 
 def load_model(
@@ -232,6 +311,7 @@ def load_model(
         FileNotFoundError: no complete checkpoint is there.
     """
     checkpoint = newest_checkpoint(path)
+    require_whole(checkpoint)
     config = load_config(checkpoint.parent.parent / "config.yaml")
     if compute_dtype is None:
         cuda = torch.device(device).type == "cuda"
@@ -239,6 +319,6 @@ def load_model(
     model = Llama(config.model, config.seed, compute_dtype)
     part = "model" if config.optimizer.averaging is Averaging.none else "average"
     state = {part: get_model_state_dict(model)}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    read_tensors(state, checkpoint, alone=True)
     model.load_state_dict(state[part])
     return model.to(device).eval(), config

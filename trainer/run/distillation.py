@@ -29,32 +29,36 @@ from trainer.run.progress import newest_checkpoint, read_progress
 CHUNK_ELEMENTS = 1 << 26  # logits held at a time, for the student and for one teacher
 
 
-class Teachers:
-    """Finished runs whose predictions a student learns.
+def check_teachers(teachers: Sequence[str], stream: MegadocStream) -> None:
+    """Look at the teachers without loading them.
 
     Raises:
         FileNotFoundError: a run has no checkpoint, or has not ended; to learn from one half done,
             name its checkpoint's folder.
         ValueError: a teacher was trained with another tokenizer.
     """
+    for run in teachers:
+        checkpoint = newest_checkpoint(run)
+        if checkpoint != Path(run) and not (Path(run) / "result.json").exists():
+            raise FileNotFoundError(
+                f"distillation.teachers: {run} is not trained to its end (no result.json); "
+                f"wait for it, or name the checkpoint you mean, such as {checkpoint}"
+            )
+        if read_progress(checkpoint).tokenizer_sha256 != stream.manifest.tokenizer_sha256:
+            raise ValueError(
+                f"distillation.teachers: {run} was trained with another tokenizer than that of "
+                f"{stream.path}; a student needs teachers of its own vocabulary"
+            )
 
-    def __init__(self, config: DistillationConfig, stream: MegadocStream, ranks: Ranks) -> None:
+
+class Teachers:
+    """Finished runs whose predictions a student learns; see :func:`check_teachers`."""
+
+    def __init__(self, config: DistillationConfig, ranks: Ranks) -> None:
         self.share = config.alpha
         self.models = []
         for run in config.teachers:
-            checkpoint = newest_checkpoint(run)
-            if checkpoint != Path(run) and not (Path(run) / "result.json").exists():
-                raise FileNotFoundError(
-                    f"distillation.teachers: {run} is not trained to its end (no result.json); "
-                    f"wait for it, or name the checkpoint you mean, such as {checkpoint}"
-                )
-            tokenizer = read_progress(checkpoint).tokenizer_sha256
-            if tokenizer != stream.manifest.tokenizer_sha256:
-                raise ValueError(
-                    f"distillation.teachers: {run} was trained with another tokenizer than that "
-                    f"of {stream.path}; a student needs teachers of its own vocabulary"
-                )
-            model, _ = load_model(checkpoint, ranks.device)
+            model, _ = load_model(run, ranks.device)
             if ranks.context_group is not None:  # they see a part of the windows, as the student
                 apply_context_parallel(model, ranks.context_group)
             self.models.append(model.requires_grad_(False))

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from trainer.config.schema import TrainConfig
-from trainer.files import replace_folder
+from trainer.config.schema import ModelConfig, TrainConfig
+from trainer.files import read_sealed, replace_folder
 from trainer.model.llama import Llama
 from trainer.run.checkpoint import load_model
 from trainer.run.progress import newest_checkpoint, read_progress
@@ -37,9 +37,9 @@ def export_run(run: str | Path, folder: Path) -> None:
     if not (tokenizer / "manifest.json").exists():
         raise FileNotFoundError(
             f"{tokenizer} holds no tokenizer: {run} was trained with data.root={config.data.root}; "
-            "put that folder back, or its new place into the run's config.yaml"
+            "put that folder back"
         )
-    manifest = json.loads((tokenizer / "manifest.json").read_text())
+    manifest = read_sealed(tokenizer / "manifest.json")
     if trained != manifest["sha256"]:
         raise ValueError(
             f"{run} was trained with the tokenizer {trained[:12]}, {tokenizer} now holds "
@@ -134,11 +134,11 @@ def save_shards(state: dict[str, torch.Tensor], folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def load_hugging_face(model: Llama, folder: Path, tokenizer: Path) -> None:
-    """Give ``model`` the weights of a Llama folder, exported here or elsewhere.
+def check_hugging_face(config: ModelConfig, folder: Path, tokenizer: Path) -> bool:
+    """Look at a Llama folder without loading it; returns whether its embeddings are tied.
 
     Args:
-        model: on the CPU.
+        config: the shape that is wanted.
         folder: with ``config.json`` and safetensors.
         tokenizer: ``tokenizer.json`` of the corpus; compared with the folder's where both exist.
 
@@ -150,7 +150,7 @@ def load_hugging_face(model: Llama, folder: Path, tokenizer: Path) -> None:
         raise FileNotFoundError(f"initial_weights={folder} holds no config.json of a Llama")
     content = json.loads((folder / "config.json").read_text())
     theirs = llama_shape(content, folder)
-    wanted = {key: value for key, value in theirs.items() if getattr(model.config, key) != value}
+    wanted = {key: value for key, value in theirs.items() if getattr(config, key) != value}
     if wanted:
         asked = " ".join(f"model.{key}={value}" for key, value in wanted.items())
         raise ValueError(f"initial_weights={folder} has another shape than model=...; add {asked}")
@@ -160,10 +160,21 @@ def load_hugging_face(model: Llama, folder: Path, tokenizer: Path) -> None:
             f"initial_weights={folder} was trained with another tokenizer than {tokenizer}; write "
             f"the corpus with tokenizer=file tokenizer.path={own}"
         )
+    weight_files(folder)
+    return bool(content.get("tie_word_embeddings"))
+
+
+def load_hugging_face(model: Llama, folder: Path, tokenizer: Path) -> None:
+    """Give ``model``, on the CPU, the weights of a Llama folder, exported here or elsewhere.
+
+    Raises:
+        ValueError: the files hold other tensors than a Llama's; and as :func:`check_hugging_face`.
+    """
+    tied = check_hugging_face(model.config, folder, tokenizer)
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         state |= load_file(file)
-    if content.get("tie_word_embeddings") and "model.embed_tokens.weight" in state:
+    if tied and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     # Older versions of transformers stored what they compute from rope_theta.
     state = {name: own for name, own in state.items() if not name.endswith("rotary_emb.inv_freq")}

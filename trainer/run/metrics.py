@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -85,7 +86,8 @@ class Meter:
         self.tokens_per_second = (sum(tokens) - self.seen) / elapsed
         self.seen = sum(tokens)
         metrics: dict[str, int | float] = {
-            "train/loss": sum(losses) / len(losses) if losses else math.nan,
+            **({"train/loss": sum(losses) / len(losses)} if losses else {}),
+            **({"train/skipped_steps": skipped} if (skipped := self.count - len(losses)) else {}),
             "train/learning_rate": rate,
             "train/grad_norm": grad_norm,
             "speed/tokens_per_second": self.tokens_per_second,
@@ -105,8 +107,10 @@ class Meter:
         self.start_window()
         return metrics
 
-    def speed(self) -> dict[str, str]:
-        return {"tok/s": f"{self.tokens_per_second:,.0f}"}
+    def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """What stands beside the progress bar; the loss is that of the steps that were taken."""
+        loss = f"{metrics['train/loss']:.3f}" if "train/loss" in metrics else "all steps skipped"
+        return {"loss": loss, "tok/s": f"{self.tokens_per_second:,.0f}"}
 
     def blame(self, step: int, problem: str) -> str:
         """Say what is wrong with a step and name its documents."""

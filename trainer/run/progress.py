@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from trainer.files import DamagedFileError, read_sealed, sha256
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
@@ -23,6 +24,7 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0  # up to this step
     inputs: dict[str, str] = field(default_factory=dict)  # content hashes of what was read
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the checkpoint's other files
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -32,8 +34,48 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """Progress stored in one checkpoint folder."""
-    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    """Progress stored in one checkpoint folder.
+
+    Raises:
+        DamagedFileError: the file is missing, damaged or of another version.
+    """
+    file = checkpoint / "progress.json"
+    if not file.exists():
+        raise DamagedFileError(f"{checkpoint} is no checkpoint: it holds no progress.json")
+    content = read_sealed(file)
+    try:
+        return Progress(**content)
+    except TypeError as error:
+        raise DamagedFileError(f"{file} is damaged or of another version: {error}") from None
+
+
+def damage_of(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files; None where they are what was written.
+
+    Args:
+        checkpoint: its folder.
+        part: which share of the files to read, for ranks that divide them.
+        parts: number of shares.
+    """
+    try:
+        files = sorted(read_progress(checkpoint).files.items())
+        for name, expected in files[part::parts]:
+            if not (checkpoint / name).exists():
+                return f"{name} is missing"
+            if sha256(checkpoint / name) != expected:
+                return f"{name} is not what was written"
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Raise DamagedFileError where a checkpoint is damaged; says how to go on."""
+    if (problem := damage_of(checkpoint)) is not None:
+        raise DamagedFileError(
+            f"{checkpoint} is damaged ({problem}); delete it, and the run's result.json if there "
+            "is one, and start train.py again: it goes on from the checkpoint before"
+        )
 
 
 def newest_checkpoint(path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.schema import TrainConfig, load_config, save_config
-from trainer.files import only_one, replace_file
+from trainer.files import only_one, read_sealed, replace_file
 from trainer.run.inputs import changed_inputs, read_inputs, run_dir_of
 from trainer.run.progress import checkpoints
 
@@ -102,7 +102,7 @@ def finished_loss(config: TrainConfig, inputs: Mapping[str, str] | None = None) 
         return None
     check_same_config(run_dir, config)
     try:
-        result = json.loads(path.read_bytes())
+        result = read_sealed(path)
         loss, read = float(result["loss"]["iid"]), dict(result.get("inputs", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

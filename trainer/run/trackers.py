@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from types import TracebackType
 import torch
 from tqdm import tqdm
 
-from trainer.config.schema import TrainConfig, to_dict
+from trainer.config.schema import TrackingConfig, TrainConfig, to_dict
 from trainer.files import replace_file
 
 Number = int | float
@@ -28,6 +29,9 @@ class Tracker:
         self, config: TrainConfig, run_dir: Path, total_steps: int, start_step: int, active: bool
     ) -> None:
         self.active = active
+        self.writers: list[TensorBoard | RunTracker] = []
+        if active:
+            self.open(config, run_dir, start_step)
         self.bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -37,9 +41,9 @@ class Tracker:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 15,
         )
-        self.writers: list[TensorBoard | RunTracker] = []
-        if not active:
-            return
+
+    def open(self, config: TrainConfig, run_dir: Path, start_step: int) -> None:
+        """Begin to write, after what an earlier attempt wrote up to ``start_step``."""
         forget_after(run_dir / "metrics.jsonl", start_step)
         self.jsonl = (run_dir / "metrics.jsonl").open("a", buffering=1)
         (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
@@ -57,8 +61,12 @@ class Tracker:
         if not self.active:
             return
         self.jsonl.write(json.dumps({"step": step, **metrics}) + "\n")
-        for writer in self.writers:
-            writer.log(step, metrics)
+        for writer in list(self.writers):
+            try:
+                writer.log(step, metrics)
+            except Exception as error:  # a service that fails must not cost the training
+                self.writers.remove(writer)
+                tqdm.write(f"{writer.name} failed ({error!r}) and gets no more numbers")
 
     def show(self, step: int, metrics: Mapping[str, str]) -> None:
         """Move the progress bar to ``step``."""
@@ -78,7 +86,8 @@ class Tracker:
         if self.active:
             self.jsonl.close()
         for writer in self.writers:
-            writer.close()
+            with contextlib.suppress(Exception):  # nor its result
+                writer.close()
 
 
 class TensorBoard:
@@ -87,7 +96,9 @@ class TensorBoard:
     def __init__(self, run_dir: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+        self.name = "TensorBoard"
+        # Points from the purged step on are hidden; those of the checkpoint's own step stand.
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, Number]) -> None:
         for name, value in metrics.items():
@@ -104,13 +115,8 @@ class RunTracker:
     """
 
     def __init__(self, module: str, project: str, config: TrainConfig, run_dir: Path) -> None:
-        try:
-            self.library = importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(
-                f"tracking.{module}_project={project} needs the {module} package: "
-                "pip install 'megadocs[tracking]'"
-            ) from error
+        self.name = module
+        self.library = importlib.import_module(module)
         own = {"id": run_dir.name, "dir": run_dir} if module == "wandb" else {}
         self.library.init(
             project=project, name=run_dir.name, resume="allow", config=to_dict(config), **own
@@ -121,6 +127,16 @@ class RunTracker:
 
     def close(self) -> None:
         self.library.finish()
+
+
+def check_trackers(config: TrackingConfig) -> None:
+    """Raise ValueError where the package of a tracker that is asked for is missing."""
+    for module, project in (("wandb", config.wandb_project), ("trackio", config.trackio_project)):
+        if project and importlib.util.find_spec(module) is None:
+            raise ValueError(
+                f"tracking.{module}_project={project} needs the {module} package: "
+                "pip install 'megadocs[tracking]'"
+            )
 
 
 def forget_after(path: Path, step: int) -> None:
@@ -137,6 +153,13 @@ def forget_after(path: Path, step: int) -> None:
             kept.append(line)
     with replace_file(path) as unfinished:  # a kill must not cost the history
         unfinished.write_text("".join(line + "\n" for line in kept))
+
+
+def was_evaluated(run_dir: Path, step: int) -> bool:
+    """Whether ``metrics.jsonl`` holds the evaluation after ``step`` steps."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return any(f'"step": {step}, "eval/' in line for line in lines)
 
 
 def environment() -> dict[str, str]:

@@ -22,6 +22,7 @@ from trainer.study.scaling_laws import (
     choose_law,
     data_efficiency,
     fit_law,
+    rises,
 )
 
 
@@ -227,6 +228,12 @@ def real_data_law(study: Study) -> Fit:
             "corpus.token_budget and the same documents, and train recipe=real on each"
         )
     points = Points(np.array(list(best)), [group.losses() for group in best.values()])
+    if rises(points):
+        losses = ", ".join(f"{group.mean():.4f} at {tokens:,}" for tokens, group in best.items())
+        raise ValueError(
+            f"the real-only losses rise with the data ({losses}): no law of data follows that; "
+            "tune recipe=real at each size (sweep=star_real)"
+        )
     return fit_law(POWER, points)
 
 

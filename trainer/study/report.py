@@ -58,6 +58,8 @@ def write_report(folder: Path, output: Path) -> tuple[str, Path]:
     if not study.different_data:
         rows = [{name: cell for name, cell in row.items() if name != "data"} for row in rows]
     text = format_table(rows)
+    if near := near_duplicates_text(study):
+        text += f"\n{near}"
     text += "".join(f"\ncaution: {difference}" for difference in study.different_data)
     if study.unfinished:
         text += f"\nnot finished, left out: {unfinished_names(study)}"
@@ -150,6 +152,14 @@ def format_table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def near_duplicates_text(study: Study) -> str:
+    """How many of the held-out documents training knows nearly word for word, where it is known."""
+    share = study.runs[0].result["evaluation"].get("near_duplicates")
+    if share is None:
+        return ""
+    return f"{share:.1%} of the held-out documents have a near-duplicate in training"
+
+
 def introduction(study: Study) -> str:
     """What the losses are, and what was left out."""
     evaluation = study.runs[0].result["evaluation"]
@@ -159,6 +169,8 @@ def introduction(study: Study) -> str:
         "is bold. The column paper holds the published loss of the tuned 300M recipe, on another "
         "corpus and tokenizer.</p>"
     )
+    if near := near_duplicates_text(study):
+        text += f"<p>{near}.</p>"
     for difference in study.different_data:
         text += f"<p>Caution: {html.escape(difference)}.</p>"
     if study.unfinished:

@@ -13,16 +13,22 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trainer.config.schema import TrainConfig, load_config
 from trainer.evaluation import downstream
+from trainer.files import DamagedFileError, read_sealed, sha256
 from trainer.model.flops import training_flops
+
+NEEDED = (
+    *("loss", "evaluation", "parameters", "steps", "seconds", "bits_per_byte"),
+    *("loss_by_position", "tokens_seen", "epochs_seen"),
+)  # in every result.json
 
 
 @dataclass(frozen=True)
@@ -259,22 +265,51 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
         )
     runs = []
     for path in finished:
-        metrics, scores = path / "metrics.jsonl", path / downstream.TASKS
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
         try:
             config = load_config(path / "config.yaml")
-            result = json.loads((path / "result.json").read_text())
-            tasks = json.loads(scores.read_text()) if scores.exists() else {}
-            sets = path / downstream.SETS
-            result["sets"] = json.loads(sets.read_text()) if sets.exists() else {}
+            result = read_sealed(path / "result.json")
+            if missing := [key for key in NEEDED if key not in result]:
+                raise DamagedFileError(f"result.json lacks {', '.join(missing)}")
+            tasks = optional(path / downstream.TASKS, read_sealed) or {}
+            result["sets"] = optional(path / downstream.SETS, read_sealed) or {}
             result["loss"] |= {name: one["loss"]["iid"] for name, one in result["sets"].items()}
-            runs.append(Run(path, config, result, [json.loads(line) for line in lines], tasks))
-        except (ValueError, OmegaConfBaseException, YAMLError) as error:
+            read_metrics = partial(metrics_of, expected=result.get("metrics_sha256"))
+            metrics = optional(path / "metrics.jsonl", read_metrics) or []
+            runs.append(Run(path, config, result, metrics, tasks))
+        except (ValueError, KeyError, TypeError, OmegaConfBaseException, YAMLError) as error:
             raise ValueError(
-                f"{path} cannot be read ({error}): it was written by another version or damaged; "
+                f"{path} cannot be read ({error!r}): it was written by another version or damaged; "
                 "move it out of the folder"
             ) from error
     return sorted(runs, key=lambda run: (run.kind != "real", run.kind, run.generations)), unfinished
+
+
+def metrics_of(path: Path, expected: str | None) -> list[dict[str, float]]:
+    """The log of a finished run.
+
+    Raises:
+        DamagedFileError: it is not what the run wrote.
+    """
+    if expected and sha256(path) != expected:
+        raise DamagedFileError(f"{path} was changed after the run ended")
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is damaged: {error}") from error
+
+
+Content = TypeVar("Content")
+
+
+def optional(path: Path, read: Callable[[Path], Content]) -> Content | None:
+    """What a file holds that the report can do without; damage is said and costs nothing else."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except DamagedFileError as error:
+        print(f"caution: {error}; it is left out", flush=True)
+        return None
 
 
 def check_comparable(runs: Sequence[Run]) -> None:

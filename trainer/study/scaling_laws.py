@@ -24,6 +24,7 @@ HUBER_DELTA = 1e-3  # of log-residuals, as in Hoffmann et al.
 STARTS = 3  # of the grid, refined in full
 STEP = 1e-7  # of the logarithm of a shape, in forward differences
 TOLERANCE = 1e-13  # relative; scipy's 1e-8 stops where residuals are 1e-8 and A, B, C still far off
+EXACT = 1e-9  # relative misses below which points lie on a law
 REPLICATES = 200
 LEVEL = 0.95
 SMALLEST = 1e-12  # stands for a coefficient of 0, which has no logarithm
@@ -200,12 +201,24 @@ def fit_law(law: Law, points: Points, *, replicates: int = REPLICATES, seed: int
     if noise is not None and noise.source == "seeds":
         spread = float(np.sqrt(np.mean(noise.residuals**2)))
         missed = float(np.sqrt(np.mean((losses - fitted) ** 2)))
-        if missed > 3 * spread:
+        if missed > max(3 * spread, EXACT * float(losses.mean())):
             warnings.append(
                 f"the {law.name} misses the points by {missed:.4f} nats where seeds differ by "
                 f"{spread:.4f}: it is the wrong law, and its intervals are too narrow"
             )
+    if law is POWER and rises(points):
+        warnings.append(
+            f"the losses do not fall as {law.inputs[0]} grows, which {law.formula} cannot follow: "
+            "tune the larger ones, their settings may not be the best"
+        )
     return Fit(law, points, values, samples, noise, warnings)
+
+
+def rises(points: Points) -> bool:
+    """Whether losses rise with the first input, or stay as they are."""
+    inputs, losses = points.rows
+    x = np.log(inputs[:, 0])
+    return float((x - x.mean()) @ (losses - losses.mean())) >= 0
 
 
 def estimate_noise(law: Law, points: Points, residuals: np.ndarray) -> Noise | None:

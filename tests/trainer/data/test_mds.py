@@ -13,6 +13,7 @@ import pytest
 from tests.trainer.conftest import StreamMaker
 from trainer.data import format as stream_files
 from trainer.data.mds import MegadocStream, check_same_tokenizer, download_stream
+from trainer.files import sha256
 
 
 def test_samples_come_back(make_stream: StreamMaker) -> None:
@@ -79,13 +80,12 @@ def test_what_was_verified_is_remembered_until_it_is_written_again(
 ) -> None:
     stream = make_stream("real", [[30]] * 5)
     read: list[Path] = []
-    whole = stream_files.sha256
 
     def noted(file: Path) -> str:
         read.append(file)
-        return whole(file)
+        return sha256(file)
 
-    monkeypatch.setattr(stream_files, "sha256", noted)
+    monkeypatch.setattr("trainer.data.format.sha256", noted)
     MegadocStream(stream.path)
     assert read == []
     shard = stream.path / "shard.00000.mds"
@@ -134,7 +134,7 @@ def test_members_that_do_not_add_up_are_refused(make_stream: StreamMaker) -> Non
 def test_a_stream_of_an_older_version_says_so(make_stream: StreamMaker) -> None:
     file = make_stream("real", [[3]]).path / "manifest.json"
     content = json.loads(file.read_text())
-    del content["manifest_sha256"]
+    del content["content_seal"]
     file.write_text(json.dumps(content))
     with pytest.raises(
         ValueError, match=r"manifest\.json holds no hashes: .* older version; build"

@@ -169,16 +169,18 @@ def test_every_size_of_an_ensemble_is_scored(runs: Path) -> None:
 
 def test_members_that_differ_are_refused(runs: Path, tmp_path: Path) -> None:
     text = (runs / "b" / "config.yaml").read_text()
+    changed = text.partition("\n")[2].replace("mask: megadoc", "mask: none")
     try:
-        (runs / "b" / "config.yaml").write_text(text.replace("mask: megadoc", "mask: none"))
+        (runs / "b" / "config.yaml").write_text(changed)
         with pytest.raises(ValueError, match=r"data\.mask"):
             evaluate_runs([runs / "a", runs / "b"])
     finally:
         (runs / "b" / "config.yaml").write_text(text)
     progress = newest_checkpoint(runs / "b") / "progress.json"
+    other = {"tokenizer_sha256": "0" * 64, "content_seal": None}
     text = progress.read_text()
     try:
-        progress.write_text(json.dumps(json.loads(text) | {"tokenizer_sha256": "0" * 64}))
+        progress.write_text(json.dumps(json.loads(text) | other))
         with pytest.raises(ValueError, match="trained with the tokenizer 000000000000"):
             evaluate_runs([runs / "b"])
         with pytest.raises(ValueError, match="trained with the tokenizer 000000000000"):

@@ -170,6 +170,18 @@ def test_a_wrong_law_is_noticed() -> None:
     assert "it is the wrong law" in fit.warnings[0]
 
 
+def test_losses_that_rise_with_the_data_are_said() -> None:
+    x = np.array([1.0, 2.0, 4.0, 8.0])
+    fit = fit_law(POWER, Points(x, [[3.0], [3.1], [3.15], [3.2]]), replicates=0)
+    assert any("the losses do not fall as x grows" in warning for warning in fit.warnings)
+
+
+def test_exact_points_with_seeds_that_agree_are_no_wrong_law() -> None:
+    x = np.array([1.0, 2.0, 4.0, 8.0])
+    losses = [[2 + value, 2 + value] for value in x**-0.5]
+    assert fit_law(POWER, Points(x, losses), replicates=5).warnings == []
+
+
 @pytest.mark.parametrize(
     ("x", "losses", "message"),
     [

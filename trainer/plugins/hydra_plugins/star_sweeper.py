@@ -139,7 +139,11 @@ class StarSweeper(Sweeper):
         dropped = {"sweep", *grid.axes}
         fixed = [one for one in overrides if one.partition("=")[0] not in dropped]
         start = grid.nearest(centre)
-        values = " ".join(f"{axis}={value:g}" for axis, value in grid.values(start).items())
+        values = " ".join(
+            f"{axis}={value:g}"
+            + (f" (the nearest of its grid to {centre[axis]:g})" if value != centre[axis] else "")
+            for axis, value in grid.values(start).items()
+        )
         print(f"star search: starts at {values}", flush=True)
         return Study(fixed, StarSearch(grid, start))
 

@@ -1,0 +1,123 @@
+"""Whether fitted laws deserve belief: exact laws come back, intervals cover as they say.
+
+    python -m benchmarks.law_coverage
+
+10,000 random power laws are fitted to their own exact values. Then 1,000 studies are planted: a
+power law, 3 to 8 sizes of corpus, one to three seeds with normal noise, in a third of the studies
+one loss that is off by 5 to 20 times the noise. For each the 95 % intervals of the curve and of a
+recipe's data efficiency are asked for, and whether the planted value lies inside. One core is
+enough.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from benchmarks.timing import arguments, write_results
+from trainer.study.laws import POWER
+from trainer.study.scaling_laws import Points, data_efficiency, fit_law
+
+LARGEST = 1.6e9  # tokens of the largest planted corpus
+
+
+def exact_laws(count: int) -> dict[str, float]:
+    """The worst relative error over random laws whose values are given exactly."""
+    generator = np.random.default_rng(0)
+    worst = 0.0
+    for _ in range(count):
+        asymptote, exponent = generator.uniform(0.5, 3.5), generator.uniform(0.1, 1.5)
+        scale = 10 ** generator.uniform(0, 9)
+        amplitude = generator.uniform(0.05, 2.0) * scale**exponent
+        x = scale * np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+        values = np.array([amplitude, asymptote, exponent])
+        losses = POWER.predict(values, x[:, None])
+        found = fit_law(POWER, Points(x, losses[:, None]), replicates=0).values
+        worst = max(worst, float(np.abs(found / values - 1)[1:].max()))
+    return {"laws": count, "worst_relative_error_of_B_and_C": worst}
+
+
+def planted_study(generator: np.random.Generator) -> dict[str, Any]:
+    """One study and which of its intervals hold the planted value; None where there is none."""
+    points, seeds = int(generator.integers(3, 9)), int(generator.integers(1, 4))
+    exponent, asymptote = generator.uniform(0.15, 0.6), generator.uniform(1.0, 3.0)
+    x = LARGEST / 2.0 ** np.arange(points)[::-1]
+    values = np.array([generator.uniform(0.3, 2.0) * x[0] ** exponent, asymptote, exponent])
+    noise = 10 ** generator.uniform(-3.3, -2)
+    losses = POWER.predict(values, x[:, None])[:, None] + generator.normal(
+        0, noise, (points, seeds)
+    )
+    outlier = bool(generator.random() < 1 / 3)
+    if outlier:
+        far = noise * generator.uniform(5, 20) * generator.choice((-1, 1))
+        losses[generator.integers(points), generator.integers(seeds)] += far
+    fit = fit_law(POWER, Points(x, losses), replicates=200, seed=0)
+    base = x[points // 2]
+    factor = generator.uniform(1.1, 1.9)
+    loss = POWER.predict(values, np.array([[base * factor]]))[0]
+    recipe = loss + generator.normal(0, noise, seeds)
+    interval = data_efficiency(fit, recipe.tolist(), base).interval
+    middle = np.array([x[points // 2] * 1.4])
+    low, high = fit.predict_interval(middle)
+    truth = POWER.predict(values, middle[:, None])[0]
+    asked = bool(np.isfinite(low[0]))
+    return {
+        "points": points,
+        "seeds": seeds,
+        "outlier": outlier,
+        "curve": bool(low[0] <= truth <= high[0]) if asked else None,
+        "efficiency": bool(interval.low <= factor <= interval.high) if asked else None,
+        "width": float(interval.high - interval.low) if asked else None,
+    }
+
+
+def coverage(studies: list[dict[str, Any]]) -> dict[str, Any]:
+    """Shares of the intervals that hold the truth, over all and by kind of study."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for study in studies:
+        if study["curve"] is None:
+            continue
+        several = "several seeds" if study["seeds"] > 1 else "one seed"
+        kind = "with an outlier" if study["outlier"] else "clean"
+        size = f"{study['points']} points"
+        for name in ("all", kind, f"{several}, {kind}", f"{several}, {kind}, {size}"):
+            groups[name].append(study)
+    return {
+        name: {
+            "studies": len(group),
+            "curve": round(float(np.mean([one["curve"] for one in group])), 3),
+            "efficiency": round(float(np.mean([one["efficiency"] for one in group])), 3),
+            "median_width": round(float(np.median([one["width"] for one in group])), 4),
+        }
+        for name, group in sorted(groups.items())
+    }
+
+
+def main() -> None:
+    parser = arguments(str(__doc__).splitlines()[0], "law-coverage")
+    parser.add_argument("--laws", type=int, default=10_000)
+    parser.add_argument("--studies", type=int, default=1_000)
+    options = parser.parse_args()
+    began = time.monotonic()
+    exact = exact_laws(options.laws)
+    print(exact)
+    generator = np.random.default_rng(1)
+    studies = [planted_study(generator) for _ in range(options.studies)]
+    found = coverage(studies)
+    for name, row in found.items():
+        print(f"{name:45} {row}")
+    results = {
+        "exact": exact,
+        "intervals_of_95_percent": found,
+        "without_interval": sum(study["curve"] is None for study in studies),
+        "seconds": round(time.monotonic() - began),
+    }
+    command = f"python -m benchmarks.law_coverage --laws {options.laws} --studies {options.studies}"
+    write_results(options.output, command, results)
+
+
+if __name__ == "__main__":
+    main()

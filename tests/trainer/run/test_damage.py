@@ -1,0 +1,131 @@
+"""One flipped bit in any file of a run is found or harmless; an older checkpoint steps in."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.run.test_early import Configure, configured, corpus  # noqa: F401
+from trainer.loop import train
+from trainer.run.checkpoint import load_model
+from trainer.run.inputs import run_dir_of
+from trainer.run.progress import checkpoints, read_progress
+from trainer.study.report import write_report
+from trainer.study.runs import read_study
+
+FLIPS = 100
+
+
+def flip(file: Path, generator: random.Random) -> bytes:
+    """Turn one bit of a file around; returns what it was."""
+    intact = file.read_bytes()
+    damaged = bytearray(intact)
+    damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+    file.write_bytes(damaged)
+    return intact
+
+
+@pytest.fixture
+def run(configured: Configure) -> Path:  # noqa: F811
+    config = configured(**{"checkpoint.count": 2})
+    train(config)
+    return run_dir_of(config)
+
+
+def content_of(run: Path) -> list[object]:
+    """All that evaluation, export and report take from a run, and what was said about it."""
+    model, config = load_model(run)
+    (found,) = read_study(run.parent).runs
+    weights = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    return [weights, config, found.config, found.result, found.metrics]
+
+
+def test_a_flipped_bit_in_a_finished_run_is_found_or_harmless(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = checkpoints(run)[-1]
+    files = [run / name for name in ("config.yaml", "result.json", "metrics.jsonl")]
+    files += [file for file in newest.iterdir() if file.is_file()]
+    whole = content_of(run)
+    generator = random.Random(0)
+    found = harmless = 0
+    for _ in range(FLIPS):
+        file = generator.choice(files)
+        intact = flip(file, generator)
+        capsys.readouterr()
+        try:
+            now = content_of(run)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        else:
+            problem = capsys.readouterr().out
+        if problem:
+            assert file.name in problem or run.name in problem
+            found += 1
+        else:
+            assert now == whole
+            harmless += 1
+        file.write_bytes(intact)
+    assert found + harmless == FLIPS
+    assert found > 0.9 * FLIPS
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "progress.json"])
+def test_the_checkpoint_before_a_damaged_one_is_used_and_nothing_changes(
+    run: Path,
+    configured: Configure,  # noqa: F811
+    damage: str,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = configured(**{"checkpoint.count": 2})
+    loss = json.loads((run / "result.json").read_text())["loss"]["iid"]
+    (run / "result.json").unlink()
+    before, newest = checkpoints(run)
+    file = newest / name
+    if damage == "flip":
+        flip(file, random.Random(1))
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"is damaged .* goes on from the checkpoint before"):
+        load_model(run)
+    assert train(config) == loss
+    printed = capsys.readouterr().out
+    assert f"{newest} is damaged" in printed
+    assert f"after step {read_progress(before).step}" in printed
+    assert read_progress(checkpoints(run)[-1]).step == read_progress(newest).step
+
+
+def test_a_run_without_a_whole_checkpoint_says_so(
+    run: Path,
+    configured: Configure,  # noqa: F811
+) -> None:
+    (run / "result.json").unlink()
+    for checkpoint in checkpoints(run):
+        (checkpoint / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole; delete .*checkpoints"):
+        train(configured(**{"checkpoint.count": 2}))
+
+
+def test_an_absent_checkpoint_is_named(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"step-00000099 is no checkpoint"):
+        load_model(run / "checkpoints" / "step-00000099")
+
+
+def test_damaged_optional_files_cost_themselves_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tasks.json", "sets.json"):
+        (run / name).write_text("{")
+    (run / "metrics.jsonl").write_bytes(b"\xff")
+    shutil.rmtree(tmp_path / "report", ignore_errors=True)
+    text, _ = write_report(run.parent, tmp_path / "report")
+    assert "real" in text
+    printed = capsys.readouterr().out
+    for name in ("tasks.json", "sets.json", "metrics.jsonl"):
+        assert f"{name} is damaged" in printed or f"{name} was changed" in printed
