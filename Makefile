@@ -83,7 +83,7 @@ docs: $(VENV)/.installed
 
 # Every step of the real models on fake CUDA tensors; a few of them are part of `test`.
 rehearse: $(VENV)/.installed
-	$(PY) -m pytest tests/rehearsal --rehearsal
+	$(PY) -m pytest tests/rehearsal tests/kernels/attention/test_triton.py --rehearsal
 
 clean:
 	rm -rf demo $(VENV)

@@ -77,7 +77,7 @@ def step_speed(*ways: str) -> Value:
 
 def over_peers(pack: str, which: str) -> Value:
     """Speed of our best attention over the best of FA-3 and FA-4, else of all peers."""
-    ours = ("triton", "gluon")
+    ours = ("triton", "gluon", "gluon_split")
 
     def value(result: dict[str, Any]) -> str:
         found = {

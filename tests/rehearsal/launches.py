@@ -52,7 +52,7 @@ def note(self: Any, key: str, *arguments: Any, **options: Any) -> None:
 
 def launch_attention(tokens: int, segments: int, heads: tuple[int, int, int], gluon: bool) -> None:
     """Forward, dQ, and dK with dV, as one layer launches them."""
-    from kernels.attention.sm90 import dkdv, dq, forward
+    from kernels.attention.sm90 import backward, forward
     from kernels.attention.tile_config import TileConfig
     from kernels.attention.tile_scheduler import make_tiles
     from kernels.attention.triton import dkdv as triton_dkdv
@@ -69,9 +69,10 @@ def launch_attention(tokens: int, segments: int, heads: tuple[int, int, int], gl
     lse = torch.zeros(query, tokens)
     if gluon:
         forward.attention_forward_sm90(q, k, v, rows, 0.125, 132)
-        dq.query_gradient_sm90(q, k, v, dout, lse, dout, lse, rows, 0.125, 132)
-        if size in dkdv.HEAD_DIMS:
-            dkdv.key_gradients_sm90(q, k, v, lse, lse, dout, columns, 0.125, 132)
+        for one_pass in (False, True):
+            backward.attention_backward_sm90(
+                q, k, v, dout, lse, dout, lse, rows, columns, 0.125, 132, one_pass
+            )
         return
     options: Any = (config, 0.125, None, 0.0)
     triton_forward.attention_forward(q, k, v, rows, *options)

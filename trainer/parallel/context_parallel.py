@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
 from kernels import attention_tiles, varlen_attention
+from kernels.attention.op import OURS
 from kernels.attention.tile_scheduler import Tiles
 from trainer.config.schema import ModelConfig
 from trainer.data.batches import PackedBatch
@@ -116,7 +117,7 @@ def chunk_tiles(
     tokens: int,
 ) -> list[Tiles] | None:
     """Tables of the two chunks of a rank that holds ``tokens``, made once for all layers."""
-    if kernels.attention not in ("triton", "gluon"):
+    if kernels.attention not in OURS:
         return None
     chunk = tokens // 2
     return [
@@ -128,7 +129,7 @@ def chunk_tiles(
             max_seqlen=min(max_seqlen, chunk),
             cu_seqlens_k=cu_seqlens.clamp(max=(index + 1) * chunk),
             tokens_k=size * tokens,
-            gluon=kernels.attention == "gluon",
+            gluon=kernels.attention != "triton",
         )
         for index in chunks_of(rank, size)
     ]

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import attention_tiles, varlen_attention
+from kernels.attention import tile_config
 from kernels.attention.op import attention_backward_op, attention_op, most_pairs
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -187,6 +188,21 @@ def isolation() -> None:
         assert torch.equal(ours, theirs[inside])
 
 
+def tiles(architecture: str, size: int, group: int, everything: bool) -> None:
+    """The tile sizes that run on a GPU, whose steps may be as large as a tile."""
+    entries = tile_config.find_entries(tile_config.read_configs(), architecture, size, group)
+    tile_config.entries_of = lambda *_: entries
+    heads = (group, 1)
+    odd, queries, keys = [0, 1, 63, 64, 65, 0, 127], [64, 1, 0, 130], [200, 63, 17, 131]
+    compare(odd, None, 3, heads, size)
+    if everything:
+        for window, softcap in ((100, 0.0), (64, 5.0), (1, 0.0)):
+            compare(odd, None, 3, heads, size, window, softcap)
+        compare([128, 129], None, 0, heads, size)
+        compare(queries, keys, 2, heads, size)
+        compare(queries, keys, 2, heads, size, 100)
+
+
 def op() -> None:
     """The torch.library op: opcheck, no graph breaks, shared tables, checkpointing, FLOPs."""
     q, k, v, borders, _ = draw([12, 0, 7], extra=3)
@@ -234,5 +250,8 @@ def op() -> None:
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     assert torch.empty(1).isnan()
-    {"gradients": gradients, "isolation": isolation, "op": op}[sys.argv[1]]()
+    if sys.argv[1] == "tiles":
+        tiles(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:] == ["everything"])
+    else:
+        {"gradients": gradients, "isolation": isolation, "op": op}[sys.argv[1]]()
     print("passed")

@@ -42,6 +42,17 @@ def test_interpreted(check: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("architecture", "size", "group"), [("sm_80", 128, 1), ("sm_90", 64, 2), ("sm_120", 96, 1)]
+)
+def test_interpreted_at_the_tile_sizes_of_a_gpu(
+    architecture: str, size: int, group: int, request: pytest.FixtureRequest
+) -> None:
+    more = ["everything"] if request.config.getoption("--rehearsal") else []
+    arguments = ("tiles", architecture, str(size), str(group), *more)
+    assert run("attention.interpreted", *arguments, TRITON_INTERPRET="1") == "passed\n"
+
+
+@pytest.mark.parametrize(
     ("architecture", "head_dim", "group"),
     [("sm_80", 96, 1), ("sm_90", 96, 2), ("sm_90", 128, 4), ("sm_100", 64, 1), ("sm_120", 128, 2)],
 )
