@@ -119,6 +119,8 @@ def generate_missing(config: GenerateConfig, corpus: Corpus, root: Path) -> None
 
 def import_and_build(config: GenerateConfig, root: Path) -> None:
     """``generator=import``: documents and generations from files, then streams of each method."""
+    if config.estimate.enabled:
+        raise ValueError("generator=import generates nothing: estimate=true has nothing to tell")
     corpus_config = config.corpus
     if corpus_config.format == "import":
         path = config.imports.sources or config.imports.path

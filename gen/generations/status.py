@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 
 from gen.generations.failures import describe_reasons, failures_path, read_failures
 from gen.generations.sessions import Session, latest_of_writers, read_sessions
-from gen.generations.store import GenerationStore
+from gen.generations.store import IMPORT_RECORD, GenerationStore
+from trainer.files import read_json
 
 ACTIVE = 120.0  # seconds since its last part after which a session no longer counts as running
 COLUMNS = ["document_id", "index", "completion_tokens", "finish_reason"]
@@ -48,10 +50,18 @@ def store_status(store: GenerationStore) -> str:
         f"{store.folder}: {done:,} generations of {documents:,} documents, {generated:,} tokens, "
         f"{cut / table.num_rows:.0%} cut off by their length limit"
     ]
+    if store.imported:
+        lines.append(f"  {imported(read_json(store.folder / IMPORT_RECORD))}")
     if latest:
         lines.append(f"  {progress(done, expected, failed, latest)}")
         lines.append(f"  {speed_and_cost(sessions, latest, generated, expected - done)}")
     return "\n".join(lines)
+
+
+def imported(record: dict[str, Any]) -> str:
+    """Where an imported store comes from, and what was left out of it by reason."""
+    left_out = ", ".join(f"{count:,} {name}" for name, count in sorted(record["left_out"].items()))
+    return f"imported from {len(record['files']):,} files; left out: {left_out or 'nothing'}"
 
 
 def progress(done: int, expected: int, failed: Counter[str], latest: list[Session]) -> str:

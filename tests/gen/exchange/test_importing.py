@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import re
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,13 @@ import zstandard
 from datasets import Dataset
 from omegaconf import OmegaConf
 
-from gen.corpus.documents import CorpusConfig, hash_text, is_held_out, load_split
+from gen.corpus.documents import CorpusConfig, hash_of, hash_text, is_held_out, load_split
 from gen.exchange.config import ImportConfig
 from gen.exchange.importing import Import
+from gen.generations.status import status
 from gen.generations.store import GenerationStore
+from gen.quality.gates import QualityConfig, ReportConfig
+from gen.quality.report import write_quality_report
 from tests.conftest import REPOSITORY, run_script
 from tests.gen.exchange.conftest import RunImport
 
@@ -121,6 +128,14 @@ def test_the_layout_that_datatrove_writes(
             assert row["finish_reason"] == ("length" if number % 7 == 0 else "stop")
             assert row["completion_tokens"] == len(row["text"].split())
             assert row["model"] == "HuggingFaceTB/SmolLM2-1.7B-Instruct"
+    told = status(tmp_path)
+    assert "generations/faq: 36 generations of 36 documents, 504 tokens, 14% cut off" in told
+    assert "imported from 2 files; left out: 4 held_out" in told
+    documents = list(load_split(tmp_path, "train"))
+    store, page = GenerationStore.of_method(tmp_path, "faq", 0), tmp_path / "faq.html"
+    options = hash_of(documents), QualityConfig(), ReportConfig(), page
+    gates = write_quality_report(store, documents, *options)
+    assert re.search(r"length +5 +13\.89%", gates)
     record = json.loads((tmp_path / "generations" / "faq" / "import.json").read_text())
     assert record["licence"] == "ODC-By-1.0"
     assert [file["rows"] for file in record["files"]] == [20, 20]
@@ -141,6 +156,22 @@ def test_a_glob_an_url_and_one_file_are_places_too(tmp_path: Path, run_import: R
         corpus = CorpusConfig(format="import", held_out=0.2, path=str(path))
         Import(ImportConfig(path=str(path)), "rephrase", corpus, tmp_path / name).run()
         assert keys_and_texts(tmp_path / name) == expected(ROWS[::2])
+
+
+def test_files_of_a_server_are_read_as_those_of_a_folder(tmp_path: Path) -> None:
+    """Over HTTP, as an example of what fsspec reaches."""
+    write_rows(ROWS, tmp_path / "files", "parquet")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        path = f"http://127.0.0.1:{server.server_port}/files/"
+        corpus = CorpusConfig(format="import", held_out=0.2, path=path)
+        record = Import(ImportConfig(path=path), "rephrase", corpus, tmp_path / "root").run()
+        server.shutdown()
+    assert keys_and_texts(tmp_path / "root") == expected(ROWS)
+    files = record["rephrase"]["files"]
+    assert [file["path"] for file in files] == [f"{path}part-{part}.parquet" for part in range(2)]
+    assert all(file["size"] > 0 for file in files)
 
 
 def test_a_corpus_that_is_there_already_takes_what_fits_it(
