@@ -85,6 +85,10 @@ def test_a_command_of_the_documentation_is_possible(page: str, command: str) -> 
         if words[place] == "megadocs":  # ``torchrun -m megadocs train``
             return
         compose(words[place], words[place + 1 :])
+    elif words[0] == "sbatch":
+        place = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
+        assert (REPOSITORY / words[place]).exists()
+        compose("train.py", words[place + 1 :])
     elif words[0] == "python" and words[1] == "-m":
         module = REPOSITORY / words[2].replace("NAME", "attention").replace(".", "/")
         assert module.with_suffix(".py").exists() or (module / "__main__.py").exists()

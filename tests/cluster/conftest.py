@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import subprocess
 import sys
@@ -107,3 +108,8 @@ def corpus(streams: Path, tmp_path: Path) -> str:
 
 def result(run: Path) -> dict[str, object]:
     return json.loads((run / "result.json").read_text())
+
+
+def losses(folder: Path) -> list[str]:
+    """Column of the sweep's table."""
+    return [row["loss_iid"] for row in csv.DictReader((folder / "results.csv").open())]

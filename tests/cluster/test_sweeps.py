@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import TINY, Start
-
-
-def losses(folder: Path) -> list[str]:
-    return [row["loss_iid"] for row in csv.DictReader((folder / "results.csv").open())]
+from tests.cluster.conftest import TINY, Start, losses
 
 
 def test_a_job_that_fails_is_named_and_the_others_go_on(
