@@ -83,7 +83,8 @@ def test_losses_equal_a_loop_over_whole_documents(runs: Path, corpus_root: Path)
     expected = document_losses(runs / "a", stream)
     config_path = runs / "a" / "config.yaml"
     text = config_path.read_text()
-    config_path.write_text(text.replace("context_length: 64", "context_length: 4096"))
+    unsealed = text.partition("\n")[2]
+    config_path.write_text(unsealed.replace("context_length: 64", "context_length: 4096"))
     scores = evaluate_runs([runs / "a"])
     config_path.write_text(text)
     flat = torch.cat(expected)
@@ -289,7 +290,7 @@ def test_reports_refuse_what_cannot_be_compared(runs: Path, tmp_path: Path) -> N
                 "tokenizer_sha256=x",
             ),
         ):
-            path.write_text(json.dumps(json.loads(text) | change))
+            path.write_text(json.dumps(json.loads(text) | change | {"content_seal": None}))
             with pytest.raises(ValueError, match=message):
                 write_report(runs, tmp_path)
     finally:

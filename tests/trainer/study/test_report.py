@@ -387,7 +387,7 @@ def test_a_run_that_is_there_twice_is_no_second_seed(tmp_path: Path) -> None:
         read_study(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "result.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.yaml", "result.json"])
 def test_a_damaged_run_is_named(tmp_path: Path, name: str) -> None:
     damaged = fabricate(tmp_path, "real", 0, 3.2)
     (damaged / name).write_text("unknown: [1")
