@@ -203,7 +203,7 @@ def test_export_gives_the_same_logits_in_transformers(runs: Path, tmp_path: Path
     ours, _ = load_model(runs / "a")
     borders = torch.tensor([0, len(ids)], dtype=torch.int32)
     with torch.no_grad():
-        hidden = ours(ids, torch.arange(len(ids)), borders, len(ids))
+        hidden = ours.hidden_states(ids, torch.arange(len(ids)), borders, len(ids))
         expected = theirs(ids[None]).logits[0]
     torch.testing.assert_close(hidden @ ours.lm_head.weight.T, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="is not empty"):
@@ -231,7 +231,7 @@ def test_weights_that_transformers_wrote_are_read(tied: bool, tmp_path: Path) ->
     load_hugging_face(ours, tmp_path, tmp_path / "none" / "tokenizer.json")
     ids, borders = torch.arange(20), torch.tensor([0, 20], dtype=torch.int32)
     with torch.no_grad():
-        logits = ours(ids, torch.arange(20), borders, 20) @ ours.lm_head.weight.T
+        logits = ours.hidden_states(ids, torch.arange(20), borders, 20) @ ours.lm_head.weight.T
         torch.testing.assert_close(logits, theirs(ids[None]).logits[0], atol=1e-5, rtol=1e-4)
 
 
