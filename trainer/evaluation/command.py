@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.evaluate import EvaluateConfig
-from trainer.evaluation.downstream import SETS, TASKS, evaluate_tasks, keep_scores
-from trainer.evaluation.ensemble import evaluate_ensemble
+from trainer.config.schema import load_config
+from trainer.data.mds import read_stream_manifest
+from trainer.evaluation.downstream import SETS, TASKS, check_tasks, evaluate_tasks, keep_scores
+from trainer.evaluation.ensemble import evaluate_ensemble, held_out_path
 from trainer.files import write_json
 from trainer.run.export import export_run
 from trainer.run.progress import newest_checkpoint
@@ -28,6 +30,7 @@ def evaluate(config: EvaluateConfig) -> float | None:
         checkpoint = newest_checkpoint(run)
         if checkpoint != Path(run) and not (Path(run) / "result.json").exists():
             print(f"{run} is not finished: this is its newest checkpoint, {checkpoint.name}")
+    check_early(config)
     sizes = [
         scores.to_dict()
         for scores in evaluate_ensemble(config.runs, config.validation, config.mean)
@@ -54,6 +57,17 @@ def evaluate(config: EvaluateConfig) -> float | None:
             print(f"written: {keep_scores(folder / TASKS, scores['tasks'])}")
         write_scores(config, scores, sizes)
     return scores["loss"]["iid"]
+
+
+def check_early(config: EvaluateConfig) -> None:
+    """Raise ValueError or OSError for what would end the evaluation after its work is done."""
+    first = load_config(newest_checkpoint(config.runs[0]).parent.parent / "config.yaml")
+    for name in (config.validation or first.data.validation, *config.sets):
+        read_stream_manifest(held_out_path(first, name), first.data.cache)
+    if config.tasks:
+        check_tasks(config.tasks, config.task_folder)
+    if config.output and Path(config.output).is_dir():
+        raise ValueError(f"output={config.output} is a folder; name a JSON file in it")
 
 
 def show(scores: dict[str, Any]) -> None:

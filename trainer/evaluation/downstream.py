@@ -24,6 +24,27 @@ CHANCE = {
 }
 
 
+def check_tasks(tasks: Sequence[str], task_folder: str | None = None) -> Any:
+    """lm-eval's manager of tasks, which knows all of ``tasks``.
+
+    Raises:
+        ValueError: lm-eval is not installed, or does not know a task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"tasks={list(tasks)} need the lm-eval package: pip install 'megadocs[eval]'"
+        ) from error
+    manager = TaskManager(include_path=task_folder)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ValueError(
+            f"lm-eval does not know the tasks {unknown}; `lm_eval ls tasks` lists its own, "
+            "task_folder=... adds yours"
+        )
+    return manager
+
+
 def evaluate_tasks(
     run: str | Path, tasks: Sequence[str], task_folder: str | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
@@ -41,19 +62,9 @@ def evaluate_tasks(
     from trainer.parallel.ranks import choose_device  # torch, which a report need not import
     from trainer.run.export import export_run
 
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError(
-            f"tasks={list(tasks)} need the lm-eval package: pip install 'megadocs[eval]'"
-        ) from error
-    manager = TaskManager(include_path=task_folder)
-    if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise ValueError(
-            f"lm-eval does not know the tasks {unknown}; `lm_eval ls tasks` lists its own, "
-            "task_folder=... adds yours"
-        )
+    manager = check_tasks(tasks, task_folder)
+    import lm_eval
+
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         export_run(run, model)

@@ -57,8 +57,7 @@ def evaluate_ensemble(
         if first is None:
             first = config
             name = validation or config.data.validation
-            path = name if "/" in name else f"{config.data.root}/streams/{name}"
-            stream = MegadocStream(path, config.data.cache)
+            stream = MegadocStream(held_out_path(config, name), config.data.cache)
         assert stream is not None
         check_comparable(runs[0], first, run, config)
         check_tokenizer(run, stream)
@@ -82,6 +81,11 @@ def evaluate_ensemble(
         ):
             size.add(batch, losses)
     return scores
+
+
+def held_out_path(config: TrainConfig, name: str) -> str:
+    """Folder of a stream by its name in the run's corpus, or by its own path."""
+    return name if "/" in name else f"{config.data.root}/streams/{name}"
 
 
 def check_tokenizer(run: str | Path, stream: MegadocStream) -> None:

@@ -4,10 +4,13 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.trainer.run.test_early import Configure, configured, corpus  # noqa: F401
+from trainer.config.evaluate import EvaluateConfig
+from trainer.evaluation.command import evaluate
 from trainer.loop import train
 from trainer.run.checkpoint import load_model
 from trainer.run.inputs import run_dir_of
@@ -129,3 +132,22 @@ def test_damaged_optional_files_cost_themselves_alone(
     printed = capsys.readouterr().out
     for name in ("tasks.json", "sets.json", "metrics.jsonl"):
         assert f"{name} is damaged" in printed or f"{name} was changed" in printed
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"sets": ["nosuch"]}, "nosuch is not a finished stream"),
+        ({"validation": "nosuch"}, "nosuch is not a finished stream"),
+        ({"tasks": ["nosuch"]}, "nosuch"),
+        ({"output": "."}, "is a folder; name a JSON file"),
+    ],
+)
+def test_an_evaluation_is_checked_before_it_begins(
+    run: Path, asked: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "trainer.evaluation.command.evaluate_ensemble", lambda *_: pytest.fail("evaluated")
+    )
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate(EvaluateConfig(runs=[str(run)], **asked))
