@@ -40,12 +40,13 @@ from trainer.config.schema import (
 )
 from trainer.data.batches import PackedBatch
 from trainer.data.random_stream import random_windows
-from trainer.loop import accumulate_gradients, prepare_blocks
+from trainer.loop import accumulate_gradients
 from trainer.model.flops import attention_pairs, peak_flops, training_flops
 from trainer.model.llama import Attention, Kernels, Llama
 from trainer.optim.optimizer import build_optimizers
 from trainer.parallel.ranks import Ranks
 from trainer.run.kernel_choice import checked_kernels
+from trainer.setup import prepare_blocks
 
 MODELS = Path(__file__).parents[1] / "conf" / "train" / "model"
 VOCABULARY = 128_256

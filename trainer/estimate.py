@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 from trainer.config.estimate import DEVICES
 from trainer.config.schema import ActivationCheckpointing, ModelConfig, Parallel, TrainConfig
 from trainer.data.batches import pack
-from trainer.loop import model_vocabulary, open_streams, plan_data
 from trainer.model.flops import attention_pairs, training_flops
 from trainer.parallel.activation_checkpointing import USABLE, step_bytes
 from trainer.run.inputs import read_inputs, run_dir_of
+from trainer.setup import model_vocabulary, open_streams, plan_data
 
 ASSUMED_MFU = 0.4
 SAMPLED_STEPS = 4  # whose attended pairs stand for all

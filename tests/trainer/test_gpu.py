@@ -20,11 +20,12 @@ from trainer.config.schema import (
     RuntimeConfig,
     TrainConfig,
 )
-from trainer.loop import accumulate_gradients, prepare_blocks, train
+from trainer.loop import accumulate_gradients, train
 from trainer.model.llama import Kernels, Llama
 from trainer.optim.optimizer import build_optimizers
 from trainer.parallel.ranks import Ranks
 from trainer.run.inputs import run_dir_of
+from trainer.setup import prepare_blocks
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -40,6 +41,15 @@ class StepGuard:
         self.accepted = accepted
         self.skipped = skipped
         self.in_a_row = in_a_row
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, by the names of ``Progress``."""
+        return {
+            "usual_grad_norm": self.usual,
+            "accepted_steps": self.accepted,
+            "skipped_steps": self.skipped,
+            "skipped_in_a_row": self.in_a_row,
+        }
 
     def accepts(self, grad_norm: Tensor, blame: Callable[[str], str]) -> bool:
         """Whether the optimiser may take the step.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trainer.data.packing import Window, fill_windows, pack_whole
 from trainer.data.plan import Plan, Source, balanced_order, rank_windows
-from trainer.loop import how_to_fill
+from trainer.setup import how_to_fill
 
 lengths_lists = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 packings = st.sampled_from(["whole", "stream", "windows"])
