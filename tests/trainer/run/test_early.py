@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.trainer.conftest import write_stream
-from trainer import loop
+from trainer import loop, setup
 from trainer.config.schema import TrainConfig
 from trainer.evaluation.losses import evaluate_model
 from trainer.loop import train
@@ -125,7 +125,7 @@ def test_there_are_enough_odd_configs() -> None:
 def test_an_odd_config_gives_one_line_and_leaves_nothing(
     key: str, value: Any, configured: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "Llama", lambda *_: pytest.fail("the model was built"))
+    monkeypatch.setattr(setup, "Llama", lambda *_: pytest.fail("the model was built"))
     if key == "tracking.wandb_project":
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises((ValueError, OSError)) as caught:
