@@ -331,7 +331,7 @@ def test_changed_streams_are_not_resumed(corpus_root: Path, tmp_path: Path) -> N
     (run / "result.json").unlink()
     shutil.rmtree(root / "streams" / "stitched-g2")
     shutil.copytree(root / "streams" / "simple-g2", root / "streams" / "stitched-g2")
-    with pytest.raises(ValueError, match="trained in another order of the data"):
+    with pytest.raises(ValueError, match="trained on other data than is there now"):
         train(settings)
 
 
