@@ -82,7 +82,7 @@ class ChatClient:
         self.proxies = {url: proxy_for(url) for url in routing.urls}
 
     async def __aenter__(self) -> ChatClient:
-        self.http = self.connection.session(self.concurrency + 4, self.timeout)
+        self.http = self.connection.session(self.apis, self.concurrency + 4, self.timeout)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -7,12 +7,13 @@ never stand between this machine and itself.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import re
 import ssl
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -124,13 +125,16 @@ class Connection:
         if api_key:
             headers["Authorization"] = f"Bearer {from_environment('generator.api_key', api_key)}"
         connection = cls(headers, ca_file)
-        try:
-            connection.tls()
-        except OSError as error:  # ssl.SSLError is one
-            raise ValueError(f"generator.ca_file={ca_file}: {error}") from error
+        if ca_file is not None:
+            try:
+                assert connection.tls
+            except OSError as error:  # ssl.SSLError is one
+                raise ValueError(f"generator.ca_file={ca_file}: {error}") from error
         return connection
 
+    @functools.cached_property
     def tls(self) -> ssl.SSLContext:
+        """Whom https servers are trusted by; a tenth of a second, so made only for them."""
         return ssl.create_default_context(cafile=self.ca_file)
 
     def get(self, url: str, timeout: float) -> httpx.Response:
@@ -142,23 +146,29 @@ class Connection:
         with httpx.Client(
             trust_env=False,
             proxy=proxy_for(url),
-            verify=self.tls() if url.startswith("https:") else False,
+            verify=self.tls if url.startswith("https:") else False,
             headers=self.headers,
             timeout=timeout,
         ) as http:
             return http.get(url)
 
-    def session(self, connections: int, timeout: float) -> aiohttp.ClientSession:
+    def session(
+        self, urls: Iterable[str], connections: int, timeout: float
+    ) -> aiohttp.ClientSession:
         """An asynchronous client; it must be given ``proxy=proxy_for(url)`` with every request.
 
         Args:
+            urls: of the servers it is for.
             connections: kept open at once.
             timeout: seconds until a request counts as lost.
         """
         # aiohttp, because thousands of connections are open: httpx's pool looks at all of them for
         # every request.
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=connections, ssl=self.tls()),
+            connector=aiohttp.TCPConnector(
+                limit=connections,
+                ssl=self.tls if any(url.startswith("https:") for url in urls) else True,
+            ),
             timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT),
             headers=self.headers,
         )

@@ -94,11 +94,15 @@ class Routing:
         """Never use a server again."""
         route = self.routes[url]
         route.problem, route.told, route.closed_until = problem, True, math.inf
+        route.down_since = route.down_since or self.clock()
 
     def check(self) -> None:
         """Raise ServersLost where waiting is no use."""
         if failure := self.failure():
             raise ServersLost(failure)
+        for route in self.routes.values():  # asked with every request
+            if route.down_since is None:
+                return
         if all(route.closed_until == math.inf for route in self.routes.values()):
             raise ServersLost("; ".join(route.problem for route in self.routes.values()))
         now = self.clock()

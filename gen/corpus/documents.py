@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -80,7 +81,7 @@ class Document:
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def text_hash(self) -> str:
         """Tells from which text a generation was made."""
         return hash_text(self.text)

@@ -158,8 +158,8 @@ class Job:
                 self.give_up(siblings, error)
         else:
             lane.finished(time.monotonic() - began, answer.completion_tokens or 0)
-            self.bar.update()
-        self.bar.set_postfix(self.speed(), refresh=False)
+            if self.bar.update():  # it was drawn
+                self.bar.set_postfix(self.speed(), refresh=False)
 
     async def warm_up(self, siblings: Siblings) -> None:
         """Put the document's prompt into the server's cache: one token of the first sibling."""

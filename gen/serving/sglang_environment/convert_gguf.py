@@ -18,6 +18,7 @@ def main(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(unfinished)
     # Not model.save_pretrained: it refuses what once was quantized.
     del model.config.quantization_config
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(unfinished)
     weights = {
         name: value.contiguous()
