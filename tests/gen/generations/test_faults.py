@@ -38,6 +38,7 @@ from tests.gen.generations import faults
 from tests.gen.generations.faults import FILTERED, PASSING, POISON, THOUGHTFUL, Faults, faulty
 
 REPHRASE = MethodConfig(prompt="Rewrite in other words: {text}", generations=3, max_tokens=8)
+MODEL = "SmolLM2-135M-Instruct"
 DOCUMENTS = [Document(f"d{i}", f"The {i}th cat sat on the mat and slept.") for i in range(8)]
 ALL_KEYS = Counter((document.id, index) for document in DOCUMENTS for index in range(3))
 
@@ -49,7 +50,7 @@ def keys(store: GenerationStore) -> Counter[tuple[str, int]]:
 
 def ask(url: str, attempts: int, outage: float = 60.0, timeout: float = 30.0) -> str:
     async def chat() -> str:
-        async with ChatClient(Routing([url], outage), "m", 2, timeout, attempts) as client:
+        async with ChatClient(Routing([url], outage), MODEL, 2, timeout, attempts) as client:
             messages = [{"role": "user", "content": "Say something."}]
             answer = await client.chat(
                 "d0", messages, max_tokens=5, temperature=1.0, top_p=1.0, seed=1
