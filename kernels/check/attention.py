@@ -86,11 +86,11 @@ class AttentionCase:
     def __init__(self, pack: Pack, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
         self.pack = pack.to(device)
         self.scale = heads.size**-0.5
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         tokens_k = pack.tokens if pack.tokens_k is None else pack.tokens_k
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         self.inputs = (
             draw(pack.tokens, heads.query, heads.size),
@@ -98,7 +98,7 @@ class AttentionCase:
             draw(tokens_k, heads.key, heads.size),
         )
         self.dout = draw(pack.tokens, heads.query, heads.size)
-        self.dlse = torch.randn(heads.query, pack.tokens, generator=generator).to(device)
+        self.dlse = torch.randn(heads.query, pack.tokens, generator=generator, device=device)
 
     def run(
         self,

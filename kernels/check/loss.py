@@ -51,14 +51,13 @@ def loss_verdicts(
         tokens: rows of the timing.
         rounds: measurements of each.
     """
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(LOSS_ROWS, width, generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "device": device}
+    hidden = torch.randn(LOSS_ROWS, width, **options)
     hidden[3] *= 40  # a loss beyond what is computed without its maximum
-    targets = torch.randint(vocabulary, (LOSS_ROWS,), generator=generator)
-    targets[::5] = -100
-    with device:
-        weight = torch.randn(vocabulary, width).mul_(width**-0.5).to(dtype)
-    x, y = hidden.to(device, dtype), targets.to(device)
+    x, y = hidden.to(dtype), torch.randint(vocabulary, (LOSS_ROWS,), **options)
+    y[::5] = -100
+    weight = torch.randn(vocabulary, width, **options).mul_(width**-0.5).to(dtype)
     spoilt = x.masked_fill((y == -100)[:, None], float("nan"))  # such a row may hold anything
     plain = gradients(plain_loss, x, weight, y)
     exact = gradients(plain_loss, x.double(), weight.double(), y)
@@ -69,9 +68,8 @@ def loss_verdicts(
     right = [name for name in losses if not failed[name]]
     seconds: dict[str, float] = {}
     if len(right) > 1:
-        with device:
-            large = torch.randn(tokens, width).to(dtype)
-            wanted = torch.randint(vocabulary, (tokens,))
+        large = torch.randn(tokens, width, **options).to(dtype)
+        wanted = torch.randint(vocabulary, (tokens,), **options)
         calls = {name: partial(gradients, losses[name], large, weight, wanted) for name in right}
         seconds, broken = interleaved(calls, device, rounds)
         failed |= broken

@@ -111,8 +111,9 @@ def test_the_checked_pack_is_that_of_pack() -> None:
     ],
 )
 def test_a_wrong_backend_is_refused_by_name_and_never_chosen(attend: OnPack, why: str) -> None:
-    found = verdicts(attend, right)
+    found = verdicts(attend)
     assert found[0].failed.startswith(why)
+    found.append(Verdict("1", "", None))
     choice = choose("attention", found)
     assert choice.backend == "1"
     assert f"0: {why}" in choice.line
@@ -205,6 +206,13 @@ def test_verdicts_are_kept_until_something_changes(
     check(SMALL)
     assert len(made) == 3
     assert len(json.loads(file.read_text())) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("heads", ["12/12x64", "16/16x96", "16/8x128"])
+def test_what_runs_on_this_gpu_is_right_log_sum_exp_included(heads: str) -> None:
+    assert main(["--heads", heads, "--tokens", "8192"]) == 0
 
 
 def test_the_program_checks_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
