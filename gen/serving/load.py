@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from gen.client.connection import proxy_for, root_of
 
@@ -21,7 +21,6 @@ RUNNING = (
     "vllm:num_requests_running",
     "llamacpp:requests_processing",
 )
-SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})?\s+([-+0-9.eEinfaN]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,18 @@ class ServerLoad:
 
 
 def read_samples(page: str, names: Collection[str]) -> dict[str, float]:
-    """Values of a Prometheus page by name, summed over labels; names it lacks are left out."""
+    """Values of a Prometheus page by name, summed over labels; names it lacks are left out.
+
+    A page that is none of Prometheus has no values.
+    """
     values: dict[str, float] = {}
-    for name, value in SAMPLE.findall(page):
-        if name in names:
-            values[name] = values.get(name, 0.0) + float(value)
+    try:
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if sample.name in names:
+                    values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    except ValueError:
+        return {}
     return values
 
 
