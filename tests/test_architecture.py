@@ -23,6 +23,7 @@ ORDER = (
     ("data",),
     ("entry",),
     ("config",),
+    ("pages",),
     ("files", "errors", "plugins", "stop"),
 )
 ORDER_IN_GEN = (
@@ -41,6 +42,7 @@ ORDER_IN_GEN = (
 SHARED = (
     "trainer.data.format",
     "trainer.files",
+    "trainer.pages",
     "trainer.errors",
     "trainer.stop",
     "trainer.config.fields",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +27,8 @@ from gen.quality.gates import (
     select,
 )
 from gen.quality.table import columns_of, quality_table
-from trainer.files import read_json, replace_file
+from trainer.files import read_json
+from trainer.pages import embedded, png_of, write_page
 
 OPENING = 8  # words; how often generations open alike shows a collapsed template
 
@@ -71,17 +68,30 @@ def write_quality_report(
         ValueError: no generation belongs to these documents.
     """
     judged = judge(store, documents, documents_hash, quality)
-    images = {
-        title: embed(histogram(title, label, values))
-        for title, label, values in distributions(judged)
-    }
-    page = render(judged, quality, config, images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replace_file(path) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
-    rows = gate_rows(judged, quality)
-    lines = ["".join(f"{cell:>12}" for cell in row) for row in rows]
-    return "\n".join(lines + advice(judged.selection.failed, judged.table.num_rows))
+    head, *rows = gate_rows(judged, quality)
+    told = advice(judged.selection.failed, judged.table.num_rows)
+    settings = read_json(store.folder / "manifest.json")
+    write_page(
+        path,
+        Path(__file__).with_suffix(".html"),
+        title=f"Generations in {store.folder}",
+        generations=judged.table.num_rows,
+        judged=len(np.unique(judged.source)),
+        documents=len(documents),
+        described=", ".join(f"{name} {value}" for name, value in settings.items()),
+        gates=[dict(zip(head, row, strict=True)) for row in rows],
+        told=told,
+        missing=describe_missing(store),
+        images={
+            title: embedded(png_of(histogram(title, label, values), dpi=110))
+            for title, label, values in distributions(judged)
+        },
+        openings=openings(judged),
+        samples=samples(judged, config),
+        examples=examples(judged, config),
+    )
+    lines = ["".join(f"{cell:>12}" for cell in row) for row in (head, *rows)]
+    return "\n".join(lines + told)
 
 
 def judge(
@@ -149,12 +159,6 @@ def histogram(title: str, label: str, values: np.ndarray) -> Figure:
     return figure
 
 
-def embed(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
 def openings(judged: Judged, limit: int = 20_000) -> list[tuple[str, float]]:
     """The most frequent first eight words and their share of the generations (of a sample)."""
     rows = np.arange(judged.table.num_rows)
@@ -164,60 +168,6 @@ def openings(judged: Judged, limit: int = 20_000) -> list[tuple[str, float]]:
         " ".join(WORD.findall(judged.text(int(row))[:400].lower())[:OPENING]) for row in rows
     )
     return [(words, count / len(rows)) for words, count in counts.most_common(5) if count > 1]
-
-
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; }
-.figures { display: flex; flex-wrap: wrap; gap: .5rem; }
-.figures img { width: 24rem; max-width: 100%; background: white; border-radius: 6px; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; margin-bottom: 1.5rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 26rem; overflow-y: auto;
-  border-left: 3px solid #8884; padding-left: .8rem; font-size: .9rem; margin-bottom: 1rem; }
-.badge { background: #ee6677; color: white; border-radius: 4px; padding: 0 .4rem; font-size: .8rem;
-  margin-right: .3rem; }
-@media (max-width: 50rem) { .pair { grid-template-columns: 1fr; } }
-"""
-
-
-def render(judged: Judged, quality: QualityConfig, config: ReportConfig, images: dict) -> str:
-    """The page, images and style inside it."""
-    title = f"Generations in {judged.store.folder}"
-    settings = read_json(judged.store.folder / "manifest.json")
-    described = ", ".join(f"{name} {value}" for name, value in settings.items())
-    figures = "".join(
-        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{png}">'
-        for name, png in images.items()
-    )
-    documents = len(np.unique(judged.source))
-    told = advice(judged.selection.failed, judged.table.num_rows)
-    alike = "".join(
-        f"<tr><td>{html.escape(words)}</td><td>{share:.2%}</td></tr>"
-        for words, share in openings(judged)
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<p>{judged.table.num_rows:,} generations of {documents:,} of {len(judged.documents):,} training
-documents. {html.escape(described)}.</p>
-<h2>Gates</h2>
-<p>A generation may fail several gates; it counts as dropped by the first one that drops it.</p>
-{html_table(gate_rows(judged, quality))}
-{"".join(f"<p>{html.escape(line)}.</p>" for line in told)}
-<h2>Missing</h2><p>{html.escape(describe_missing(judged.store))}</p>
-<h2>Distributions</h2><div class="figures">{figures}</div>
-<h2>Most frequent openings</h2>
-<table>{alike or "<tr><td>no two generations open with the same eight words</td></tr>"}</table>
-<h2>Random documents</h2>{samples(judged, config)}
-<h2>Examples of what the gates found</h2>{examples(judged, config)}
-</body></html>
-"""
 
 
 def describe_missing(store: GenerationStore) -> str:
@@ -233,54 +183,41 @@ def describe_missing(store: GenerationStore) -> str:
     return f"Failed: {describe_reasons(dict(reasons.most_common()))}. {examples}"
 
 
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in rows[1:]
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def samples(judged: Judged, config: ReportConfig) -> str:
-    """Random documents on the left, their first generations on the right."""
+def samples(judged: Judged, config: ReportConfig) -> list[dict[str, Any]]:
+    """Random documents beside their first generations."""
     places = np.unique(judged.source).tolist()
     drawn = random.Random(config.seed).sample(places, min(config.samples, len(places)))
-    return "".join(
+    return [
         pair(judged, place, np.flatnonzero(judged.source == place)[: config.siblings].tolist())
         for place in drawn
-    )
+    ]
 
 
-def examples(judged: Judged, config: ReportConfig) -> str:
-    """Random failures of each gate beside their documents."""
+def examples(judged: Judged, config: ReportConfig) -> list[tuple[str, int, list[dict[str, Any]]]]:
+    """Gate, how many failed it, and random ones of these beside their documents."""
     chooser = random.Random(config.seed)
-    parts = []
+    found = []
     for gate in GATES:
         rows: list[int] = np.flatnonzero(judged.failed[gate]).tolist()
         if rows:
-            parts.append(f"<h3>{gate}: {len(rows):,}</h3>")
-            for row in chooser.sample(rows, min(config.examples, len(rows))):
-                parts.append(pair(judged, int(judged.source[row]), [row]))
-    return "".join(parts) or "<p>No generation failed a gate.</p>"
+            drawn = chooser.sample(rows, min(config.examples, len(rows)))
+            found.append(
+                (gate, len(rows), [pair(judged, int(judged.source[row]), [row]) for row in drawn])
+            )
+    return found
 
 
-def pair(judged: Judged, place: int, rows: list[int]) -> str:
-    """A document beside some of its generations."""
-    document = judged.documents[place]
-    right = "".join(generation(judged, row) for row in rows)
-    return (
-        f'<div class="pair"><div><h3>{html.escape(document.id)}</h3>'
-        f'<div class="text">{html.escape(document.text)}</div></div><div>{right}</div></div>'
-    )
-
-
-def generation(judged: Judged, row: int) -> str:
-    """A generation with its measures and the gates it failed."""
-    measures: dict[str, Any] = {name: column[row] for name, column in judged.columns.items()}
-    badges = "".join(f'<span class="badge">{gate}</span>' for gate in judged.badges(row))
-    return (
-        f"<h3>generation {measures['index']}: {measures['words']} words, "
-        f"{measures['copied']:.0%} copied {badges}</h3>"
-        f'<div class="text">{html.escape(judged.text(row))}</div>'
-    )
+def pair(judged: Judged, place: int, rows: list[int]) -> dict[str, Any]:
+    """A document and some of its generations, with measures and the gates they failed."""
+    measures = ("index", "words", "copied")
+    return {
+        "document": judged.documents[place],
+        "generations": [
+            {
+                **{name: judged.columns[name][row] for name in measures},
+                "badges": judged.badges(row),
+                "text": judged.text(row),
+            }
+            for row in rows
+        ],
+    }

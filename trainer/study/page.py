@@ -1,11 +1,8 @@
-"""The report as files: figures as PNG and CSV, and one HTML page with everything inside it."""
+"""Figures of the report as PNG and CSV, drawn alike."""
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -15,6 +12,8 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from trainer.pages import png_of
 
 matplotlib.use("agg")
 
@@ -95,11 +94,10 @@ def legend(axes: Any) -> None:
 
 def write_drawing(drawing: Drawing, output: Path) -> bytes:
     """``NAME.png`` and ``NAME.csv``; returns the PNG."""
-    buffer = io.BytesIO()
-    drawing.figure.savefig(buffer, format="png", dpi=150)
-    (output / f"{drawing.name}.png").write_bytes(buffer.getvalue())
+    png = png_of(drawing.figure, dpi=150)
+    (output / f"{drawing.name}.png").write_bytes(png)
     write_csv(output / f"{drawing.name}.csv", drawing.rows)
-    return buffer.getvalue()
+    return png
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -108,57 +106,6 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         table = csv.DictWriter(file, names)
         table.writeheader()
         table.writerows(rows)
-
-
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; }
-tr.best td { font-weight: 600; }
-img { max-width: 100%; background: white; border-radius: 6px; }
-pre { overflow-x: auto; font-size: .85rem; }
-.note { font-size: .9rem; }
-footer { margin: 2rem 0; opacity: .7; font-size: .9rem; }
-"""
-
-
-def table(rows: Sequence[dict[str, str]], best: int | None = None) -> str:
-    """Rows as an HTML table, one of them bold."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = "".join(
-        f"<tr{' class=best' if index == best else ''}>"
-        + "".join(f"<td>{html.escape(row.get(name, '-'))}</td>" for name in names)
-        + "</tr>"
-        for index, row in enumerate(rows)
-    )
-    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="wide"><table>{content}</table></div>'
-
-
-def figure_section(drawing: Drawing, png: bytes) -> str:
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in drawing.notes)
-    title = html.escape(drawing.title)
-    image = base64.b64encode(png).decode()
-    return f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}">{notes}'
-
-
-def page(title: str, sections: Sequence[str], footer: str) -> str:
-    """The page, images and style inside it."""
-    body = "\n".join(sections)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-{body}
-<footer>{html.escape(footer)}</footer>
-</body></html>
-"""
 
 
 def environment_line(run: Path) -> str:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.pages import embedded, write_page
 from trainer.study.benchmark_scores import benchmark_error
 from trainer.study.figures import recipe_figures
 from trainer.study.fits import answers, efficiency_text, law_figures, real_data_law
-from trainer.study.page import (
-    Drawing,
-    Missing,
-    environment_line,
-    figure_section,
-    page,
-    table,
-    write_csv,
-    write_drawing,
-)
+from trainer.study.page import Drawing, Missing, environment_line, write_csv, write_drawing
 from trainer.study.paper import published_loss
 from trainer.study.runs import Group, Run, Study, read_study
 
@@ -40,21 +31,24 @@ def write_report(folder: Path, output: Path) -> tuple[str, Path]:
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "runs.csv", rows)
     write_csv(output / "compute.csv", costs)
-    sections = [introduction(study), table(rows, best_run(study.runs))]
-    for drawing in figures:
-        if isinstance(drawing, Drawing):
-            sections.append(figure_section(drawing, write_drawing(drawing, output)))
-    sections += ["<h2>Compute</h2>", table(costs), compute_note(), certificates(study)]
-    missing = [drawing for drawing in figures if isinstance(drawing, Missing)]
-    if missing:
-        sections.append("<h2>Not drawn</h2>")
-        sections += [
-            f'<p class="note">{html.escape(one.title)}: {html.escape(one.reason)}.</p>'
-            for one in missing
-        ]
+    drawings = [one for one in figures if isinstance(one, Drawing)]
     path = output / "report.html"
-    footer = environment_line(study.runs[0].path)
-    path.write_text(page(f"Megadocs: runs in {folder}", sections, footer), encoding="utf-8")
+    write_page(
+        path,
+        Path(__file__).with_suffix(".html"),
+        title=f"Megadocs: runs in {folder}",
+        evaluation=study.runs[0].result["evaluation"],
+        near_duplicates=near_duplicates_text(study),
+        cautions=study.different_data,
+        unfinished=unfinished_names(study),
+        runs=rows,
+        best=best_run(study.runs),
+        drawings=[(one, embedded(write_drawing(one, output))) for one in drawings],
+        costs=costs,
+        certificates=certificates(study),
+        missing=[one for one in figures if isinstance(one, Missing)],
+        footer=environment_line(study.runs[0].path),
+    )
     if not study.different_data:
         rows = [{name: cell for name, cell in row.items() if name != "data"} for row in rows]
     text = format_table(rows)
@@ -135,14 +129,6 @@ def compute_row(group: Group) -> dict[str, str]:
     }
 
 
-def compute_note() -> str:
-    return (
-        '<p class="note">FLOPs of forward and backward passes, the head included, attention as if '
-        "no mask cut the windows. Hours are those of one seed, summed over its processes, without "
-        "the generation; generated tokens are counted with the model's tokenizer.</p>"
-    )
-
-
 def format_table(rows: Sequence[dict[str, str]]) -> str:
     """The rows as aligned text."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -160,24 +146,6 @@ def near_duplicates_text(study: Study) -> str:
     return f"{share:.1%} of the held-out documents have a near-duplicate in training"
 
 
-def introduction(study: Study) -> str:
-    """What the losses are, and what was left out."""
-    evaluation = study.runs[0].result["evaluation"]
-    text = (
-        f"<p>Losses in nats per token on {evaluation['documents']} held-out documents; documents "
-        f"of up to {evaluation['short_up_to']:,} tokens (the median) count as short. The best run "
-        "is bold. The column paper holds the published loss of the tuned 300M recipe, on another "
-        "corpus and tokenizer.</p>"
-    )
-    if near := near_duplicates_text(study):
-        text += f"<p>{near}.</p>"
-    for difference in study.different_data:
-        text += f"<p>Caution: {html.escape(difference)}.</p>"
-    if study.unfinished:
-        text += f"<p>Not finished and left out: {html.escape(unfinished_names(study))}.</p>"
-    return text
-
-
 def unfinished_names(study: Study) -> str:
     return ", ".join(
         f"{path.name} (diverged)" if (path / "diverged.txt").exists() else path.name
@@ -185,10 +153,8 @@ def unfinished_names(study: Study) -> str:
     )
 
 
-def certificates(study: Study) -> str:
+def certificates(study: Study) -> list[dict[str, str]]:
     """The star searches: optimum, the closest neighbour, axes that end at it."""
-    if not study.certificates:
-        return ""
     rows = []
     for found in study.certificates:
         margins = [one["margin"] for one in found["neighbours"] if one["margin"] is not None]
@@ -203,4 +169,4 @@ def certificates(study: Study) -> str:
                 "runs": str(found["runs"]),
             }
         )
-    return "<h2>Star searches</h2>" + table(rows)
+    return rows

@@ -321,8 +321,8 @@ def test_the_report_shows_counts_samples_and_examples(root: Path) -> None:
     page = path.read_text()
     assert page.count("data:image/png;base64,") == 7
     assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
-    assert "12 generations of 6 of 7 training\ndocuments" in page
-    assert "I&#x27;m sorry, but I cannot rewrite this." in page
+    assert "12 generations of 6 of 7 training documents" in " ".join(page.split())
+    assert "I&#39;m sorry, but I cannot rewrite this." in page
     assert page.count('<span class="badge">refusal</span>') == 2  # as a sample, as an example
     again = root / "again.html"
     write_quality_report(store, documents, "h", STRICT, ReportConfig(), again)
