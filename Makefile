@@ -32,10 +32,10 @@ lint: $(VENV)/.installed
 
 # Lint, types and the fast tests: 3 minutes on two cores.
 quick: lint
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test: lint
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist worksteal
 
 # Other examples for the property tests than `make test` has, from twenty seeds.
 SEEDS ?= $(shell seq 20)
