@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -50,19 +51,26 @@ class Import:
             self.check_settings(method)
         self.began = time.time()
         manifest = build_documents(self.corpus, self.root, self.read_documents)
-        key = key_of(self.plan.identity, manifest)
-        missing = [one for one in self.plan.methods if self.record(one).get("key") != key]
+        keys = {method: self.key(method, manifest) for method in self.plan.methods}
+        missing = [one for one in self.plan.methods if self.record(one).get("key") != keys[one]]
         if missing:
-            self.stage.run(self.config.processes)
+            self.stage.run(self.config.processes, missing)
             with contextlib.closing(Joiner(self.stage, self.threads)) as joiner:
                 joiner.documents(self.root)
                 for method in missing:
-                    self.import_method(method, joiner, key)
+                    self.import_method(method, joiner, keys[method])
         self.stage.remove()
         records = {method: self.record(method) for method in self.plan.methods}
         for method, record in records.items():
             print(describe(method, record, method in missing), flush=True)
         return records
+
+    def key(self, method: str, documents: dict[str, Any]) -> str:
+        """Identity of what is imported: files, settings, documents, which of them are held out."""
+        held_out = documents["config"]["held_out"]
+        settings = {**self.plan.settings, "methods": None}
+        content = [self.files_of(method), settings, documents["content"], held_out]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self, method: str) -> dict[str, Any]:
         path = self.store(method).folder / IMPORT_RECORD
@@ -163,12 +171,6 @@ class Import:
             },
             "seconds": round(time.time() - self.began, 3),
         }
-
-
-def key_of(plan: str, documents: dict[str, Any]) -> str:
-    """Identity of what is imported: files, settings, documents and which of them are held out."""
-    content = f"{plan}/{documents['content']}/{documents['config']['held_out']}"
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def describe(method: str, record: dict[str, Any], new: bool) -> str:

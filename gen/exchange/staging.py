@@ -265,15 +265,19 @@ class Stage:
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def run(self, processes: int | None) -> None:
-        """Read every unit that is not finished, in parallel.
+    def run(self, processes: int | None, methods: list[str] | None = None) -> None:
+        """Read every unit (None: of all methods, and of sources) not finished, in parallel.
 
         Raises:
             OSError: the disk is full; what is finished stays.
         """
         self.prepare()
         finished = {unit.number for unit in self.finished()}
-        missing = [unit for unit in self.plan.units if unit.number not in finished]
+        missing = [
+            unit
+            for unit in self.plan.units
+            if unit.number not in finished and (methods is None or unit.method in methods)
+        ]
         if not missing:
             return
         total = sum(unit.bytes for unit in self.plan.units)

@@ -96,6 +96,29 @@ def test_nemotron_cc_becomes_a_corpus_and_a_store_for_each_style(
     assert f"source_without_generations: {lacking} (the first: " in done.stdout
 
 
+def test_a_style_that_is_fetched_later_leaves_the_others_as_they_are(
+    tmp_path: Path, nemotron: Path, run_import: RunImport
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [record(number, f"Source text {number}.") for number in range(SOURCES)]
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+    config = CorpusConfig("jsonl", str(corpus), id_column="warc_record_id", held_out=0.2)
+    methods = {style: f"quality=*/kind=synthetic/kind2={style}" for style in STYLES}
+    settings = {
+        "corpus": config,
+        "methods": methods,
+        "text_column": None,
+        "id_column": "warc_record_id",
+        "generation_column": "text",
+    }
+    run_import(nemotron, only=["distill"], **settings)
+    parts = list((tmp_path / "root" / "generations" / "distill").glob("part-*"))
+    written = [part.stat().st_mtime_ns for part in parts]
+    run_import(nemotron, **settings)
+    assert [part.stat().st_mtime_ns for part in parts] == written
+    assert keys_and_texts(tmp_path / "root", "diverse_qa_pairs")
+
+
 def test_a_corpus_from_elsewhere_is_joined_by_id(tmp_path: Path, run_import: RunImport) -> None:
     """With ids that are numbers there and texts here."""
     (tmp_path / "corpus.jsonl").write_text(
