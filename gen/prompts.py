@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from trainer.config.fields import check_bounds, setting
+from trainer.data.format import is_variant
 
 FIELD = re.compile(r"\{(text|prefix|suffix|variant)\}")
 
@@ -51,6 +52,11 @@ class MethodConfig:
         if not re.fullmatch(r"[\w.-]*\w", self.name):
             raise ValueError(
                 f"method.name={self.name!r} names a folder: use letters, digits, '_', '-' and '.'"
+            )
+        if is_variant(self.name):
+            raise ValueError(
+                f"method.name={self.name!r} would be taken for the place of the real document in "
+                "the name of its streams; choose one that does not end so"
             )
 
     @property

@@ -243,6 +243,9 @@ def write_result(run: Run, scores: Scores) -> None:
         "device": run.ranks.device.type,
         "skipped_steps": run.guard.skipped,
         "tokens_seen": dict(zip(names, run.plan.tokens_seen(run.steps), strict=True)),
+        "real_document": {
+            stream.manifest.name: stream.manifest.real_document for stream in run.streams
+        },
         "epochs_seen": dict(zip(names, run.plan.epochs_seen(run.steps), strict=True)),
         **scores.to_dict(),
     }

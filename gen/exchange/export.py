@@ -27,10 +27,11 @@ from gen.corpus.tokenizer import TokenizerManifest
 from gen.exchange.card import Part, write_card
 from gen.exchange.join import MEMORY
 from gen.generations.store import IMPORT_RECORD, SCHEMA, GenerationStore
-from gen.megadocs.assembly import REAL, THOUGHT, Megadoc
-from gen.megadocs.streams import SYNTHETIC, StreamConfig, assemble, choose_generations
+from gen.megadocs.assembly import Megadoc
+from gen.megadocs.streams import StreamConfig, assemble, choose_generations
 from gen.quality.gates import QualityConfig, gates
 from gen.quality.table import columns_of, quality_table
+from trainer.data.format import REAL, SYNTHETIC, THOUGHT
 from trainer.files import read_json, replace_folder, write_json
 
 SHARD_BYTES = 256 << 20  # of text in one file

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from gen.corpus.documents import Document
 from gen.generations.store import places_of
 from gen.megadocs.split import split_document
+from trainer.data.format import REAL, REPHRASE, THOUGHT
 
-REAL, REPHRASE, THOUGHT = 0, 1, 2
 # Of a store, what megadocs are made of.
 TEXT_COLUMNS = ["document_id", "text_hash", "index", "text"]
 

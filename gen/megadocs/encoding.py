@@ -13,7 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from gen.corpus.tokenizer import encode, plain
-from gen.megadocs.assembly import REAL, THOUGHT, Megadoc, Member
+from gen.megadocs.assembly import Megadoc, Member
+from trainer.data.format import REAL, THOUGHT
 
 
 class Encoder:

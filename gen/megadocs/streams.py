@@ -24,7 +24,6 @@ from gen.corpus.near_duplicates import share_in
 from gen.corpus.tokenizer import TokenizerManifest
 from gen.generations.store import GenerationStore
 from gen.megadocs.assembly import (
-    REPHRASE,
     TEXT_COLUMNS,
     Generations,
     Megadoc,
@@ -38,8 +37,11 @@ from gen.megadocs.missing import Missing, missing_of
 from gen.quality.gates import QualityConfig, advice, gates, select, strip_preamble
 from gen.quality.table import columns_of, quality_table
 from trainer.config.fields import check_bounds, setting
+from trainer.data import format
 from trainer.data.format import (
     MANIFEST,
+    REPHRASE,
+    SYNTHETIC,
     ContentHash,
     DamagedStreamError,
     read_manifest,
@@ -57,7 +59,6 @@ COLUMNS = {
     "provenance": "json",
 }
 BATCH = 256  # megadocs tokenized together
-SYNTHETIC = ("simple", "stitched", "latent")
 PLAIN = ("rephrase", "latent")  # methods that streams do not name: the paper's
 
 
@@ -136,18 +137,14 @@ class StreamConfig:
         )
 
 
-def stream_name(kind: str, method: str, generations: int, config: StreamConfig) -> str:
+def name_of(kind: str, method: str, generations: int, config: StreamConfig) -> str:
     """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-faq-real-first``, ...
 
     The G in it counts all generations of a document: ``stitched-g2-faq+table`` has one a style.
     """
-    if kind not in SYNTHETIC:
-        return kind
-    variant = {"last": "", "first": "-real-first", "absent": "-no-real"}[config.real_document]
     styles = config.styles(kind, method)
-    style = "" if styles[0] in PLAIN and len(styles) == 1 else f"-{'+'.join(styles)}"
-    total = generations * len(styles)
-    return f"{kind}-g{total}{style}" + ("" if kind == "latent" else variant)
+    style = "" if len(styles) == 1 and styles[0] in PLAIN else "+".join(styles)
+    return format.stream_name(kind, generations * len(styles), style, config.real_document)
 
 
 def build_stream(
@@ -185,7 +182,7 @@ def build_stream(
         OSError: the disk is full; nothing half-written stays.
     """
     config.check()
-    name = stream_name(kind, method, generations, config)
+    name = name_of(kind, method, generations, config)
     folder = root / "streams" / name
     styles = config.styles(kind, method)
     stores = [
@@ -242,6 +239,7 @@ def build_stream(
                 "vocab_size": vocabulary.vocab_size,
                 "eos_id": vocabulary.eos_id,
                 "members_are_documents": kind != "latent",
+                "real_document": config.real_document if kind in ("simple", "stitched") else None,
                 "config_hash": config_hash,
             }
             manifest = seal(unfinished, manifest)

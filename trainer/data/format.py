@@ -1,4 +1,6 @@
-"""The files of a stream folder: sealed when it is written, verified before it is believed.
+"""The contract between gen/ and trainer/: what a stream is called, what it holds, its files.
+
+Files are sealed when a stream is written and verified before they are believed.
 
 ``manifest.json`` is written last. It carries the size and SHA-256 of every other file, a hash of
 itself, and ``content_sha256``, the identity of what the stream says: tokens, members and their
@@ -20,12 +22,46 @@ import numpy as np
 
 from trainer.files import SEAL, hash_of, sha256
 
+# Of members, by the number in a sample's member_kinds.
+MEMBER_KINDS = ("real", "rephrase", "thought")
+REAL, REPHRASE, THOUGHT = range(3)
+SYNTHETIC = ("simple", "stitched", "latent")  # kinds of streams; the others are real and val
+# What a stream's name ends with, by where the real document stands in its megadocs.
+VARIANTS = {"last": "", "first": "real-first", "absent": "no-real"}
+
 MANIFEST = "manifest.json"
 SAID = 1 << 32  # bytes above which verifying takes seconds and is announced
 
 
 class DamagedStreamError(ValueError):
     """A file of a stream is not the one that was written; the message names it and what to do."""
+
+
+def stream_name(kind: str, generations: int, style: str, real_document: str) -> str:
+    """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-faq-real-first``, ...
+
+    Args:
+        kind: of the stream.
+        generations: all generations of a document, of all styles together.
+        style: methods of the generations; empty where names leave it out.
+        real_document: a key of :data:`VARIANTS`; means nothing for ``latent``.
+    """
+    if kind not in SYNTHETIC:
+        return kind
+    variant = "" if kind == "latent" else VARIANTS[real_document]
+    return "-".join(part for part in (kind, f"g{generations}", style, variant) if part)
+
+
+def is_variant(name: str) -> bool:
+    """Whether a method's name would be taken for the place of the real document."""
+    return any(f"-{name}".endswith(f"-{variant}") for variant in VARIANTS.values() if variant)
+
+
+def real_document_of(name: str) -> str:
+    """Where the real document stands, from a name: for results that do not say it."""
+    return next(
+        (place for place, variant in VARIANTS.items() if variant and name.endswith(variant)), "last"
+    )
 
 
 class ContentHash:

@@ -47,6 +47,8 @@ class StreamManifest:
     styles: list[str] = field(default_factory=list)
     # held-out: share of its documents that have a near-duplicate in training; None: not known
     near_duplicates: float | None = None
+    # of megadocs: where the real document stands (last, first, absent); None: nothing to place
+    real_document: str | None = None
 
     @classmethod
     def of(cls, content: dict[str, Any], folder: Path) -> StreamManifest:

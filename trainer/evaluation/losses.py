@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer.config.schema import DataConfig, Mask
 from trainer.data.batches import NO_TARGET, PackedBatch, pack
+from trainer.data.format import MEMBER_KINDS
 from trainer.data.mds import MegadocStream
 from trainer.data.packing import concatenate_and_cut, pack_whole
 from trainer.model.llama import Llama
@@ -26,7 +27,6 @@ from trainer.parallel.ranks import Ranks
 
 BATCH_TOKENS = 16_384  # tokens in one forward pass
 BUCKETS = 24  # positions up to 2 ** 23
-KINDS = ("real", "rephrase", "thought")  # of members, by the number in a sample's member_kinds
 
 
 @dataclass
@@ -38,13 +38,13 @@ class Scores:
     document_tokens: np.ndarray = field(init=False)  # float64 [N]
     bucket_loss: np.ndarray = field(init=False)  # float64 [BUCKETS], nats
     bucket_tokens: np.ndarray = field(init=False)  # float64 [BUCKETS]
-    kind_loss: np.ndarray = field(init=False)  # float64 [KINDS], nats
-    kind_tokens: np.ndarray = field(init=False)  # float64 [KINDS]
+    kind_loss: np.ndarray = field(init=False)  # float64 [MEMBER_KINDS], nats
+    kind_tokens: np.ndarray = field(init=False)  # float64 [MEMBER_KINDS]
     style_loss: np.ndarray = field(init=False)  # float64 [1 + styles], nats; the first: of no style
     style_tokens: np.ndarray = field(init=False)  # float64 [1 + styles]
 
     def __post_init__(self) -> None:
-        self.kind_loss, self.kind_tokens = np.zeros((2, len(KINDS)))
+        self.kind_loss, self.kind_tokens = np.zeros((2, len(MEMBER_KINDS)))
         self.style_loss, self.style_tokens = np.zeros((2, 1 + len(self.stream.manifest.styles)))
         self.document_loss, self.document_tokens = np.zeros((2, len(self.stream)))
         self.bucket_loss, self.bucket_tokens = np.zeros((2, BUCKETS))
@@ -58,8 +58,8 @@ class Scores:
         buckets = position_bucket(positions)
         if self.has_members or self.stream.manifest.styles:
             kinds, styles = self.member_kinds_and_styles(documents, positions)
-            self.kind_loss += np.bincount(kinds, loss, len(KINDS))
-            self.kind_tokens += np.bincount(kinds, minlength=len(KINDS))
+            self.kind_loss += np.bincount(kinds, loss, len(MEMBER_KINDS))
+            self.kind_tokens += np.bincount(kinds, minlength=len(MEMBER_KINDS))
             self.style_loss += np.bincount(styles, loss, len(self.style_loss))
             self.style_tokens += np.bincount(styles, minlength=len(self.style_loss))
         size = len(self.stream)
@@ -136,7 +136,9 @@ class Scores:
         """Nats per token of the real, rephrased and thought members, given what precedes them."""
         return {
             name: float(loss / tokens)
-            for name, loss, tokens in zip(KINDS, self.kind_loss, self.kind_tokens, strict=True)
+            for name, loss, tokens in zip(
+                MEMBER_KINDS, self.kind_loss, self.kind_tokens, strict=True
+            )
             if tokens
         }
 

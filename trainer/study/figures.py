@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from trainer.data.format import VARIANTS
 from trainer.study import paper
 from trainer.study.page import (
     Drawing,
@@ -27,7 +28,9 @@ from trainer.study.runs import Group, Run, Study, best_by
 
 SET_NAMES = {"iid": "i.i.d. documents", "short": "short documents", "long": "long documents"}
 ORDERS = [
-    f"{kind}{place}" for kind in ("simple", "stitched") for place in ("", "-real-first", "-no-real")
+    "-".join(filter(None, (kind, place)))
+    for kind in ("simple", "stitched")
+    for place in VARIANTS.values()
 ]
 BARS = "The axis of the bars does not start at zero."
 

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from trainer.data.format import VARIANTS
 from trainer.pages import png_of
 
 matplotlib.use("agg")
@@ -24,7 +25,7 @@ COLOURS = {
     "latent": "#228833",
     "self": "#ccbb44",
 }
-MARKERS = {"real-first": "s", "no-real": "^"}
+MARKERS = {VARIANTS["first"]: "s", VARIANTS["absent"]: "^"}
 
 
 @dataclass(frozen=True)

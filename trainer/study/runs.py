@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trainer.config.schema import TrainConfig, load_config
+from trainer.data.format import real_document_of
 from trainer.evaluation import downstream
 from trainer.files import DamagedFileError, read_sealed, sha256
 from trainer.model.flops import training_flops
@@ -76,12 +77,21 @@ class Run:
         return self.stream_tokens(self.config.recipe.real_stream)
 
     @property
+    def real_document(self) -> str | None:
+        """Where it stands in the synthetic stream's megadocs: last, first, absent; else None."""
+        name = self.config.recipe.synthetic
+        if name is None:
+            return None
+        known = self.result.get("real_document", {})
+        return known[name] if name in known else real_document_of(name)
+
+    @property
     def generation_tokens(self) -> int:
         """Synthetic tokens that had to be generated, in tokens of this model's tokenizer."""
         name = self.config.recipe.synthetic
         if name is None:
             return 0
-        real = 0 if "no-real" in name else self.real_tokens
+        real = 0 if self.real_document == "absent" else self.real_tokens
         return self.stream_tokens(name) - real
 
     @property
@@ -97,7 +107,7 @@ class Run:
     @property
     def real_tokens_seen(self) -> int:
         """Real tokens trained on: of the base stream, and of the copies in the synthetic one."""
-        copies = 0 if "no-real" in self.kind else self.synthetic_passes * self.real_tokens
+        copies = 0 if self.real_document == "absent" else self.synthetic_passes * self.real_tokens
         return round(self.result["tokens_seen"][self.config.recipe.real_stream] + copies)
 
     @property

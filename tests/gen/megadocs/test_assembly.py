@@ -10,15 +10,13 @@ from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, train_bpe
 from gen.generations.store import SCHEMA
 from gen.megadocs.assembly import (
-    REAL,
-    REPHRASE,
     TEXT_COLUMNS,
-    THOUGHT,
     Generations,
     latent,
     simple,
     stitched,
 )
+from trainer.data.format import REAL, REPHRASE, THOUGHT
 
 DOCUMENTS = [
     Document(f"d{i}", f"Real text {i}, long enough to be cut into pieces.") for i in range(7)

@@ -19,9 +19,9 @@ from tokenizers import (
 from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer, train_bpe
 from gen.generations.store import Generation, GenerationStore
-from gen.megadocs.assembly import REAL, THOUGHT
 from gen.megadocs.streams import StreamConfig, build_stream
 from gen.quality.gates import QualityConfig
+from trainer.data.format import REAL, THOUGHT
 
 WORDS = "Considerations regarding internationalization were postponed. "
 TEXTS = [

@@ -17,7 +17,8 @@ from streaming import LocalDataset
 from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer, encode
 from gen.generations.store import Generation, GenerationStore
-from gen.megadocs.streams import StreamConfig, build_stream, stream_name
+from gen.megadocs.streams import StreamConfig, build_stream, name_of
+from gen.prompts import MethodConfig
 from gen.quality.gates import QualityConfig
 
 DOCUMENTS = [Document(f"d{i}", f"This is document number {i}. " * (i + 1)) for i in range(12)]
@@ -124,12 +125,12 @@ def test_a_damaged_stream_is_built_again(root: Path, capsys: pytest.CaptureFixtu
 
 
 def test_variants_have_names_of_their_own() -> None:
-    assert stream_name("stitched", "rephrase", 8, StreamConfig()) == "stitched-g8"
-    assert stream_name("stitched", "faq", 8, StreamConfig(real_document="first")) == (
+    assert name_of("stitched", "rephrase", 8, StreamConfig()) == "stitched-g8"
+    assert name_of("stitched", "faq", 8, StreamConfig(real_document="first")) == (
         "stitched-g8-faq-real-first"
     )
     assert (
-        stream_name("simple", "rephrase", 8, StreamConfig(real_document="absent"))
+        name_of("simple", "rephrase", 8, StreamConfig(real_document="absent"))
         == "simple-g8-no-real"
     )
 
@@ -170,3 +171,9 @@ def test_sigkill_at_random_moments_leaves_the_same_stream(root: Path) -> None:
     assert build(root, "stitched", separator="x" * 9) == disturbed
     assert files == {p.name: p.read_bytes() for p in (streams / "stitched-g2").iterdir()}
     assert json.loads(files["manifest.json"]) == disturbed
+
+
+@pytest.mark.parametrize("name", ["real-first", "no-real", "faq-no-real"])
+def test_a_method_is_not_named_like_the_place_of_the_real_document(name: str) -> None:
+    with pytest.raises(ValueError, match="would be taken for the place of the real document"):
+        MethodConfig(name=name).check()
