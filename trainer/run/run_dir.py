@@ -15,6 +15,7 @@ from trainer.config.schema import TrainConfig, load_config, save_config
 from trainer.files import only_one, read_sealed, replace_file
 from trainer.run.inputs import changed_inputs, read_inputs, run_dir_of
 from trainer.run.progress import checkpoints
+from trainer.run.slurm_queue import ENDED, slurm_states
 
 
 @contextlib.contextmanager
@@ -25,6 +26,8 @@ def claimed(run_dir: Path, config: TrainConfig) -> Iterator[None]:
         ValueError: another config was trained there, or another process is training there now.
     """
     with contextlib.ExitStack() as held:
+        if not free(run_dir):
+            time.sleep(0.5)  # perhaps another's look at it
         try:
             held.enter_context(only_one(run_dir / "run.lock", wait=False))
         except BlockingIOError:
@@ -32,6 +35,41 @@ def claimed(run_dir: Path, config: TrainConfig) -> Iterator[None]:
         (run_dir / "process.json").write_text(json.dumps(this_process()))
         record_config(run_dir, config)
         yield
+
+
+def free(run_dir: Path) -> bool:
+    """Whether no process trains the run at this moment."""
+    if not (run_dir / "run.lock").exists():
+        return True
+    try:
+        with only_one(run_dir / "run.lock", wait=False):
+            return True
+    except BlockingIOError:
+        return False
+
+
+def state(run_dir: Path) -> str:
+    """``finished``, ``diverged``, ``running``, ``queued as job 7`` or where it was cut off."""
+    if (run_dir / "result.json").exists():
+        return "finished"
+    if (run_dir / "diverged.txt").exists():
+        return "diverged"
+    if not free(run_dir):
+        return "running"
+    if job := queued_job(run_dir):
+        return f"queued as job {job}"
+    done = checkpoints(run_dir)
+    return f"cut off after {done[-1].name}" if done else "cut off before its first checkpoint"
+
+
+def queued_job(run_dir: Path) -> str | None:
+    """The Slurm job that a sweep submitted for this run, while it waits or runs."""
+    path = run_dir / "job.json"
+    if not path.exists():
+        return None
+    job = json.loads(path.read_text())["job"]
+    found = slurm_states([job]) or {}
+    return job if found.get(job, "COMPLETED") not in ENDED else None
 
 
 def this_process() -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,21 +22,10 @@ from omegaconf import OmegaConf
 
 from trainer.files import replace_file
 from trainer.plugins import importable_in_jobs
+from trainer.run.slurm_queue import ENDED, slurm_states
 
 POLL_SECONDS = 2.0  # between looks at Slurm's queue
 LATE_SECONDS = 30.0  # a result may appear that long after its job has left the queue
-ENDED = {  # Slurm's final states, and what they say of a job without a result
-    "COMPLETED": "ended without a result",
-    "FAILED": "its process failed",
-    "TIMEOUT": "reached its time limit",
-    "CANCELLED": "was cancelled",
-    "NODE_FAIL": "its node failed",
-    "OUT_OF_MEMORY": "ran out of memory",
-    "BOOT_FAIL": "its node did not start",
-    "DEADLINE": "missed its deadline",
-    "PREEMPTED": "was preempted and not requeued",
-    "": "has left Slurm's queue without a result",
-}
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,7 @@ class JobEnd:
 
 
 Ended = Callable[[int, JobEnd], None]
+Queued = Callable[[int, str], None]
 
 
 def run_jobs(
@@ -57,19 +46,21 @@ def run_jobs(
     jobs: Sequence[Sequence[str]],
     first: int = 0,
     ended: Ended = lambda index, end: None,
+    queued: Queued = lambda index, job: None,
 ) -> list[JobEnd]:
     """Run the jobs with these overrides to their ends, all of them whatever happens to one.
 
     Args:
         first: number of the first of them in the sweep.
         ended: called with the place and the end of each job as soon as that is known.
+        queued: called with the place of each job and the id that Slurm gave it.
     """
     if not jobs:
         return []
     with importable_in_jobs():
         library = type(launcher).__module__.removeprefix("hydra_plugins.")
         if library.startswith("hydra_submitit_launcher"):
-            return run_by_submitit(launcher, jobs, first, ended)
+            return run_by_submitit(launcher, jobs, first, ended, queued)
         if library.startswith("hydra_ray_launcher"):
             return run_by_ray(launcher, jobs, first, ended)
         if hasattr(launcher, "on_end"):  # of our pool
@@ -109,7 +100,7 @@ class Submitted(Exception):
 
 
 def run_by_submitit(
-    launcher: Launcher, jobs: Sequence[Sequence[str]], first: int, ended: Ended
+    launcher: Launcher, jobs: Sequence[Sequence[str]], first: int, ended: Ended, queued: Queued
 ) -> list[JobEnd]:
     """Submit by Hydra's launcher, wait ourselves: it would raise at the first failure."""
     import submitit
@@ -124,6 +115,8 @@ def run_by_submitit(
             launcher.launch(jobs, initial_job_idx=first)
     except Submitted as submitted:
         handles = submitted.jobs
+    for index, job in enumerate(handles):
+        queued(index, job.job_id)
     ends: dict[int, JobEnd] = {}
     left_queue: dict[int, float] = {}
     while len(ends) < len(handles):
@@ -161,22 +154,6 @@ def log_of(job: Any) -> str:
     """Where a job of submitit wrote its errors."""
     paths = job.paths
     return str(paths.stderr if paths.stderr.exists() else paths.stdout)
-
-
-def slurm_states(jobs: Sequence[str]) -> dict[str, str] | None:
-    """State of each job that Slurm still knows, ended ones for some minutes; None without Slurm.
-
-    ``squeue`` needs no accounting database, which ``sacct`` does.
-    """
-    names = ",".join(dict.fromkeys(job.partition("_")[0] for job in jobs))
-    command = ["squeue", "--states=all", "--noheader", "--array", "--format=%i|%T", "--jobs", names]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode and "Invalid job id" not in done.stderr:
-        return None  # the controller does not answer: nothing is known
-    return dict(line.split("|", 1) for line in done.stdout.split() if "|" in line)
 
 
 def run_by_ray(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.pages import embedded, write_page
+from trainer.run.run_dir import state
 from trainer.study.benchmark_scores import benchmark_error
 from trainer.study.figures import recipe_figures
 from trainer.study.fits import answers, efficiency_text, law_figures, real_data_law
@@ -147,10 +148,7 @@ def near_duplicates_text(study: Study) -> str:
 
 
 def unfinished_names(study: Study) -> str:
-    return ", ".join(
-        f"{path.name} (diverged)" if (path / "diverged.txt").exists() else path.name
-        for path in study.unfinished
-    )
+    return ", ".join(f"{path.name} ({state(path)})" for path in study.unfinished)
 
 
 def certificates(study: Study) -> list[dict[str, str]]:

@@ -268,7 +268,7 @@ def test_the_report_holds_every_run(runs: Path, tmp_path: Path) -> None:
     table, page = write_report(runs, tmp_path)
     lines = table.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["real", "real", "stitched"]
-    assert lines[-1] == "not finished, left out: unfinished"
+    assert lines[-1] == "not finished, left out: unfinished (cut off before its first checkpoint)"
     content = page.read_text()
     drawn = len(list(tmp_path.glob("*.png")))
     assert drawn >= 3  # losses by generations, loss by position, training

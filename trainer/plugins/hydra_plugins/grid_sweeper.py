@@ -21,7 +21,9 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.schema import TrainConfig
-from trainer.run.run_dir import finished_loss
+from trainer.files import write_json
+from trainer.run.inputs import run_dir_of
+from trainer.run.run_dir import finished_loss, queued_job
 from trainer.run.sweeps import JobEnd, run_jobs, write_results
 
 
@@ -102,10 +104,16 @@ def run_missing(
     """One batch: finished runs are read, the others started."""
     ends: dict[int, JobEnd] = {}
     for index, job in enumerate(batch):
+        task = task_config(context, config, job)
         try:
-            loss = finished(task_config(context, config, job))
+            loss = finished(task)
+            waits = queued_job(run_dir_of(task)) if isinstance(task, TrainConfig) else None
         except (ValueError, OSError) as error:  # no such stream, or another run in the folder
             ends[index] = JobEnd(problem=str(error))
+            continue
+        if waits and loss is None:
+            problem = f"job {waits} of an earlier sweep still has it: wait, or scancel {waits}"
+            ends[index] = JobEnd(problem=problem)
             continue
         if loss is not None:
             ends[index] = JobEnd(loss)
@@ -119,7 +127,14 @@ def run_missing(
         else:
             print(f"done   {name}" + (f": {end.value:.4f}" if end.value else ""), flush=True)
 
-    results = run_jobs(launcher, [batch[index] for index in missing], first, ended)
+    def queued(place: int, job: str) -> None:
+        task = task_config(context, config, batch[missing[place]])
+        if isinstance(task, TrainConfig):
+            folder = run_dir_of(task)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "job.json", {"job": job})
+
+    results = run_jobs(launcher, [batch[index] for index in missing], first, ended, queued)
     ends |= dict(zip(missing, results, strict=True))
     return [ends[index] for index in range(len(batch))]
 
