@@ -12,8 +12,17 @@ forward and backward together. Verdicts are kept in a file, by everything that c
 May import the rest of ``kernels``.
 """
 
-from .attention import Heads, Pack, check_attention, chunk_of
+from .attention import DETERMINISTIC, Heads, Pack, check_attention, chunk_of
 from .loss import check_loss
 from .verdicts import Choice, Verdict
 
-__all__ = ["Choice", "Heads", "Pack", "Verdict", "check_attention", "check_loss", "chunk_of"]
+__all__ = [
+    "DETERMINISTIC",
+    "Choice",
+    "Heads",
+    "Pack",
+    "Verdict",
+    "check_attention",
+    "check_loss",
+    "chunk_of",
+]

@@ -352,6 +352,7 @@ def check_attention(
     only: str | None = None,
     checked: Pack | None = None,
     file: Path | None = None,
+    deterministic: bool = False,
 ) -> Choice:
     """The attention of a run: the fastest that is right, or ``only`` if that is right.
 
@@ -363,6 +364,7 @@ def check_attention(
         only: the one backend to look at.
         checked: the pack of the check; default :func:`awkward_pack`.
         file: where verdicts are kept; default :func:`cache_file`.
+        deterministic: leave out those whose gradients have other bits in every run.
 
     Raises:
         ValueError: no backend is right; names what failed.
@@ -375,6 +377,13 @@ def check_attention(
     if only is not None:
         backends = {only: partial(bind, only, heads)}
         refused = []
+    if deterministic and only is None:
+        refused += [
+            Verdict(name, "it is not deterministic", None)
+            for name in backends
+            if name not in DETERMINISTIC
+        ]
+        backends = {name: backends[name] for name in backends if name in DETERMINISTIC}
     lengths = timed.cu_seqlens.diff().sort().values
     if not fits(timed) and "cudnn" in backends and only is None:
         del backends["cudnn"]

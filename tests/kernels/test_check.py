@@ -130,6 +130,17 @@ def test_the_fastest_that_is_right_is_chosen() -> None:
     assert choice.line == "attention: c, 2.00 ms; a takes 1.50 x as long (refused: b: raised)"
 
 
+def test_what_is_not_deterministic_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernels.check.attention.DETERMINISTIC", ("reference",))
+    choice = check_attention(
+        HEADS, torch.float32, CPU, SMALL, checked=SMALL, file=tmp_path / "f", deterministic=True
+    )
+    assert choice.backend == "reference"
+    assert "refused: torch: it is not deterministic" in choice.line
+
+
 def test_chunks_of_context_parallelism_are_checked_too() -> None:
     pack = awkward_pack()
     checked = chunk_of(pack, 200, pack.tokens)

@@ -41,6 +41,7 @@ from trainer.loop import train
 from trainer.parallel.ranks import Ranks
 from trainer.run.checkpoint import load_model
 from trainer.run.inputs import run_dir_of
+from trainer.run.kernel_choice import check_kernels
 from trainer.run.progress import checkpoints, read_progress
 from trainer.run.run_dir import claimed
 from trainer.run.trackers import environment
@@ -387,6 +388,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(corpus_root: Path, tmp_path: Path
         assert not list((small / "run" / "checkpoints").glob(".*"))
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_backend_that_is_not_deterministic_is_refused_where_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    runtime = RuntimeConfig(attention_backend=AttentionBackend.flash, deterministic=True)
+    with pytest.raises(ValueError, match=r"flash has other bits in every run and .*gluon_split"):
+        check_kernels(config(tmp_path, tmp_path, runtime=runtime), torch.device("cuda"))
 
 
 def test_a_backend_that_cannot_run_is_refused_before_anything_is_read(tmp_path: Path) -> None:

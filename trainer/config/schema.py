@@ -341,6 +341,9 @@ class RuntimeConfig:
     loss_memory: LossMemory = setting(
         LossMemory.fast, "lean: the loss works in 128 MiB, for a fourth matrix product."
     )
+    deterministic: bool = setting(
+        False, "Only attention whose gradients have the same bits in every run."
+    )
     num_threads: int | None = setting(
         None,
         "CPU threads of one process; null: PyTorch's choice.",

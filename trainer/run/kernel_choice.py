@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from kernels.attention.interface import automatic_backend, check_backend
-from kernels.check import Heads, Pack, check_attention, check_loss, chunk_of
+from kernels.check import DETERMINISTIC, Heads, Pack, check_attention, check_loss, chunk_of
 from trainer.config.schema import Dtype, Mask, RuntimeConfig, TrainConfig
 from trainer.data.batches import PackedBatch
 from trainer.model.llama import Kernels
@@ -33,6 +33,11 @@ def check_kernels(config: TrainConfig, device: torch.device) -> None:
             "its backward pass holds segments x longest tokens; use flash or auto"
         )
     if attention != "auto":
+        if config.runtime.deterministic and attention not in DETERMINISTIC:
+            raise ValueError(
+                f"runtime.attention_backend={attention} has other bits in every run and "
+                f"runtime.deterministic=true; use auto or one of {', '.join(DETERMINISTIC)}"
+            )
         dtype = compute_dtype(config.runtime, device)
         check_backend(attention, device, dtype, config.model.head_dim, "the model")
 
@@ -83,7 +88,9 @@ def checked_kernels(
     heads = Heads(model.num_heads, model.num_kv_heads, model.head_dim)
     attention = runtime.attention_backend.value
     asked = None if attention == "auto" else attention
-    attended = check_attention(heads, dtype, device, pack, asked)
+    attended = check_attention(
+        heads, dtype, device, pack, asked, deterministic=runtime.deterministic
+    )
     rows = min(tokens // runtime.context_parallel, LOSS_TOKENS)
     loss = runtime.loss_backend.value
     asked = None if loss == "auto" else loss

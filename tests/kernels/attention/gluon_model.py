@@ -147,6 +147,7 @@ def tma_load(desc: TensorDescriptor, corner: list[Any], barrier: Barrier, target
     threading.Thread(target=copy, args=(desc, place, barrier, target), daemon=True).start()
 
 
+@torch.no_grad()
 def copy(desc: TensorDescriptor, corner: list[int], barrier: Barrier, target: Shared) -> None:
     stall()
     target.data.copy_(desc.read(corner))
@@ -168,6 +169,7 @@ class Addition(threading.Thread):
         self.same = False
         self.start()
 
+    @torch.no_grad()
     def run(self) -> None:
         stall()
         self.same = torch.equal(self.source.data.nan_to_num(), self.issued.nan_to_num())
@@ -202,7 +204,7 @@ class Product:
             check_fenced(operand)
         self.issued = [x.data.clone() for x in self.operands]
         left = self.issued[0] if isinstance(a, Shared) else a
-        self.result = left @ self.issued[-1] + (acc if use_acc else 0)
+        self.result = left.float() @ self.issued[-1].float() + (acc if use_acc else 0)
         self.value: Tensor | None = None
 
     def finish(self) -> None:
@@ -234,6 +236,7 @@ def fence_async_shared() -> None:
 def warp_specialize(parts: list[Any], warps: list[int], registers: list[int]) -> None:
     failures: list[BaseException] = []
 
+    @torch.no_grad()
     def run(function: Any, arguments: Any) -> None:
         try:
             function(*arguments)

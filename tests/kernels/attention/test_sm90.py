@@ -1,10 +1,13 @@
-"""The Gluon forward kernel: run on a model of the machine, compiled, and, on an sm_90 GPU, run."""
+"""The Gluon kernels: run on a model of the machine, compiled, and, on an sm_90 GPU, run."""
 
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,9 @@ from kernels.attention.reference import reference_attention
 from kernels.attention.sm90 import forward as attention_sm90
 from kernels.attention.tile_config import TileConfig
 from kernels.attention.tile_scheduler import Tiles, make_tiles
+from kernels.check import Heads, Pack
+from kernels.check.attention import Attend, attention_verdicts
+from kernels.check.verdicts import choose
 from tests.kernels.attention import gluon_model
 from tests.kernels.attention.test_triton import random_pack, results, run
 
@@ -100,14 +106,15 @@ def split_backward(
     dlse: Tensor,
     tiles: Tiles,
     programs: int,
+    scale: float = 0.1,
 ) -> list[Tensor]:
     query_gradient = modelled["dq"].query_gradient_sm90
     if q.shape[2] in modelled["dkdv"].HEAD_DIMS:
         key_gradients = modelled["dkdv"].key_gradients_sm90
     else:
         key_gradients = modelled["one_pass"].key_gradients_of_eight_warps
-    dq, delta = query_gradient(q, k, v, out, lse, dout, dlse, tiles.rows, 0.1, programs)
-    return [dq, *key_gradients(q, k, v, lse, delta, dout, tiles.columns, 0.1, programs)]
+    dq, delta = query_gradient(q, k, v, out, lse, dout, dlse, tiles.rows, scale, programs)
+    return [dq, *key_gradients(q, k, v, lse, delta, dout, tiles.columns, scale, programs)]
 
 
 def one_pass_backward(
@@ -121,9 +128,10 @@ def one_pass_backward(
     dlse: Tensor,
     tiles: Tiles,
     programs: int,
+    scale: float = 0.1,
 ) -> list[Tensor]:
     gradients = modelled["one_pass"].gradients_sm90
-    return list(gradients(q, k, v, out, lse, dout, dlse, tiles.columns, 0.1, programs))
+    return list(gradients(q, k, v, out, lse, dout, dlse, tiles.columns, scale, programs))
 
 
 def test_segments_do_not_leak_bit_for_bit(modelled: dict[str, ModuleType]) -> None:
@@ -147,6 +155,65 @@ def test_segments_do_not_leak_bit_for_bit(modelled: dict[str, ModuleType]) -> No
     for old, new in zip(before, everything(), strict=True):
         assert torch.equal(old[:100], new[:100])
         assert torch.equal(old[250:], new[250:])
+
+
+class OnTheModel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        modelled: dict[str, ModuleType],
+        tiles: Tiles,
+        pass_over: Callable[..., list[Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = modelled["forward"].attention_forward_sm90(q, k, v, tiles.rows, 0.125, 2)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = (modelled, tiles, pass_over)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        modelled, tiles, pass_over = ctx.rest
+        dout, dlse = upstream
+        gradients = pass_over(
+            modelled, *ctx.saved_tensors, dout.contiguous(), dlse, tiles, 2, scale=0.125
+        )
+        return (*gradients, None, None, None)
+
+
+def one_pass_that_loses_a_part(*arguments: Any, **options: Any) -> list[Tensor]:
+    dq, dk, dv = one_pass_backward(*arguments, **options)
+    dq[70:80] *= 0.9
+    return [dq, dk, dv]
+
+
+@pytest.mark.parametrize("one_pass", [one_pass_backward, one_pass_that_loses_a_part])
+def test_the_self_check_judges_both_passes_in_bf16(
+    modelled: dict[str, ModuleType], one_pass: Callable[..., list[Tensor]]
+) -> None:
+    borders = borders_of([1, 65, 130, 0])
+    pack = Pack(borders, 130, 201)
+    tiles = make_tiles(borders, borders, 201, 201, CONFIG)
+
+    def on(pass_over: Callable[..., list[Tensor]], _pack: Pack) -> Attend:
+        return lambda q, k, v: OnTheModel.apply(q, k, v, modelled, tiles, pass_over)
+
+    backends: dict[str, Callable[[Pack], Attend]] = {
+        "gluon": partial(on, one_pass),
+        "gluon_split": partial(on, split_backward),
+    }
+    verdicts = attention_verdicts(
+        backends, Heads(2, 1, 64), torch.bfloat16, torch.device("cpu"), pack, pack, rounds=1
+    )
+    assert verdicts[1].failed == ""
+    if one_pass is one_pass_backward:
+        assert verdicts[0].failed == ""
+    else:
+        choice = choose("attention", verdicts)
+        assert choice.backend == "gluon_split"
+        assert "refused: gluon: dq is off by" in choice.line
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
