@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kernels import attention_tiles, linear_cross_entropy, token_losses, varlen_attention
 from kernels.attention.flex import document_block_mask
+from kernels.attention.op import OURS
 from trainer.config.schema import ModelConfig
 
 
@@ -33,7 +34,7 @@ class Kernels:
         """What an attention backend shares among the layers of a batch; None for most."""
         if self.attention == "flex":
             return document_block_mask(cu_seqlens, tokens)
-        if self.attention not in ("triton", "gluon", "gluon_split"):
+        if self.attention not in OURS:
             return None
         group = config.num_heads // config.num_kv_heads
         gluon = self.attention != "triton"
