@@ -37,7 +37,7 @@ def test_from_documents_to_a_report(corpus_root: Path, tmp_path: Path) -> None:
     ]
     assert list((runs[0] / "tensorboard").iterdir())
     skipped = run_script("train.py", "--multirun", *options, "recipe=real,simple")
-    assert skipped.stdout.count("is already trained") == 2
+    assert skipped.stdout.count("(was finished)") == 2
 
     both = run_script("evaluate.py", f"runs=[{runs[0]},{runs[1]}]", f"output={tmp_path / 's.json'}")
     assert "nats per token" in both.stdout
