@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,9 @@ from trainer.files import only_one
 if TYPE_CHECKING:
     from streaming import LocalDataset
     from streaming.base.storage.download import CloudDownloader
+
+
+NO_DEFAULT = (MISSING, MISSING)  # of a dataclass's field
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,14 @@ class StreamManifest:
         Raises:
             DamagedStreamError: it lacks something.
         """
-        content = {"styles": [], "near_duplicates": None, **content}
-        if missing := [one.name for one in fields(cls) if one.name not in content]:
+        present = [one for one in fields(cls) if one.name in content]
+        optional = [one for one in fields(cls) if (one.default, one.default_factory) != NO_DEFAULT]
+        known = {one.name for one in (*present, *optional)}
+        if missing := [one.name for one in fields(cls) if one.name not in known]:
             raise DamagedStreamError(
                 f"{folder / MANIFEST} lacks {', '.join(missing)}; {build_again(folder)}"
             )
-        return cls(**{one.name: content[one.name] for one in fields(cls)})
+        return cls(**{one.name: content[one.name] for one in present})
 
 
 @dataclass(frozen=True)
