@@ -77,11 +77,17 @@ def find(training: Iterable[Text], held_out: list[Text], action: str) -> NearDup
     found = NearDuplicates(action, len(held_out))
     index = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS)
     known: dict[str, set[str]] = {}
+    anywhere: set[str] = set()  # shingles of any held-out document
     for document in held_out:
         known[document.id] = shingles(document.text)
+        anywhere |= known[document.id]
         index.insert(document.id, signature(known[document.id]))
     for document in tqdm(training, desc="near-duplicates", unit="doc", leave=False):
         own = shingles(document.text)
+        # A near-duplicate shares this many of its shingles with one of them, so with all of them;
+        # hardly any other document does, which saves the signatures of nearly all.
+        if len(own & anywhere) < THRESHOLD * len(own):
+            continue
         for candidate in index.query(signature(own)):
             other = known[candidate]
             if len(own & other) >= THRESHOLD * len(own | other):
