@@ -249,30 +249,75 @@ def build_documents(
     """
     folder = root / "documents"
     wanted = {**config.__dict__, "token_budget": None, "path": spelled_out(config.path)}
-    if (folder / "manifest.json").exists():
-        manifest = read_sealed(folder / "manifest.json")
-        if "files" in manifest:
-            verify(folder, manifest, f"delete {folder} and run the same command again")
-        manifest["config"]["path"] = spelled_out(manifest["config"]["path"])
-        if manifest["config"] == wanted and manifest["source"] == fingerprint(config):
-            return manifest
-        different = [
-            f"corpus.{key}: {manifest['config'].get(key)} -> {wanted[key]}"
-            for key in SOURCE
-            if manifest["config"].get(key) != wanted[key]
-        ]
-        if different:
-            raise ValueError(
-                f"{folder} was built from another corpus ({'; '.join(different)}). Name that one, "
-                "use another root=..., or delete that folder to put these documents in its place"
-            )
+    if (current := current_manifest(config, folder, wanted)) is not None:
+        return current
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.parquet.*.tmp"):  # of killed attempts
         leftover.unlink()
+    found = read() if config.format == "import" and read else read_documents(config)
+    counts, characters, content = write_documents(found, config, folder)
+    found_near = near_duplicates.find(
+        load_split(root, "train"), list(load_split(root, "val")), config.near_duplicates
+    )
+    near_duplicates.write_left_out(folder, found_near)
+    manifest = {
+        "counts": counts,
+        "characters": characters,
+        "content": content,
+        "source": fingerprint(config),
+        "config": wanted,
+        "near_duplicates": found_near.to_dict(),
+        "files": describe(
+            [folder / name for name in ("train.parquet", "val.parquet", near_duplicates.LEFT_OUT)]
+        ),
+    }
+    write_sealed(folder / "manifest.json", manifest)
+    return manifest
+
+
+def current_manifest(
+    config: CorpusConfig, folder: Path, wanted: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The manifest of documents that are there and current; None where they are to be built.
+
+    Raises:
+        ValueError: they come from another source, or are damaged.
+    """
+    if not (folder / "manifest.json").exists():
+        return None
+    manifest = read_sealed(folder / "manifest.json")
+    if "files" in manifest:
+        verify(folder, manifest, f"delete {folder} and run the same command again")
+    manifest["config"]["path"] = spelled_out(manifest["config"]["path"])
+    if manifest["config"] == wanted and manifest["source"] == fingerprint(config):
+        return manifest
+    different = [
+        f"corpus.{key}: {manifest['config'].get(key)} -> {wanted[key]}"
+        for key in SOURCE
+        if manifest["config"].get(key) != wanted[key]
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} was built from another corpus ({'; '.join(different)}). Name that one, "
+            "use another root=..., or delete that folder to put these documents in its place"
+        )
+    return None
+
+
+def write_documents(
+    found: Iterator[Document], config: CorpusConfig, folder: Path
+) -> tuple[dict[str, int], int, str]:
+    """Write ``train.parquet`` and ``val.parquet``; what is there stays until all is read.
+
+    Returns:
+        How many documents were read, left out by reason and written by split; the characters
+        written; a hash of ids and texts in their order.
+
+    Raises:
+        ValueError: no document is left in a split, or two different texts have one id.
+    """
     counts = dict.fromkeys(("read", "empty", "duplicate", "too_long", "train", "val"), 0)
     characters = 0
-    texts_seen: set[bytes] = set()
-    text_by_id: dict[str, bytes] = {}
     content = hashlib.sha256()
     with (
         replace_file(folder / "train.parquet") as train,
@@ -282,28 +327,7 @@ def build_documents(
     ):
         writers = {"train": train_writer, "val": val_writer}
         waiting: dict[str, list[dict[str, str]]] = {"train": [], "val": []}
-        found = read() if config.format == "import" and read else read_documents(config)
-        for document in tqdm(found, desc="documents", unit="doc", leave=False):
-            if counts["read"] == config.max_documents:
-                break
-            counts["read"] += 1
-            text_hash = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-            if not document.text.strip():
-                counts["empty"] += 1
-                continue
-            if text_hash in texts_seen:
-                counts["duplicate"] += 1
-                continue
-            if config.max_characters and len(document.text) > config.max_characters:
-                counts["too_long"] += 1
-                continue
-            if document.id in text_by_id:
-                raise ValueError(
-                    f"two documents with different texts have the id {document.id!r}; choose "
-                    "another corpus.id_column, or null for a hash of the text"
-                )
-            texts_seen.add(text_hash)
-            text_by_id[document.id] = text_hash
+        for document, text_hash in sift(found, config, counts):
             split = "val" if is_held_out(document.id, config.held_out) else "train"
             counts[split] += 1
             characters += len(document.text)
@@ -330,23 +354,39 @@ def build_documents(
         # Only now: what cannot be read leaves the documents that are there as they are.
         (folder / "manifest.json").unlink(missing_ok=True)
         (folder / near_duplicates.LEFT_OUT).unlink(missing_ok=True)
-    found_near = near_duplicates.find(
-        load_split(root, "train"), list(load_split(root, "val")), config.near_duplicates
-    )
-    near_duplicates.write_left_out(folder, found_near)
-    manifest = {
-        "counts": counts,
-        "characters": characters,
-        "content": content.hexdigest(),
-        "source": fingerprint(config),
-        "config": wanted,
-        "near_duplicates": found_near.to_dict(),
-        "files": describe(
-            [folder / name for name in ("train.parquet", "val.parquet", near_duplicates.LEFT_OUT)]
-        ),
-    }
-    write_sealed(folder / "manifest.json", manifest)
-    return manifest
+    return counts, characters, content.hexdigest()
+
+
+def sift(
+    found: Iterator[Document], config: CorpusConfig, counts: dict[str, int]
+) -> Iterator[tuple[Document, bytes]]:
+    """Documents that are kept, each with a hash of its text; ``counts`` tells of the others.
+
+    Raises:
+        ValueError: two different texts have one id.
+    """
+    texts_seen: set[bytes] = set()
+    ids: set[str] = set()
+    for document in tqdm(found, desc="documents", unit="doc", leave=False):
+        if counts["read"] == config.max_documents:
+            return
+        counts["read"] += 1
+        text_hash = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+        if not document.text.strip():
+            counts["empty"] += 1
+        elif text_hash in texts_seen:
+            counts["duplicate"] += 1
+        elif config.max_characters and len(document.text) > config.max_characters:
+            counts["too_long"] += 1
+        elif document.id in ids:
+            raise ValueError(
+                f"two documents with different texts have the id {document.id!r}; choose "
+                "another corpus.id_column, or null for a hash of the text"
+            )
+        else:
+            texts_seen.add(text_hash)
+            ids.add(document.id)
+            yield document, text_hash
 
 
 def spelled_out(path: str | None) -> str | None:

@@ -188,19 +188,9 @@ def build_stream(
     stores = [
         GenerationStore.of_method(root, style, generations, kind == "latent") for style in styles
     ]
-    identity = {
-        "format": FORMAT,
-        "kind": kind,
-        "method": "+".join(styles) or None,
-        "generations": generations * len(styles),
-        "config": identity_of_config(config, kind),
-        "documents": documents_hash,
-        "tokenizer_sha256": vocabulary.sha256,
-        "generated": "+".join(store.fingerprint() for store in stores) or None,
-        "quality": {**asdict(quality), "processes": None} if stores else None,
-    }
-    if kind == "val":
-        identity["near_duplicates"] = share_in(root / "documents")
+    identity = identity_of(
+        kind, styles, stores, generations, documents_hash, vocabulary, config, quality, root
+    )
     config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     if (current := current_manifest(folder, config_hash)) is not None:
         for known in current.get("missing", []):
@@ -255,6 +245,34 @@ def build_stream(
         flush=True,
     )
     return manifest
+
+
+def identity_of(
+    kind: str,
+    styles: list[str],
+    stores: list[GenerationStore],
+    generations: int,
+    documents_hash: str,
+    vocabulary: TokenizerManifest,
+    config: StreamConfig,
+    quality: QualityConfig,
+    root: Path,
+) -> dict[str, Any]:
+    """What a stream's samples depend on; one with another identity is built anew."""
+    identity = {
+        "format": FORMAT,
+        "kind": kind,
+        "method": "+".join(styles) or None,
+        "generations": generations * len(styles),
+        "config": identity_of_config(config, kind),
+        "documents": documents_hash,
+        "tokenizer_sha256": vocabulary.sha256,
+        "generated": "+".join(store.fingerprint() for store in stores) or None,
+        "quality": {**asdict(quality), "processes": None} if stores else None,
+    }
+    if kind == "val":
+        identity["near_duplicates"] = share_in(root / "documents")
+    return identity
 
 
 def choose_generations(
