@@ -155,14 +155,14 @@ def test_a_request_that_is_given_up_stops_running(target: Target) -> None:
     async def give_up(client: ChatClient) -> float:
         room = target.context_length - 100
         request = asyncio.create_task(chat(client, "Count from one to ten thousand.", room))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while (seen := await asyncio.to_thread(running)) == 0 and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         request.cancel()
         return seen
 
     assert with_client(target, give_up) > 0
-    wait_until(lambda: running() == 0, seconds=20)
+    wait_until(lambda: running() == 0, seconds=60)
 
 
 def test_the_prompts_of_siblings_come_from_the_cache(target: Target, tmp_path: Path) -> None:
