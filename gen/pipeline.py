@@ -39,6 +39,7 @@ from gen.quality.gates import QualityConfig, ReportConfig
 from gen.serving.servers import GeneratorConfig, serving
 from trainer.config.fields import check_bounds, group, setting
 from trainer.files import only_one
+from trainer.stop import Stopped, stopping_at_once
 
 TASKS = ("all", "corpus", "generate", "streams", "status", "report")
 
@@ -75,7 +76,20 @@ class GenerateConfig:
 
 
 def generate(config: GenerateConfig) -> None:
-    """Run one task, or all of them in order; what is finished already is not done again."""
+    """Run one task, or all of them in order; what is finished already is not done again.
+
+    Raises:
+        Stopped: a signal asked for it; what was finished is kept, the same call goes on.
+    """
+    try:
+        with stopping_at_once(f"{config.root}: stopped; the same command goes on"):
+            run_task(config)
+    except Stopped as stop:
+        print(stop, flush=True)
+        raise
+
+
+def run_task(config: GenerateConfig) -> None:
     check_bounds(config)
     root = Path(config.root)
     if config.task == "status":

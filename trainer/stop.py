@@ -1,4 +1,8 @@
-"""Being told to stop: save at the next step's end, on all ranks together, then hand the signal on.
+"""Being told to stop: save what is done, on all ranks together, then hand the signal on.
+
+Training saves at the next step's end, generation when the requests in flight are answered; both
+look at :class:`StopSignals`. What cannot be interrupted in the middle ends where it stands
+(:func:`stopping_at_once`) and leaves nothing half-written.
 
 Slurm's ``--signal``, a preemption, ``scancel``, submitit's time-out, Ray's cancellation and Ctrl-C
 are signals. What they meant before a program listened for them (submitit requeues its job, a plain
@@ -7,10 +11,12 @@ process ends) still happens, once everything is saved.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -48,6 +54,27 @@ class StopSignals:
         if number == signal.SIGINT and self.wanted:
             raise KeyboardInterrupt
         self.wanted = max(self.wanted, 1 + SIGNALS.index(signal.Signals(number)))
+
+
+@contextlib.contextmanager
+def stopping_at_once(message: str) -> Iterator[None]:
+    """A signal of :data:`SIGNALS` ends this block where it stands, as Ctrl-C ends any program.
+
+    The block must leave nothing half-written when an exception goes through it.
+
+    Raises:
+        Stopped: a signal came; its message begins with ``message``.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise stopped(1 + SIGNALS.index(signal.Signals(number)), message)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stopped(wanted: int, message: str) -> Stopped:

@@ -2,7 +2,7 @@
 
 The generations of one document travel together, so the server computes its prompt once. Everything
 that is finished is on the disk a few seconds later; a job that was killed asks only for what is
-missing.
+missing. One that is told to stop waits a little for the requests in flight, and saves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gen.client.answers import (
 from gen.client.chat import ChatClient
 from gen.client.concurrency import AdaptiveLimit, Slots
 from gen.client.fitting import counting_tokenizer, latent_fields, rephrase_fields
-from gen.client.routing import Routing
+from gen.client.routing import Routing, ServersLost
 from gen.corpus.documents import Document
 from gen.generations.failures import Failures
 from gen.generations.sessions import Session
@@ -40,9 +40,12 @@ from gen.megadocs.split import split_text
 from gen.prompts import MethodConfig, sibling_seed
 from gen.serving.load import read_load
 from gen.serving.servers import GeneratorConfig, Servers
+from trainer.stop import StopSignals, stopped
 
 FLUSH_ROWS = 512
 LOOK_EVERY = 2.0  # seconds between looks at the servers' queues
+SIGNAL_LOOK = 0.1  # seconds between looks whether a signal came
+GRACE = 10.0  # seconds for requests in flight then; Slurm's SIGKILL comes 30 s after its SIGTERM
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Job:
     client: ChatClient
     bar: tqdm
     failures: Failures
+    stop: StopSignals
     unsaved: list[Generation] = field(default_factory=list)
     thinks: bool = False  # an answer ended before the model's thinking did
 
@@ -80,6 +84,7 @@ class Job:
         """Generate everything in ``works``; failures of requests are collected, not raised.
 
         Raises:
+            Stopped: a signal asked for it; what was answered is stored, the rest is asked again.
             ServersLost: no server is left; what was generated is stored.
             OSError: the disk is full; what was stored stays.
         """
@@ -89,16 +94,43 @@ class Job:
                 helpers = [background.create_task(self.save_regularly())]
                 if self.config.adaptive:
                     helpers.append(background.create_task(self.adapt(lanes)))
-                async with asyncio.TaskGroup() as group:
-                    for lane in lanes:
-                        group.create_task(self.open_documents(lane, group))
+                requests = background.create_task(self.ask_all(lanes))
+                helpers.append(background.create_task(self.end_when_told(requests)))
+                await asyncio.wait([requests])
                 for helper in helpers:
                     helper.cancel()
         except BaseExceptionGroup as errors:
-            raise first_error(errors) from None
+            error = first_error(errors)
+            if not (self.stop.wanted and isinstance(error, ServersLost)):  # they were told as well
+                raise error from None
         finally:
             self.bar.close()
             self.save()
+        if self.stop.wanted:
+            raise stopped(self.stop.wanted, self.describe_stop())
+
+    async def ask_all(self, lanes: list[Lane]) -> None:
+        """Every request of the job."""
+        async with asyncio.TaskGroup() as group:
+            for lane in lanes:
+                group.create_task(self.open_documents(lane, group))
+
+    async def end_when_told(self, requests: asyncio.Task[None]) -> None:
+        """After a signal no request is begun; those in flight have :data:`GRACE` seconds."""
+        while not self.stop.wanted:
+            await asyncio.sleep(SIGNAL_LOOK)
+        deadline = time.monotonic() + GRACE
+        while not requests.done() and self.servers.wind_down() and time.monotonic() < deadline:
+            await asyncio.sleep(SIGNAL_LOOK)
+        requests.cancel()
+
+    def describe_stop(self) -> str:
+        """How far the writer is."""
+        done = self.session.present + self.session.generations
+        return (
+            f"{self.store.folder}: stopped after {done:,} of {self.session.expected:,} "
+            "generations; the same command goes on"
+        )
 
     def lanes(self, works: list[Work]) -> list[Lane]:
         """The works by the server that each document sticks to."""
@@ -116,6 +148,8 @@ class Job:
     async def open_documents(self, lane: Lane, group: asyncio.TaskGroup) -> None:
         """Open documents one after the other, each when the open ones leave a slot free."""
         for work in lane.works:
+            if self.stop.wanted:
+                return
             opened = asyncio.Event()
             group.create_task(self.document(lane, work, opened))
             await opened.wait()
@@ -129,6 +163,8 @@ class Job:
         beside = min(self.config.siblings_in_flight, len(work.indices)) - 1
         async with asyncio.TaskGroup() as group, lane.slots.held():
             opened.set()
+            if self.stop.wanted:
+                return
             if beside and self.config.warm_up:
                 await self.warm_up(siblings)
             elif beside:
@@ -143,7 +179,7 @@ class Job:
 
     async def make_all(self, lane: Lane, siblings: Siblings) -> None:
         """One generation after the other, until another worker has taken the last."""
-        while siblings.to_come:
+        while siblings.to_come and not self.stop.wanted:
             await self.one(lane, siblings, siblings.next_index())
             await lane.slots.yield_if_fewer()
 
@@ -176,6 +212,8 @@ class Job:
 
     def fail(self, document: Document, index: int, reason: str, problem: str) -> None:
         """Note a generation that this call does not make."""
+        if self.stop.wanted:
+            return  # its server may have been told to stop as well: it is asked for again
         self.failures.add(document.id, index, reason, problem)
         self.session.failed += 1
         self.bar.update()
@@ -347,6 +385,7 @@ def run_job(
 
     Raises:
         ValueError: settings differ from those of the store, or another job holds it.
+        Stopped: a signal asked for it; what was generated until then is stored.
         GenerationFailed: some generations failed after all attempts; the rest is stored.
         ServersLost: no server is left; what was generated until then is stored.
         OSError: the disk is full; what was stored stays.
@@ -398,8 +437,9 @@ def run_job(
                 counting_tokenizer(config.tokenizer) if config.tokenizer else None,
             )
             bar = tqdm(total=missing, desc=store.folder.name, unit="text", dynamic_ncols=True)
-            job = Job(method, config, store, session, servers, client, bar, failures)
-            asyncio.run(job.run(works))
+            with StopSignals() as stop:
+                job = Job(method, config, store, session, servers, client, bar, failures, stop)
+                asyncio.run(job.run(works))
         if failures.found:
             raise GenerationFailed(failures.describe())
         failures.path.unlink(missing_ok=True)

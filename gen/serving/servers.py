@@ -163,11 +163,16 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class Servers:
-    """Where requests go, and whether the servers that were started here are given up."""
+    """Where requests go, and what is known of the servers that were started here.
+
+    ``failure`` says why all of them are given up; from the first call of ``wind_down`` on none is
+    started again, and it says whether any may still answer.
+    """
 
     urls: list[str]
     failure: Callable[[], str | None] = lambda: None
     restarts: Callable[[], int] = lambda: 0
+    wind_down: Callable[[], bool] = lambda: True
 
 
 @contextlib.contextmanager
@@ -192,6 +197,11 @@ def serving(config: GeneratorConfig, log: Path) -> Iterator[Servers]:
         failures = [server.failure for server in started if server.failure]
         return "\n".join(failures) if len(failures) == len(started) else None
 
+    def wind_down() -> bool:
+        for server in started:
+            server.stopping.set()
+        return any(server.alive() for server in started)
+
     with contextlib.ExitStack() as stack:
         for server in started:  # all load their model at the same time
             server.spawn()
@@ -202,6 +212,7 @@ def serving(config: GeneratorConfig, log: Path) -> Iterator[Servers]:
             [server.url for server in started],
             failure,
             lambda: sum(server.restarted for server in started),
+            wind_down,
         )
 
 

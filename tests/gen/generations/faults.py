@@ -26,6 +26,7 @@ class Faults(http.server.BaseHTTPRequestHandler):
 
     upstream: ClassVar[str] = ""
     faults: ClassVar[list[str | None]] = []
+    answered: ClassVar[list[int]] = []  # max_tokens of the completions that were passed on
     lock = threading.Lock()
 
     def do_GET(self) -> None:
@@ -74,7 +75,10 @@ class Faults(http.server.BaseHTTPRequestHandler):
         )
         try:
             with urllib.request.urlopen(request) as response:
-                self.answer(response.status, response.read())
+                status, content = response.status, response.read()
+                if body and self.path.endswith("/completions"):
+                    self.answered.append(json.loads(body)["max_tokens"])
+                self.answer(status, content)
         except urllib.error.HTTPError as error:
             self.answer(error.code, error.read())
 
@@ -107,7 +111,7 @@ def thoughtful(max_tokens: int) -> dict[str, object]:
 @contextlib.contextmanager
 def faulty(upstream: str, faults: Sequence[str | None], port: int = 0) -> Iterator[str]:
     """The proxy's URL; None in ``faults`` stands for a request that passes."""
-    Faults.upstream, Faults.faults = upstream, list(faults)
+    Faults.upstream, Faults.faults, Faults.answered = upstream, list(faults), []
     http.server.ThreadingHTTPServer.allow_reuse_address = True
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), Faults) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
