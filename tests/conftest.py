@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from moto.server import ThreadedMotoServer
 
 # The same examples every time: no test fails by chance. `make test-random` draws others.
 settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -90,3 +93,21 @@ def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run_script("generate.py", *TINY, f"root={root}", "method=rephrase")
             run_script("generate.py", *TINY, f"root={root}", "method=latent")
     return root
+
+
+@pytest.fixture
+def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of an S3 server on this machine, which everything that speaks S3 is pointed to."""
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ENDPOINT_URL", "S3_ENDPOINT_URL"):  # of AWS's libraries, and of streaming
+        monkeypatch.setenv(name, f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    yield client
+    client.close()
+    server.stop()

@@ -257,7 +257,7 @@ def build_documents(
     found = read() if config.format == "import" and read else read_documents(config)
     counts, characters, content = write_documents(found, config, folder)
     found_near = near_duplicates.find(
-        load_split(root, "train"), list(load_split(root, "val")), config.near_duplicates
+        load_split(root, "train"), load_split(root, "val"), config.near_duplicates
     )
     near_duplicates.write_left_out(folder, found_near)
     manifest = {

@@ -2,7 +2,8 @@
 
 Two documents are near-duplicates where their 5-word shingles have a Jaccard similarity of at least
 0.8, the threshold of Lee et al. 2107.06499. Signatures of the held-out documents lie in an index
-that every training document is looked up in; what the index proposes is compared exactly.
+that every training document is looked up in; what the index proposes is compared exactly. A shingle
+is its 64-bit hash, 8 bytes of memory for each of a held-out document.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from datasketch import MinHash, MinHashLSH
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trainer.files import read_sealed, write_sealed
@@ -22,7 +25,16 @@ SHINGLE = 5  # words
 THRESHOLD = 0.8  # Jaccard similarity of the sets of shingles
 PERMUTATIONS = 128
 LEFT_OUT = "left-out.json"  # in the documents' folder: ids by split that are not used
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # signs of Chinese stand alone
+STANDS_ALONE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Chinese, Japanese, Korean
+NO_WORD = re.compile(r"[^\w\x00-\x7f]+")  # beyond ASCII; within it, ONLY_WORDS
+ONLY_WORDS = bytes(
+    code if code >= 0x80 or chr(code).isalnum() or chr(code) == "_" else ord(" ")
+    for code in range(256)
+)
+# A word's hash is the sum of those of its bytes, each at its place in the word.
+OF_BYTE = np.random.default_rng(0).integers(1 << 64, size=(64, 256), dtype=np.uint64)
+FACTOR = np.uint64(0x9E3779B97F4A7C15)  # between the words of a run: their order counts
+FILTER_BITS = 16  # at least, for each shingle of the held-out documents
 
 
 class Text(Protocol):
@@ -68,49 +80,94 @@ class NearDuplicates:
         }
 
 
-def find(training: Iterable[Text], held_out: list[Text], action: str) -> NearDuplicates:
+class Shingles:
+    """Hashes of any document's shingles, as a table of bits: says "no" surely, "yes" nearly."""
+
+    def __init__(self, hashes: list[NDArray[np.uint64]]) -> None:
+        wanted = FILTER_BITS * max(1, sum(map(len, hashes)))
+        self.shift = np.uint64(64 - max(10, wanted.bit_length()))
+        self.bits = np.zeros(1 << (61 - int(self.shift)), np.uint8)
+        for some in hashes:
+            byte, bit = self.places(some)
+            np.bitwise_or.at(self.bits, byte, bit)
+
+    def places(self, hashes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Byte and bit of each hash."""
+        place = hashes >> self.shift
+        return place >> np.uint64(3), np.left_shift(1, place & np.uint64(7), dtype=np.uint8)
+
+    def count(self, hashes: NDArray[np.uint64]) -> int:
+        """How many of the hashes may be in it."""
+        byte, bit = self.places(hashes)
+        return int(np.count_nonzero(self.bits[byte] & bit))
+
+
+def find(training: Iterable[Text], held_out: Iterable[Text], action: str) -> NearDuplicates:
     """Compare every training document with the held-out ones.
 
     Raises:
         ValueError: nothing would be held out any more.
     """
-    found = NearDuplicates(action, len(held_out))
+    known = {document.id: shingles(document.text) for document in held_out}
+    found = NearDuplicates(action, len(known))
     index = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS)
-    known: dict[str, set[str]] = {}
-    anywhere: set[str] = set()  # shingles of any held-out document
-    for document in held_out:
-        known[document.id] = shingles(document.text)
-        anywhere |= known[document.id]
-        index.insert(document.id, signature(known[document.id]))
+    for name, hashes in tqdm(known.items(), desc="held-out", unit="doc", leave=False):
+        index.insert(name, signature(hashes))
+    anywhere = Shingles(list(known.values()))
     for document in tqdm(training, desc="near-duplicates", unit="doc", leave=False):
         own = shingles(document.text)
         # A near-duplicate shares this many of its shingles with one of them, so with all of them;
         # hardly any other document does, which saves the signatures of nearly all.
-        if len(own & anywhere) < THRESHOLD * len(own):
+        if anywhere.count(own) < THRESHOLD * len(own):
             continue
         for candidate in index.query(signature(own)):
             other = known[candidate]
-            if len(own & other) >= THRESHOLD * len(own | other):
+            shared = len(np.intersect1d(own, other, assume_unique=True))
+            if shared >= THRESHOLD * (len(own) + len(other) - shared):
                 found.held_out.add(candidate)
                 found.training.add(document.id)
-    if action == "keep_in_training" and len(found.held_out) == len(held_out):
+    if action == "keep_in_training" and known and len(found.held_out) == len(known):
         raise ValueError(
             "corpus.near_duplicates=keep_in_training would leave no held-out document: all "
-            f"{len(held_out)} have near-duplicates in training; use drop or report"
+            f"{len(known)} have near-duplicates in training; use drop or report"
         )
     return found
 
 
-def shingles(text: str) -> set[str]:
-    """Runs of five words, lower case; a shorter text is one run."""
-    words = WORD.findall(text.lower())
-    return {" ".join(words[at : at + SHINGLE]) for at in range(max(1, len(words) - SHINGLE + 1))}
+def words(text: str) -> list[bytes]:
+    """Runs of letters, digits and ``_`` in lower case, UTF-8; signs of Chinese stand alone."""
+    text = text.lower()
+    if not text.isascii():
+        text = STANDS_ALONE.sub(r" \g<0> ", NO_WORD.sub(" ", text))
+    return text.encode().translate(ONLY_WORDS).split()
 
 
-def signature(of: set[str]) -> MinHash:
+def shingles(text: str) -> NDArray[np.uint64]:
+    """Sorted, distinct hashes of the runs of five words; a shorter text is one run."""
+    found = words(text) or [b""]
+    content = np.frombuffer(b" ".join([*found, b""]), np.uint8)
+    ends = np.flatnonzero(content == ord(" ")) + 1  # of each word, with the space behind it
+    starts = np.concatenate([np.zeros(1, ends.dtype), ends[:-1]])
+    place = (np.arange(len(content)) - np.repeat(starts, ends - starts)) % len(OF_BYTE)
+    of_word = np.add.reduceat(OF_BYTE[place, content], starts)
+    count = max(1, len(found) - SHINGLE + 1)
+    hashes = np.zeros(count, np.uint64)
+    for word in range(min(SHINGLE, len(found))):
+        hashes = hashes * FACTOR + of_word[word : word + count]
+    return np.unique(mixed(hashes))
+
+
+def mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The hashes with every bit spread over all others (the end of MurmurHash3)."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        hashes = (hashes ^ (hashes >> np.uint64(33))) * np.uint64(factor)
+    return hashes ^ (hashes >> np.uint64(33))
+
+
+def signature(hashes: NDArray[np.uint64]) -> MinHash:
     """MinHash of a set of shingles."""
-    made = MinHash(num_perm=PERMUTATIONS)
-    made.update_batch([shingle.encode() for shingle in of])
+    made = MinHash(num_perm=PERMUTATIONS, hashfunc=int)  # they are hashes already
+    made.update_batch((hashes >> np.uint64(32)).tolist())
     return made
 
 

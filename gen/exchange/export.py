@@ -17,12 +17,14 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from gen.corpus.documents import Document, hash_of, hash_text
+from gen.corpus.near_duplicates import left_out
 from gen.corpus.tokenizer import TokenizerManifest
 from gen.exchange.card import Part, write_card
 from gen.exchange.join import MEMORY
@@ -303,8 +305,12 @@ def numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.Record
 
 
 def batches_of(root: Path, split: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    parquet = pq.ParquetFile(root / "documents" / f"{split}.parquet", pre_buffer=False)
-    return parquet.iter_batches(BATCH_ROWS, columns=columns)
+    """Documents of a split that are used (``corpus.near_duplicates`` may leave some out)."""
+    folder = root / "documents"
+    unused = pa.array(sorted(left_out(folder, split)), pa.string())
+    parquet = pq.ParquetFile(folder / f"{split}.parquet", pre_buffer=False)
+    for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
+        yield batch.filter(pc.invert(pc.is_in(batch["id"], unused)))
 
 
 def rows_of(root: Path, split: str) -> Iterator[dict[str, Any]]:

@@ -7,10 +7,12 @@ fsspec reaches.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ LINES = tuple(
 ENDINGS = (*PARQUET, *ARROW, *LINES)
 BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")  # of datasets, no rows
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException)
-MAGIC_CHARACTERS = "*?["
+# Object stores that pyarrow reads itself, and options: it would try Google's for 15 minutes.
+ARROW_SPEAKS = {"s3": "", "gs": "?retry_limit_seconds=60"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ def filesystem(where: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ValueError: the protocol is unknown, or needs a package that is not installed.
     """
     protocol, separator, rest = where.partition("://")
-    if separator and protocol in ("s3", "gs"):  # pyarrow speaks these itself
-        base = protocol + separator + rest.split("/", 1)[0]
+    if separator and protocol in ARROW_SPEAKS:
+        base = protocol + separator + rest.split("/", 1)[0] + ARROW_SPEAKS[protocol]
         return ArrowFSWrapper(arrow_fs.FileSystem.from_uri(base)[0]), rest
     try:
         system, path = fsspec.core.url_to_fs(where)
@@ -84,12 +87,15 @@ def find_files(where: str, setting: str) -> list[SourceFile]:
 
     Raises:
         FileNotFoundError: there are none.
+        OSError: the place cannot be reached, or not with these credentials.
     """
     system, path = filesystem(where)
-    if any(character in path for character in MAGIC_CHARACTERS):
-        found = [name for match in system.glob(path) for name in system.find(match)]
-    else:
-        found = system.find(path)
+    try:
+        found = list_files(system, path)
+    except Exception as error:  # every driver has its own
+        if isinstance(system, LocalFileSystem):
+            raise
+        raise OSError(f"{setting}={where} cannot be listed: {first_line(error)}") from error
     names = sorted(name for name in set(found) if not is_hidden(name, path))
     if any(name.endswith(ARROW) for name in names):
         names = [name for name in names if PurePosixPath(name).name not in BESIDE_ARROW]
@@ -109,6 +115,23 @@ def find_files(where: str, setting: str) -> list[SourceFile]:
             full = name
         files.append(SourceFile(full, int(info["size"] or 0), str(version)))
     return files
+
+
+def list_files(system: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """Files at a folder, glob or file; where that cannot be told an error, and not nothing."""
+    folder = path
+    if any(character in path for character in "*?["):
+        folder = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+        found = [name for match in system.glob(path) for name in system.find(match)]
+    else:
+        found = system.find(path)
+    if not found:  # find and glob hide errors
+        if isinstance(system, ArrowFSWrapper):
+            system.fs.get_file_info(arrow_fs.FileSelector(folder, allow_not_found=True))
+        else:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                system.ls(folder)
+    return found
 
 
 def is_hidden(name: str, place: str) -> bool:
@@ -178,7 +201,21 @@ def read_rows(
         else:
             yield from json_rows(path)
     except READ_ERRORS as error:
-        yield 0, Odd("unreadable_file", first_line(error))
+        yield 0, damage("unreadable_file", path, error)
+
+
+def damage(reason: str, path: str, error: Exception, where: str = "") -> Odd:
+    """What an error in reading says of the file.
+
+    Raises:
+        OSError: a file elsewhere did not come; that is no damage, and its rows must not be missed.
+    """
+    if "://" in path and isinstance(error, OSError):
+        raise OSError(
+            f"{path} cannot be read: {first_line(error)}. Run the same command to go on. If the "
+            "file itself is damaged, import a local copy: what is around the damage is read"
+        ) from error
+    return Odd(reason, where + first_line(error))
 
 
 def parquet_rows(
@@ -194,8 +231,8 @@ def parquet_rows(
                     yield from numbered(batch, done + 1)
                     done += batch.num_rows
             except READ_ERRORS as error:
-                lost = f"rows {done + 1} to {start + sizes[group]}: {first_line(error)}"
-                yield done + 1, Odd("damaged_rows", lost)
+                lost = f"rows {done + 1} to {start + sizes[group]}: "
+                yield done + 1, damage("damaged_rows", path, error, lost)
 
 
 def arrow_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | Odd]]:
@@ -215,7 +252,7 @@ def arrow_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
                     yield from numbered(chosen.slice(start, BATCH_ROWS), done + start + 1)
                 done += batch.num_rows
         except READ_ERRORS as error:
-            yield done + 1, Odd("truncated_file", first_line(error))
+            yield done + 1, damage("truncated_file", path, error)
 
 
 def arrow_reader(opened: Any) -> Any:
@@ -247,7 +284,7 @@ def json_rows(path: str) -> Iterator[tuple[int, dict[str, Any] | Odd]]:
             try:
                 line = lines.readline()
             except READ_ERRORS as error:
-                yield number, Odd("truncated_file", first_line(error))
+                yield number, damage("truncated_file", path, error)
                 return
             if not line:
                 return

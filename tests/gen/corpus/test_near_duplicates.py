@@ -2,12 +2,16 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gen.corpus.documents import CorpusConfig, build_documents, is_held_out, load_split
-from gen.corpus.near_duplicates import find, shingles
+from gen.corpus.near_duplicates import Shingles, find, shingles
 
 WORDS = [f"word{number}" for number in range(500)]
 
@@ -50,10 +54,33 @@ def test_near_duplicates_are_left_out_where_it_is_asked(
     assert build_documents(config, corpus) == manifest
 
 
-def test_signs_without_spaces_make_shingles_too() -> None:
-    assert shingles("数学は楽しい") == {"数 学 は 楽 し", "学 は 楽 し い"}
-    assert shingles("Two words") == {"two words"}
-    assert shingles("") == {""}
+def as_said(text: str) -> set[str]:
+    """What the hashes stand for: runs of five words."""
+    sign = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+    found = re.findall(rf"{sign}|(?:(?!{sign})\w)+", text.lower())
+    return {" ".join(found[at : at + 5]) for at in range(max(1, len(found) - 4))}
+
+
+TEXTS = st.lists(
+    st.sampled_from(
+        ["a", "b", "Ab", "ba", "a_1", ",", "  ", "\n", "é", "É", "—", "“x”", "数", "学1", "ß"]
+    ),
+    max_size=30,
+).map(" ".join) | st.text(max_size=60)
+
+
+@given(TEXTS, TEXTS)
+def test_hashes_are_equal_where_runs_of_words_are(one: str, other: str) -> None:
+    mine, theirs = shingles(one), shingles(other)
+    assert len(mine) == len(as_said(one))
+    assert len(np.intersect1d(mine, theirs)) == len(as_said(one) & as_said(other))
+
+
+def test_the_table_of_hashes_forgets_none_and_knows_few_others() -> None:
+    hashes = np.random.default_rng(0).integers(1 << 64, size=(2, 50_000), dtype=np.uint64)
+    table = Shingles([hashes[0, :20_000], hashes[0, 20_000:]])
+    assert table.count(hashes[0]) == 50_000
+    assert table.count(hashes[1]) < 0.08 * 50_000
 
 
 def test_a_split_that_would_be_empty_is_refused(corpus: Path) -> None:

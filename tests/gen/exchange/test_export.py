@@ -2,8 +2,7 @@
 
 import itertools
 import json
-import os
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from gen.generations.store import Generation, GenerationStore
 from gen.megadocs.streams import StreamConfig, build_stream
 from gen.quality.gates import QualityConfig
 from tests.conftest import REPOSITORY
+from tests.gen.exchange.conftest import with_datatrove
 
 HELD_OUT = 0.3
 METHODS = ["faq", "table"]
@@ -217,18 +217,38 @@ def test_the_card_says_what_is_in_it(dataset: Path) -> None:
 
 
 def test_datatrove_reads_it(dataset: Path) -> None:
-    """With an environment of its own: its huggingface-hub is newer than transformers 4 takes."""
-    python = os.environ.get("DATATROVE_PYTHON")
-    if python is None:
-        pytest.skip("DATATROVE_PYTHON does not name a Python that has datatrove")
     script = (
         "from datatrove.pipeline.readers import ParquetReader\n"
         f"for d in ParquetReader({str(dataset / 'faq')!r}, glob_pattern='train-*.parquet')():\n"
         "    print(d.id, len(d.text), len(d.metadata['generations']))\n"
     )
-    done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
     train = list(load_split(dataset.parent / "root", "train"))
-    assert done.stdout.splitlines() == [f"{one.id} {len(one.text)} 2" for one in train]
+    lines = with_datatrove("-c", script).splitlines()
+    assert lines == [f"{one.id} {len(one.text)} 2" for one in train]
+
+
+def test_what_is_not_used_is_not_exported(tmp_path: Path) -> None:
+    """A training document that resembles a held-out one, and its rewrites, stay here."""
+    names = iter(f"n{number}" for number in range(1000))
+    held_out = next(name for name in names if is_held_out(name, HELD_OUT))
+    copy = next(name for name in names if not is_held_out(name, HELD_OUT))
+    corpus = small_corpus()
+    rewrites = corpus["d0"][1]
+    corpus |= {
+        held_out: ("The same text. " * 20, {}),
+        copy: ("The same text. " * 20 + "!", rewrites),
+    }
+    config = fill(tmp_path / "root", corpus)
+    assert copy in {document.id for document in load_split(tmp_path / "root", "train")}
+    build_documents(replace(config, near_duplicates="drop"), tmp_path / "root")
+    export(tmp_path / "root", tmp_path / "dataset")
+    rows = load_dataset(str(tmp_path / "dataset"), "faq", split="train", cache_dir=str(tmp_path))
+    used = {document.id for document in load_split(tmp_path / "root", "train")}
+    assert copy not in used
+    assert {row["id"] for row in rows} == used
+    import_again(tmp_path / "dataset", tmp_path / "again")
+    documents, _ = contents(tmp_path / "root")
+    assert contents(tmp_path / "again")[0] == documents
 
 
 def test_what_cannot_be_exported_is_refused(dataset: Path, tmp_path: Path) -> None:

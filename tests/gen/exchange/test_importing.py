@@ -3,7 +3,9 @@
 import gzip
 import json
 import re
+import shutil
 import threading
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,14 +19,16 @@ from datasets import Dataset
 from omegaconf import OmegaConf
 
 from gen.corpus.documents import CorpusConfig, hash_of, hash_text, is_held_out, load_split
+from gen.exchange import staging
 from gen.exchange.config import ImportConfig
+from gen.exchange.files import read_rows
 from gen.exchange.importing import Import
 from gen.generations.status import status
 from gen.generations.store import GenerationStore
 from gen.quality.gates import QualityConfig, ReportConfig
 from gen.quality.report import write_quality_report
 from tests.conftest import REPOSITORY, run_script
-from tests.gen.exchange.conftest import RunImport
+from tests.gen.exchange.conftest import RunImport, with_datatrove
 
 FINEPHRASE = Path(__file__).with_name("finephrase")
 PRESETS = REPOSITORY / "conf" / "generate" / "import"
@@ -147,6 +151,15 @@ def test_the_layout_that_datatrove_writes(
     assert "faq: all 36 imported generations are there" in capsys.readouterr().out
 
 
+def test_what_is_kept_of_datatrove_is_what_it_writes(tmp_path: Path) -> None:
+    with_datatrove(FINEPHRASE.with_name("write_finephrase.py"), tmp_path)
+    for kept in FINEPHRASE.rglob("*.parquet"):
+        written = pq.read_table(tmp_path / kept.relative_to(FINEPHRASE))
+        assert written.equals(pq.read_table(kept), check_metadata=True)
+    names = [{path.relative_to(top) for path in top.rglob("*")} for top in (FINEPHRASE, tmp_path)]
+    assert names[0] == names[1]
+
+
 def test_a_glob_an_url_and_one_file_are_places_too(tmp_path: Path, run_import: RunImport) -> None:
     folder = write_rows(ROWS, tmp_path / "files", "jsonl")
     (folder / "README.md").write_text("no rows")
@@ -172,6 +185,54 @@ def test_files_of_a_server_are_read_as_those_of_a_folder(tmp_path: Path) -> None
     files = record["rephrase"]["files"]
     assert [file["path"] for file in files] == [f"{path}part-{part}.parquet" for part in range(2)]
     assert all(file["size"] > 0 for file in files)
+
+
+def test_files_in_an_object_store_are_read_as_those_of_a_folder(
+    tmp_path: Path, object_store: Any, run_import: RunImport
+) -> None:
+    for file in write_rows(ROWS, tmp_path / "files", "parquet").iterdir():
+        object_store.upload_file(str(file), "bucket", f"rephrases/{file.name}")
+    record = run_import("s3://bucket/rephrases")
+    assert keys_and_texts(tmp_path / "root") == expected(ROWS)
+    names = [f"s3://bucket/rephrases/part-{part}.parquet" for part in range(2)]
+    files = record["rephrase"]["files"]
+    assert [file["path"] for file in files] == names
+    assert [file["rows"] for file in files] == [15, 15]
+    shutil.rmtree(tmp_path / "root")
+    run_import("s3://bucket/rephrases/part-0*", processes=2)
+    assert keys_and_texts(tmp_path / "root") == expected(ROWS[::2])
+    shutil.rmtree(tmp_path / "root")
+    with pytest.raises(FileNotFoundError, match=r"import.path=s3://bucket/nothing holds no file"):
+        run_import("s3://bucket/nothing")
+    body = (tmp_path / "files" / "part-1.parquet").read_bytes()[:-200]
+    object_store.put_object(Bucket="bucket", Key="rephrases/part-1.parquet", Body=body)
+    record = run_import("s3://bucket/rephrases")
+    assert record["rephrase"]["left_out"]["unreadable_file"] == 1
+
+
+def test_an_object_that_does_not_come_stops_the_import_and_loses_no_row(
+    tmp_path: Path, object_store: Any, run_import: RunImport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted(write_rows(ROWS, tmp_path / "files", "parquet").iterdir())
+    for file in files:
+        object_store.upload_file(str(file), "bucket", file.name)
+
+    def read_when_it_is_gone(path: str, *arguments: Any) -> Iterator[Any]:
+        object_store.delete_object(Bucket="bucket", Key=files[1].name)
+        return read_rows(path, *arguments)
+
+    with monkeypatch.context() as gone:
+        gone.setattr(staging, "read_rows", read_when_it_is_gone)
+        with pytest.raises(OSError, match=r"same command to go on"):
+            run_import("s3://bucket", processes=1)
+    object_store.upload_file(str(files[1]), "bucket", files[1].name)
+    run_import("s3://bucket", processes=1)
+    assert keys_and_texts(tmp_path / "root") == expected(ROWS)
+
+
+def test_a_place_that_cannot_be_reached_is_named(tmp_path: Path, run_import: RunImport) -> None:
+    with pytest.raises(OSError, match=r"import.path=http://127.0.0.1:9/x/ cannot be listed: .*127"):
+        run_import("http://127.0.0.1:9/x/")
 
 
 def test_a_corpus_that_is_there_already_takes_what_fits_it(

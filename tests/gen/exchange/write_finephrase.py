@@ -1,8 +1,7 @@
 """Write a folder of FinePhrase's layout with datatrove's own writer, as its recipe does.
 
-Run it where datatrove is installed (its huggingface-hub is newer than transformers 4 takes):
-``python tests/gen/exchange/write_finephrase.py FOLDER [DOCUMENTS]``. What it wrote with
-datatrove 0.10.1 is in ``tests/gen/exchange/finephrase``.
+``PYTHONPATH=.venv/datatrove python tests/gen/exchange/write_finephrase.py FOLDER [DOCUMENTS]``.
+What it wrote with datatrove 0.10.1 is in ``tests/gen/exchange/finephrase``.
 """
 
 import sys
