@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -33,7 +34,10 @@ from gen.generations.job import run_job
 from gen.generations.sessions import Session
 from gen.generations.status import status
 from gen.generations.store import GenerationStore
-from gen.megadocs.streams import StreamConfig, build_stream
+from gen.megadocs.config import StreamConfig
+from gen.megadocs.progress import streams_status
+from gen.megadocs.streams import build_stream
+from gen.megadocs.work import Work
 from gen.prompts import MethodConfig
 from gen.quality.gates import QualityConfig, ReportConfig
 from gen.serving.servers import GeneratorConfig, serving
@@ -93,7 +97,7 @@ def run_task(config: GenerateConfig) -> None:
     check_bounds(config)
     root = Path(config.root)
     if config.task == "status":
-        return print(status(root))
+        return print("\n".join(filter(None, [status(root), streams_status(root)])))
     config.method.check()
     config.quality.check()
     if config.export is not None:
@@ -112,8 +116,7 @@ def run_task(config: GenerateConfig) -> None:
     if config.task in ("all", "generate"):
         generate_missing(config, corpus, root)
     if config.task in ("all", "streams", "corpus"):
-        with only_one(root / "streams.lock"):  # jobs of several methods build `real` as well
-            build_streams(config, corpus, root)
+        build_streams(config, corpus, root)
     return None
 
 
@@ -145,12 +148,10 @@ def import_and_build(config: GenerateConfig, root: Path) -> None:
             return
         corpus = prepare_corpus(replace(config, corpus=corpus_config), root)
     if config.task in ("all", "streams"):
-        with only_one(root / "streams.lock"):
-            # Several styles in one stream are asked for instead of a stream of each.
-            for name in list(records)[:1] if config.streams.methods else records:
-                build_streams(
-                    replace(config, method=replace(config.method, name=name)), corpus, root
-                )
+        # Several styles in one stream are asked for instead of a stream of each.
+        for name in list(records)[:1] if config.streams.methods else records:
+            method = replace(config.method, name=name)
+            build_streams(replace(config, method=method), corpus, root)
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,14 @@ class Corpus:
     val: list[Document]
     tokenizer: Tokenizer
     vocabulary: TokenizerManifest
+
+    @functools.cached_property
+    def train_hash(self) -> str:
+        return hash_of(self.train)
+
+    @functools.cached_property
+    def val_hash(self) -> str:
+        return hash_of(self.val)
 
 
 def prepare_corpus(config: GenerateConfig, root: Path) -> Corpus:
@@ -215,31 +224,36 @@ def cut_to_budget(documents: list[Document], budget: int, tokenizer: Tokenizer) 
 
 def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
     """``real``, ``val`` and the synthetic streams that the method's generations allow."""
+    with Work(config.streams.processes, config.streams.writer, config.streams.writers) as work:
+        for kind, generations in streams_of(config, root):
+            documents = corpus.val if kind == "val" else corpus.train
+            build_stream(
+                kind,
+                config.method.name,
+                generations,
+                documents,
+                corpus.val_hash if kind == "val" else corpus.train_hash,
+                corpus.tokenizer,
+                corpus.vocabulary,
+                config.streams,
+                config.quality,
+                root,
+                work,
+            )
 
-    def build(kind: str, generations: int, documents: list[Document]) -> dict[str, Any]:
-        return build_stream(
-            kind,
-            config.method.name,
-            generations,
-            documents,
-            hash_of(documents),
-            corpus.tokenizer,
-            corpus.vocabulary,
-            config.streams,
-            config.quality,
-            root,
-        )
 
-    build("real", 0, corpus.train)
-    build("val", 0, corpus.val)
+def streams_of(config: GenerateConfig, root: Path) -> Iterator[tuple[str, int]]:
+    """Kind and G of each stream that a config asks for."""
+    yield "real", 0
+    yield "val", 0
     if config.task == "corpus":  # what a first model, real only, is trained with
         return
     if config.method.latent:  # thoughts belong to the cuts of one G
-        build("latent", config.method.generations, corpus.train)
+        yield "latent", config.method.generations
         return
     for generations in config.streams.generations or [default_generations(config, root)]:
-        build("simple", generations, corpus.train)
-        build("stitched", generations, corpus.train)
+        yield "simple", generations
+        yield "stitched", generations
 
 
 def default_generations(config: GenerateConfig, root: Path) -> int:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gen.megadocs.streams import StreamConfig, build_stream
+from gen.megadocs.config import StreamConfig
+from gen.megadocs.streams import build_stream
 from gen.pipeline import GenerateConfig, prepare_corpus
 from gen.quality.gates import QualityConfig
 from tests.conftest import run_script

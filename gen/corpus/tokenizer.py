@@ -146,7 +146,7 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
-    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
 

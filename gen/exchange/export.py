@@ -29,8 +29,11 @@ from gen.corpus.tokenizer import TokenizerManifest
 from gen.exchange.card import Part, write_card
 from gen.exchange.join import MEMORY
 from gen.generations.store import IMPORT_RECORD, SCHEMA, GenerationStore
-from gen.megadocs.assembly import Megadoc
-from gen.megadocs.streams import StreamConfig, assemble, choose_generations
+from gen.megadocs.assembly import Megadoc, with_texts
+from gen.megadocs.config import StreamConfig
+from gen.megadocs.selection import choose_generations
+from gen.megadocs.streams import lay_out
+from gen.megadocs.tokens import starts_of
 from gen.quality.gates import QualityConfig, gates
 from gen.quality.table import columns_of, quality_table
 from trainer.data.format import REAL, SYNTHETIC, THOUGHT
@@ -233,7 +236,11 @@ class Export:
         part = Part(f"megadocs-{manifest['name']}", {"separator": separator, **settings}, False)
         shards = Shards(folder / "megadocs" / manifest["name"], "train", MEGADOCS)
         counts = part.counts.setdefault("train", [0, 0, 0])
-        for megadoc in assemble(kind, self.train, chosen, self.tokenizer, config):
+        for one, store in zip(chosen, self.stores_of(manifest), strict=True):
+            one.texts = store.read(["text"])["text"]
+        layout = lay_out(kind, self.train, chosen, config, lambda: self.starts)
+        delimiters = (config.open_thought, config.close_thought)
+        for megadoc in with_texts(layout, self.train, chosen, *delimiters):
             row = text_and_borders(megadoc, separator, methods)
             shards.add(row, len(row["text"]))
             counts[0] += 1
@@ -242,6 +249,11 @@ class Export:
         shards.close()
         part.path = f"megadocs/{manifest['name']}"
         return part
+
+    def starts(self, place: int) -> list[int]:
+        """The character where each token of a training document starts."""
+        assert self.tokenizer is not None
+        return starts_of(self.tokenizer, [self.train[place].text])[0]
 
 
 def text_and_borders(megadoc: Megadoc, separator: str, methods: list[str]) -> dict[str, Any]:

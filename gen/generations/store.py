@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gen.corpus.documents import Document
@@ -49,6 +50,7 @@ SCHEMA = pa.schema(
     ]
 )
 
+BATCH_ROWS = 4096  # of a part that is read bit by bit
 IMPORT_RECORD = "import.json"  # of a store that gen/exchange filled; written last
 # Settings that older versions did not have and did not write down, with what they meant.
 ADDED_SETTINGS: dict[str, Any] = {"extra_body": {}, "extra_headers": {}}
@@ -164,6 +166,18 @@ class GenerationStore:
                 covered = (writer, -negative_last)
         return kept
 
+    def require_parts(self) -> list[Path]:
+        """The parts of a store that is not empty.
+
+        Raises:
+            FileNotFoundError: nothing was generated yet.
+        """
+        if not (parts := self.parts()):
+            raise FileNotFoundError(
+                f"{self.folder} holds no generations; make them with generate.py first"
+            )
+        return parts
+
     def append(self, rows: list[Generation], writer: int) -> None:
         """Write ``rows`` as a new part and sync it to the disk.
 
@@ -240,10 +254,7 @@ class GenerationStore:
             FileNotFoundError: nothing was generated yet.
             ValueError: a part is corrupted.
         """
-        if not self.parts():
-            raise FileNotFoundError(
-                f"{self.folder} holds no generations; make them with generate.py first"
-            )
+        self.require_parts()
         while True:
             with contextlib.suppress(FileNotFoundError):  # merged since it was listed
                 return pa.concat_tables([read_part(part, columns) for part in self.parts()])
@@ -262,20 +273,35 @@ class GenerationStore:
         return hashlib.sha256(repr(sorted(state)).encode()).hexdigest()[:16]
 
 
-def places_of(rows: pa.Table, documents: Sequence[Document]) -> np.ndarray:
-    """Place of the document of each row: int64 ``[rows]``, -1 where it is gone or was edited.
+class DocumentPlaces:
+    """Finds the documents that generations were made from, by id and hash of the text.
 
     Args:
-        rows: of a store, with ``document_id`` and ``text_hash``.
         documents: in corpus order.
     """
-    places = {
-        (document.id, text_hash): place
-        for place, document in enumerate(documents)
-        for text_hash in (document.text_hash, None)
-    }
-    keys = zip(rows["document_id"].to_pylist(), rows["text_hash"].to_pylist(), strict=True)
-    return np.array([places.get(key, -1) for key in keys], dtype=np.int64)
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.ids = pa.array([document.id for document in documents], pa.string())
+        self.hashes = pa.array([document.text_hash for document in documents], pa.string())
+
+    def of(self, rows: pa.Table) -> np.ndarray:
+        """Place of the document of each row: int32 ``[rows]``, -1 where it is gone or was edited.
+
+        Args:
+            rows: of a store, with ``document_id`` and ``text_hash``.
+        """
+        place = pc.index_in(rows["document_id"], self.ids)
+        same = pc.equal(pc.take(self.hashes, place), rows["text_hash"])
+        # Rows of older versions tell no hash.
+        same = pc.if_else(pc.is_null(rows["text_hash"]), True, same)
+        place = pc.if_else(same, place, -1)
+        found = pc.fill_null(place, -1).combine_chunks()
+        return np.array(found.to_numpy(zero_copy_only=False), dtype=np.int32)
+
+
+def places_of(rows: pa.Table, documents: Sequence[Document]) -> np.ndarray:
+    """:meth:`DocumentPlaces.of` for one table."""
+    return DocumentPlaces(documents).of(rows)
 
 
 def numbers_of(part: Path) -> tuple[int, int, int]:
@@ -296,10 +322,30 @@ def read_part(part: Path, columns: list[str] | None) -> pa.Table:
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"{part} is corrupted ({error}); delete it and run generate.py again, which "
-            "makes only what is missing"
-        ) from error
+        raise corrupted(part, error) from error
+
+
+def batches_of(part: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The rows of a part, some at a time.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is corrupted.
+    """
+    try:
+        with pq.ParquetFile(part, page_checksum_verification=True) as file:
+            yield from file.iter_batches(BATCH_ROWS, columns=columns)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise corrupted(part, error) from error
+
+
+def corrupted(part: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{part} is corrupted ({error}); delete it and run generate.py again, which makes only "
+        "what is missing"
+    )
 
 
 def difference(before: object, after: object, context: int = 30) -> str:

@@ -1,21 +1,22 @@
-"""Documents and generations become megadocs: the four kinds of stream."""
+"""Documents and generations become megadocs: the four kinds of stream, as arrays of places."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
-from gen.generations.store import places_of
-from gen.megadocs.split import split_document
+from gen.generations.store import DocumentPlaces, GenerationStore, read_part
+from gen.megadocs.split import cut_places
 from trainer.data.format import REAL, REPHRASE, THOUGHT
 
 # Of a store, what megadocs are made of.
-TEXT_COLUMNS = ["document_id", "text_hash", "index", "text"]
+KEY_COLUMNS = ["document_id", "text_hash", "index"]
+TEXT_COLUMNS = [*KEY_COLUMNS, "text"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,6 @@ class Member:
     text: str
     index: int  # which generation; for real text which piece
     style: int = 0  # which of the stream's methods it is of
-    tokens: list[int] | None = None  # ids, where they are known already
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Megadoc:
 
 
 class Generations:
-    """Generated texts by document, the first G of each, made from the text that it has now.
+    """Which generations there are of each document: the first G, made from the text it has now.
 
     Args:
-        table: rows of one method with :data:`TEXT_COLUMNS`.
+        place: of the document of each row of a store, -1 for none: int ``[rows]``.
+        index: of each row: int ``[rows]``.
         documents: the documents in corpus order.
         count: G.
         where: what to name in errors: the store's folder.
@@ -54,55 +55,102 @@ class Generations:
 
     def __init__(
         self,
-        table: pa.Table,
-        documents: list[Document],
+        place: np.ndarray,
+        index: np.ndarray,
+        documents: Sequence[Document],
         count: int,
         where: str,
         may_lack: bool = False,
     ) -> None:
-        document = places_of(table, documents)
-        index = table["index"].to_numpy()
-        chosen = np.flatnonzero((document >= 0) & (index < count))
-        order = chosen[np.lexsort((index[chosen], document[chosen]))]
-        same = (np.diff(document[order]) == 0) & (np.diff(index[order]) == 0)
+        chosen = np.flatnonzero((place >= 0) & (index < count))
+        order = chosen[np.lexsort((index[chosen], place[chosen]))]
+        self.rows = order.astype(np.int32 if len(place) < 1 << 31 else np.int64)
+        self.places = place[order].astype(np.int32)  # of the document of each, ascending
+        self.indices = index[order].astype(np.int32)
+        same = (np.diff(self.places) == 0) & (np.diff(self.indices) == 0)
         if same.any():
-            twice = order[np.flatnonzero(same)[0]]
+            twice = np.flatnonzero(same)[0]
             raise ValueError(
-                f"{where} holds generation {index[twice]} of {documents[document[twice]].id!r} "
+                f"{where} holds generation {self.indices[twice]} of "
+                f"{documents[self.places[twice]].id!r} "
                 f"twice ({same.sum()} such pairs in all): were parts of another store copied into "
                 "it? Delete those"
             )
-        found = np.bincount(document[order], minlength=len(documents))
-        self.rows = order
-        self.starts = np.concatenate(([0], found.cumsum()))
-        self.indices = index
-        self.texts = table["text"]
-        self.found = found
+        self.found = np.bincount(self.places, minlength=len(documents))
+        self.starts = np.concatenate(([0], self.found.cumsum()))
         self.count = count
         self.where = where
         self.may_lack = may_lack
-        self.kept = np.ones(len(order), dtype=bool)
+        self.kept = np.ones(len(self.rows), dtype=bool)
+        self.edited = np.zeros(len(self.rows), dtype=bool)
         self.edit: Callable[[str], str] | None = None
+        self.texts: pa.ChunkedArray | None = None  # of all rows, where they are needed
+        self.parts: list[Path] = []  # of a store, whose rows are counted through them
+        self.part_starts = np.zeros(1, dtype=np.int64)  # the first row of each, and their number
+
+    @classmethod
+    def of_table(
+        cls,
+        table: pa.Table,
+        documents: Sequence[Document],
+        count: int,
+        where: str,
+        may_lack: bool = False,
+    ) -> Generations:
+        """From all rows of a store with :data:`TEXT_COLUMNS`, texts included."""
+        place = DocumentPlaces(documents).of(table)
+        found = cls(place, table["index"].to_numpy(), documents, count, where, may_lack)
+        found.texts = table["text"]
+        return found
+
+    @classmethod
+    def of_store(
+        cls, store: GenerationStore, documents: Sequence[Document], count: int
+    ) -> Generations:
+        """From the keys of a store, a part at a time.
+
+        Raises:
+            FileNotFoundError: the store is empty, or a part was merged meanwhile.
+        """
+        places = DocumentPlaces(documents)
+        parts = store.require_parts()
+        found, indices = [], []
+        for part in parts:
+            table = read_part(part, KEY_COLUMNS)
+            found.append(places.of(table))
+            indices.append(table["index"].to_numpy())
+        arrays = np.concatenate(found), np.concatenate(indices)
+        one = cls(*arrays, documents, count, str(store.folder))
+        one.parts, one.part_starts = parts, np.cumsum([0, *map(len, found)])
+        return one
 
     def take(self, documents: np.ndarray) -> None:
         """Use generations of those documents alone: bool ``[documents]``."""
-        self.kept = self.kept & np.repeat(documents, self.found)
+        self.kept = self.kept & documents[self.places]
 
-    def select(self, kept: np.ndarray, edit: Callable[[str], str] | None) -> None:
-        """Leave out what the quality gates drop and edit the rest.
+    def select(
+        self,
+        kept: np.ndarray,
+        edited: np.ndarray | None = None,
+        edit: Callable[[str], str] | None = None,
+    ) -> None:
+        """Leave out what the quality gates drop and edit some of the rest.
 
         Args:
             kept: bool for each of the generations, by document in corpus order, then by index.
-            edit: applied to every text that is used.
+            edited: which of them ``edit`` changes: bool, aligned with ``kept``.
+            edit: applied to their texts.
         """
         if len(kept) != len(self.rows):
             raise ValueError(
                 f"{len(kept)} generations were judged but {self.where} has {len(self.rows)}; "
                 "something changed it meanwhile: run the same command again"
             )
-        self.kept, self.edit = kept, edit
+        self.kept = kept
+        if edited is not None:
+            self.edited, self.edit = edited & kept, edit
 
-    def require_all(self, documents: list[Document]) -> None:
+    def require_all(self, documents: Sequence[Document]) -> None:
         """Raise ValueError unless every document has G generations, or may lack some."""
         short = np.flatnonzero(self.found < self.count)
         if len(short) and not self.may_lack:
@@ -113,112 +161,262 @@ class Generations:
                 "build the streams with a smaller streams.generations"
             )
 
-    def of(self, place: int) -> dict[int, str]:
-        """Text by index of the generations of document ``place`` that are kept, in order."""
-        here = slice(self.starts[place], self.starts[place + 1])
-        rows = self.rows[here][self.kept[here]]
-        texts = {int(self.indices[row]): self.texts[int(row)].as_py() for row in rows}
-        return {index: self.edit(text) for index, text in texts.items()} if self.edit else texts
+    def grid(self) -> np.ndarray:
+        """Position of each generation, -1 where it is dropped or lacking: int32 ``[D, G]``."""
+        grid = np.full((len(self.found), self.count), -1, dtype=np.int32)
+        used = np.flatnonzero(self.kept)
+        grid[self.places[used], self.indices[used]] = used
+        return grid
 
-    def one(self, place: int, index: int) -> str | None:
-        """One generation of a document, or None where it is dropped or lacking."""
-        rows = self.rows[self.starts[place] : self.starts[place + 1]]
-        position = self.starts[place] + np.searchsorted(self.indices[rows], index)
-        if position == self.starts[place + 1] or self.indices[self.rows[position]] != index:
-            return None
-        if not self.kept[position]:
-            return None
+    def text(self, position: int) -> str:
+        """One text, edited where it is to be; needs the texts of all rows."""
+        assert self.texts is not None
         text = self.texts[int(self.rows[position])].as_py()
-        return self.edit(text) if self.edit else text
+        return self.edit(text) if self.edit is not None and self.edited[position] else text
+
+    def of(self, place: int) -> dict[int, int]:
+        """Position by index of the generations of document ``place`` that are kept, in order."""
+        here = range(self.starts[place], self.starts[place + 1])
+        return {int(self.indices[position]): position for position in here if self.kept[position]}
 
     def made(self, place: int) -> set[int]:
         """Indices of all generations of document ``place``, the dropped ones included."""
-        rows = self.rows[self.starts[place] : self.starts[place + 1]]
-        return set(self.indices[rows].tolist())
+        return set(self.indices[self.starts[place] : self.starts[place + 1]].tolist())
 
 
-def real_documents(documents: list[Document]) -> Iterator[Megadoc]:
+@dataclass(frozen=True)
+class Layout:
+    """The megadocs of a stream in their stored order: M megadocs of N members in all.
+
+    ``position`` is the place of the document for real text, and the place among the generations of
+    its style otherwise. ``cuts`` are those of pieces of documents: from and to which token, from
+    and to which character.
+    """
+
+    document: np.ndarray  # int32 [M]: place of its document
+    row: np.ndarray  # int32 [M]: number behind the document's id; -1: there is none
+    ends: np.ndarray  # int64 [M]: cumulative, in members
+    kind: np.ndarray  # uint8 [N]
+    index: np.ndarray  # int32 [N]
+    style: np.ndarray  # uint8 [N]
+    position: np.ndarray  # int32 [N]
+    cuts: np.ndarray | None = None  # int32 [N, 4]
+
+    def first_members(self) -> np.ndarray:
+        """Which members begin a megadoc: bool ``[N]``."""
+        first = np.zeros(len(self.kind), dtype=bool)
+        if len(self.ends):
+            first[0] = True
+            first[self.ends[:-1]] = True
+        return first
+
+    def last_members(self) -> np.ndarray:
+        """Which members end a megadoc: bool ``[N]``."""
+        last = np.zeros(len(self.kind), dtype=bool)
+        last[self.ends - 1] = True
+        return last
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What stands in the columns of a grid of all texts of all documents."""
+
+    kind: np.ndarray  # uint8 [C]
+    index: np.ndarray  # int32 [C]
+    style: np.ndarray  # uint8 [C]
+
+    @classmethod
+    def of(cls, styles: Sequence[Generations]) -> Columns:
+        """The generations of each style, then the real document."""
+        counts = [style.count for style in styles]
+        rephrases = sum(counts)
+        return cls(
+            np.array([REPHRASE] * rephrases + [REAL], dtype=np.uint8),
+            np.concatenate([*map(np.arange, counts), [0]]).astype(np.int32),
+            np.append(np.repeat(np.arange(len(counts)), counts), 0).astype(np.uint8),
+        )
+
+
+def grid_of(documents: int, styles: Sequence[Generations]) -> np.ndarray:
+    """Positions of the generations of each style, then of the document: int32 ``[D, C]``."""
+    real = np.arange(documents, dtype=np.int32)[:, None]
+    return np.concatenate([*(style.grid() for style in styles), real], axis=1)
+
+
+def real_documents(documents: Sequence[Document]) -> Layout:
     """Every document alone."""
-    for document in documents:
-        yield Megadoc(document.id, document.id, [Member(REAL, document.text, 0)])
+    count = len(documents)
+    zeros = np.zeros(count, dtype=np.uint8)
+    place = np.arange(count, dtype=np.int32)
+    return Layout(
+        place,
+        np.full(count, -1, dtype=np.int32),
+        np.arange(1, count + 1),
+        zeros,  # REAL
+        zeros.astype(np.int32),
+        zeros,
+        place,
+    )
 
 
 def simple(
-    documents: list[Document], styles: list[Generations], with_real: bool, seed: int
-) -> Iterator[Megadoc]:
+    documents: Sequence[Document], styles: Sequence[Generations], with_real: bool, seed: int
+) -> Layout:
     """Every rephrase, and one copy of every real document, as rows in one global shuffle.
 
     A dropped rephrase leaves the order of the others as it is.
     """
     for generations in styles:
         generations.require_all(documents)
-    parts = [(style, index) for style, one in enumerate(styles) for index in range(one.count)]
-    rows = len(parts) + with_real
-    for row in np.random.default_rng(seed).permutation(len(documents) * rows).tolist():
-        place, part = divmod(row, rows)
-        document = documents[place]
-        if part == len(parts):
-            member = Member(REAL, document.text, 0)
-            yield Megadoc(document.id, document.id, [member])
-            continue
-        style, index = parts[part]
-        if (text := styles[style].one(place, index)) is not None:
-            member = Member(REPHRASE, text, index, style)
-            yield Megadoc(f"{document.id}#{part}", document.id, [member])
+    grid = grid_of(len(documents), styles)
+    columns = Columns.of(styles)
+    real = grid.shape[1] - 1
+    used = real + with_real
+    order = np.random.default_rng(seed).permutation(len(documents) * used)
+    place, column = (half.astype(np.int32) for half in np.divmod(order, used))
+    position = grid[place, column]
+    there = position >= 0
+    place, column, position = place[there], column[there], position[there]
+    return Layout(
+        place,
+        np.where(column == real, -1, column).astype(np.int32),
+        np.arange(1, len(place) + 1),
+        columns.kind[column],
+        columns.index[column],
+        columns.style[column],
+        position,
+    )
 
 
 def stitched(
-    documents: list[Document],
-    styles: list[Generations],
+    documents: Sequence[Document],
+    styles: Sequence[Generations],
     real_document: str,
     shuffle_seed: int | None = None,
-) -> Iterator[Megadoc]:
+) -> Layout:
     """All rephrases of a document in a row, the real document last, first or absent.
 
     Styles follow each other, or all rephrases are shuffled where there is a seed.
     """
     for generations in styles:
         generations.require_all(documents)
-    shuffle = None if shuffle_seed is None else np.random.default_rng(shuffle_seed).shuffle
-    for place, document in enumerate(documents):
-        members = [
-            Member(REPHRASE, text, index, style)
-            for style, generations in enumerate(styles)
-            for index, text in generations.of(place).items()
-        ]
-        if shuffle is not None:
-            shuffle(members)  # type: ignore[arg-type]
-        real = Member(REAL, document.text, 0)
-        if real_document == "last":
-            members.append(real)
-        elif real_document == "first":
-            members.insert(0, real)
-        if members:  # without the real document, all may have been dropped
-            yield Megadoc(document.id, document.id, members)
+    grid = grid_of(len(documents), styles)
+    columns = Columns.of(styles)
+    rephrases = np.arange(grid.shape[1] - 1)
+    real = rephrases[-1:] + 1
+    order = {"last": [rephrases, real], "first": [real, rephrases], "absent": [rephrases]}
+    column = np.concatenate(order[real_document])
+    grid = grid[:, column]
+    # Row by row: what is there of each document, in the columns' order.
+    place, where = (half.astype(np.int32) for half in np.nonzero(grid >= 0))
+    position, column = grid[place, where], column[where]
+    members = np.bincount(place, minlength=len(documents))
+    if shuffle_seed is not None:
+        shuffle_rephrases(column, position, members, real[0], shuffle_seed)
+    document = np.flatnonzero(members).astype(np.int32)  # of some, all may have been dropped
+    return Layout(
+        document,
+        np.full(len(document), -1, dtype=np.int32),
+        members[document].cumsum(),
+        columns.kind[column],
+        columns.index[column],
+        columns.style[column],
+        position,
+    )
+
+
+def shuffle_rephrases(
+    column: np.ndarray, position: np.ndarray, members: np.ndarray, real: int, seed: int
+) -> None:
+    """Shuffle the rephrases of each document in place; the real document stays where it is."""
+    shuffle = np.random.default_rng(seed).shuffle
+    start = 0
+    for count in members.tolist():
+        own = np.flatnonzero(column[start : start + count] != real) + start
+        order = list(range(len(own)))  # NumPy shuffles an array otherwise than a list
+        shuffle(order)
+        column[own], position[own] = column[own[order]], position[own[order]]
+        start += count
 
 
 def latent(
-    documents: list[Document],
+    documents: Sequence[Document],
     generations: Generations,
-    tokenizer: Tokenizer,
-    open_thought: str,
-    close_thought: str,
-) -> Iterator[Megadoc]:
-    """Every document in its order, stretched by a thought at each cut that has one kept."""
+    starts_of: Callable[[int], list[int]],
+) -> Layout:
+    """Every document in its order, stretched by a thought at each cut that has one kept.
+
+    Args:
+        documents: in corpus order.
+        generations: the thoughts.
+        starts_of: the character at which each token of the document at a place starts.
+    """
+    members: list[tuple[int, int, int]] = []  # kind, index, position
+    cuts: list[tuple[int, int, int, int]] = []
+    ends = []
     for place, document in enumerate(documents):
-        pieces = split_document(document.text, generations.count + 1, tokenizer)
+        tokens, characters = cut_places(starts_of(place), len(document.text), generations.count + 1)
+        pieces = len(tokens) - 1
         thoughts, made = generations.of(place), generations.made(place)
-        missing = [cut for cut in range(len(pieces) - 1) if cut not in made]
+        missing = [cut for cut in range(pieces - 1) if cut not in made]
         if missing and not generations.may_lack:
             raise ValueError(
                 f"document {document.id!r} has no thought for {len(missing)} of its "
-                f"{len(pieces) - 1} cuts in {generations.where}; run generate.py with "
+                f"{pieces - 1} cuts in {generations.where}; run generate.py with "
                 f"method=latent method.generations={generations.count}"
             )
-        members = []
-        for cut, piece in enumerate(pieces):
-            members.append(Member(REAL, piece.text, cut, tokens=piece.tokens))
-            if cut in thoughts and cut < len(pieces) - 1:
-                text = f"{open_thought}{thoughts[cut]}{close_thought}"
-                members.append(Member(THOUGHT, text, cut))
-        yield Megadoc(document.id, document.id, members)
+        for cut in range(pieces):
+            members.append((REAL, cut, place))
+            place_of = (tokens[cut], tokens[cut + 1], characters[cut], characters[cut + 1])
+            cuts.append(place_of)
+            if cut in thoughts and cut < pieces - 1:
+                members.append((THOUGHT, cut, thoughts[cut]))
+                cuts.append((0, 0, 0, 0))
+        ends.append(len(members))
+    kind, index, position = np.array(members, dtype=np.int32).reshape(-1, 3).T
+    return Layout(
+        np.arange(len(documents), dtype=np.int32),
+        np.full(len(documents), -1, dtype=np.int32),
+        np.array(ends, dtype=np.int64),
+        kind.astype(np.uint8),
+        index,
+        np.zeros(len(kind), dtype=np.uint8),
+        position,
+        np.array(cuts, dtype=np.int32).reshape(-1, 4),
+    )
+
+
+def with_texts(
+    layout: Layout,
+    documents: Sequence[Document],
+    styles: Sequence[Generations],
+    open_thought: str = "",
+    close_thought: str = "",
+) -> Iterator[Megadoc]:
+    """The megadocs of a layout with their texts, thoughts between their delimiters."""
+
+    def text(member: int) -> str:
+        position = int(layout.position[member])
+        if layout.kind[member] == REAL:
+            whole = documents[position].text
+            return whole if layout.cuts is None else whole[slice(*layout.cuts[member, 2:])]
+        found = styles[layout.style[member]].text(position)
+        return f"{open_thought}{found}{close_thought}" if layout.kind[member] == THOUGHT else found
+
+    start = 0
+    for place, row, end in zip(
+        layout.document.tolist(), layout.row.tolist(), layout.ends.tolist(), strict=True
+    ):
+        document = documents[place]
+        members = [
+            Member(
+                int(layout.kind[member]),
+                text(member),
+                int(layout.index[member]),
+                int(layout.style[member]),
+            )
+            for member in range(start, end)
+        ]
+        name = document.id if row < 0 else f"{document.id}#{row}"
+        yield Megadoc(name, document.id, members)
+        start = end

@@ -1,4 +1,4 @@
-"""Megadocs become token ids, such that every member decodes to its own text.
+"""What stands around the texts of a megadoc, such that every member decodes to its own text.
 
 Tokenizers of the SentencePiece kind put a space before every text they encode. That is right where
 a document begins and wrong inside one: a document that thoughts stretch is encoded whole and its
@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from gen.corpus.tokenizer import encode, plain
-from gen.megadocs.assembly import Megadoc, Member
-from trainer.data.format import REAL, THOUGHT
+from gen.megadocs.assembly import Layout
+from trainer.data.format import THOUGHT
 
 
-class Encoder:
-    """Token ids of megadocs.
+class Encoding:
+    """How the members of a stream become token ids.
 
     Args:
         tokenizer: of the corpus.
@@ -40,67 +41,30 @@ class Encoder:
         close_thought: str,
         members_are_documents: bool,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.members_are_documents = members_are_documents
+        self.beginning = tokenizer
         self.continuing = without_prefix(tokenizer)
-        self.eos_id = eos_id
         self.one_text = separator is not None
         phrases = without_prefix(tokenizer)
         phrases.encode_special_tokens = False
-        self.separator = [eos_id] if separator is None else encode(phrases, [separator])[0]
-        self.delimiters = (open_thought, close_thought)
-        self.opening, self.closing = encode(phrases, list(self.delimiters))
+        between = [eos_id] if separator is None else encode(phrases, [separator])[0]
+        # Token ids: after the last member, after the others, before and after a thought.
+        self.end = [eos_id]
+        self.between = between if members_are_documents else []
+        self.opening, self.closing = encode(phrases, [open_thought, close_thought])
+        # Of what is no member's text but of a megadoc's.
+        self.between_bytes = len((separator or "").encode()) if members_are_documents else 0
+        self.thought_bytes = len(open_thought.encode()) + len(close_thought.encode())
 
-    def encode(self, megadocs: list[Megadoc]) -> list[tuple[list[int], list[int]]]:
-        """Ids ``[L]`` and cumulative member ends ``[M]`` of each megadoc."""
-        texts: dict[bool, list[str]] = {True: [], False: []}  # by whether they begin a document
-        for megadoc in megadocs:
-            for place, member in enumerate(megadoc.members):
-                if member.tokens is None:
-                    texts[self.begins(place, member)].append(self.inner_text(member))
-        encoded = {
-            True: iter(encode(self.tokenizer, texts[True])),
-            False: iter(encode(self.continuing, texts[False])),
-        }
-        found = []
-        for megadoc in megadocs:
-            tokens: list[int] = []
-            ends: list[int] = []
-            for place, member in enumerate(megadoc.members):
-                own = member.tokens
-                if own is None:
-                    own = next(encoded[self.begins(place, member)])
-                if member.kind == THOUGHT:
-                    own = [*self.opening, *own, *self.closing]
-                tokens.extend(own)
-                if place == len(megadoc.members) - 1:
-                    tokens.append(self.eos_id)
-                elif self.members_are_documents:
-                    tokens.extend(self.separator)
-                ends.append(len(tokens))
-            found.append((tokens, ends))
-        return found
+    def begins(self, layout: Layout) -> np.ndarray:
+        """Which members' texts stand where a document begins: a prefix is right there alone.
 
-    def begins(self, place: int, member: Member) -> bool:
-        """Whether a text stands where a document begins: a prefix is right there alone."""
-        return place == 0 or not (self.one_text or member.kind == THOUGHT)
-
-    def inner_text(self, member: Member) -> str:
-        """A thought without its delimiters; any other text as it is."""
-        if member.kind != THOUGHT:
-            return member.text
-        opening, closing = self.delimiters
-        return member.text[len(opening) : len(member.text) - len(closing)]
-
-
-def real_tokens(megadoc: Megadoc, ends: list[int]) -> int:
-    """Tokens of the real members, separators after them included."""
-    starts = [0, *ends[:-1]]
-    return sum(
-        end - start
-        for member, start, end in zip(megadoc.members, starts, ends, strict=True)
-        if member.kind == REAL
-    )
+        Returns:
+            bool ``[N]``. Pieces of a document are cut from the ids of the whole.
+        """
+        inside = layout.kind == THOUGHT
+        if self.one_text and layout.cuts is None:
+            inside = np.ones(len(layout.kind), dtype=bool)
+        return ~inside | layout.first_members()
 
 
 def without_prefix(tokenizer: Tokenizer) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -29,26 +30,41 @@ def split_document(text: str, pieces: int, tokenizer: Tokenizer) -> list[Piece]:
     """
     encoding = tokenizer.encode(text, add_special_tokens=False)
     starts = [start for start, _ in encoding.offsets]
-    count = min(pieces, max(1, len(starts)))
-    size, remainder = divmod(len(starts), count)
-    cuts, places = [0], [0]  # in tokens, in characters
-    border = 0
-    for piece in range(count - 1):
-        border += size + (piece < remainder)
-        token = border
-        while token > cuts[-1] and starts[token - 1] >= starts[border]:
-            token -= 1  # tokens of one character share their offset
-        if places[-1] < starts[border] < len(text) and cuts[-1] < token:
-            cuts.append(token)
-            places.append(starts[border])
-    cuts.append(len(starts))
-    places.append(len(text))
+    cuts, places = cut_places(starts, len(text), pieces)
     return [
         Piece(text[place:end], encoding.ids[token:last])
         for (place, end), (token, last) in zip(
             itertools.pairwise(places), itertools.pairwise(cuts), strict=True
         )
     ]
+
+
+def cut_places(starts: Sequence[int], characters: int, pieces: int) -> tuple[list[int], list[int]]:
+    """Where :func:`split_document` cuts a text.
+
+    Args:
+        starts: the character at which each of its tokens starts.
+        characters: of the text.
+        pieces: how many are asked for.
+
+    Returns:
+        The borders of the pieces, the text's own included: in tokens, and in characters.
+    """
+    count = min(pieces, max(1, len(starts)))
+    size, remainder = divmod(len(starts), count)
+    cuts, places = [0], [0]
+    border = 0
+    for piece in range(count - 1):
+        border += size + (piece < remainder)
+        token = border
+        while token > cuts[-1] and starts[token - 1] >= starts[border]:
+            token -= 1  # tokens of one character share their offset
+        if places[-1] < starts[border] < characters and cuts[-1] < token:
+            cuts.append(token)
+            places.append(starts[border])
+    cuts.append(len(starts))
+    places.append(characters)
+    return cuts, places
 
 
 def split_text(text: str, pieces: int, tokenizer: Tokenizer) -> list[str]:

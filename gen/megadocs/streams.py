@@ -1,46 +1,50 @@
 """Megadocs become MDS streams: one megadoc a sample, a manifest beside the shards.
 
-A stream folder is built under a temporary name and renamed when it is complete, so a folder with a
-``manifest.json`` is finished and a killed build leaves nothing half-written.
+A stream is built under a hidden name and renamed when it is complete, so a folder with a
+``manifest.json`` is finished. Whoever is killed leaves whole shards behind, which are kept; the
+samples, their order and their shards do not depend on how many processes and machines wrote them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from gen.corpus.documents import Document
 from gen.corpus.near_duplicates import share_in
 from gen.corpus.tokenizer import TokenizerManifest
 from gen.generations.store import GenerationStore
 from gen.megadocs.assembly import (
-    TEXT_COLUMNS,
     Generations,
-    Megadoc,
+    Layout,
     latent,
     real_documents,
     simple,
     stitched,
 )
-from gen.megadocs.encoding import Encoder, real_tokens
-from gen.megadocs.missing import Missing, missing_of
-from gen.quality.gates import QualityConfig, advice, gates, select, strip_preamble
-from gen.quality.table import columns_of, quality_table
-from trainer.config.fields import check_bounds, setting
+from gen.megadocs.config import StreamConfig
+from gen.megadocs.encoding import Encoding
+from gen.megadocs.missing import Missing
+from gen.megadocs.selection import choose_generations, describe_judged
+from gen.megadocs.shards import Form, Members, Samples, add_content, write_shard
+from gen.megadocs.tokenizing import document_starts, tokenized
+from gen.megadocs.tokens import DamagedTokensError
+from gen.megadocs.work import Unit, Work
+from gen.quality.gates import QualityConfig
 from trainer.data import format
 from trainer.data.format import (
     MANIFEST,
-    REPHRASE,
+    REAL,
     SYNTHETIC,
     ContentHash,
     DamagedStreamError,
@@ -48,93 +52,10 @@ from trainer.data.format import (
     seal,
     verify,
 )
-from trainer.files import replace_folder
+from trainer.files import only_one, read_json, sync
 
 FORMAT = 3  # of the samples and the manifest; a change rebuilds the streams
-COLUMNS = {
-    "id": "str",
-    "tokens": "ndarray:uint32",
-    "member_ends": "ndarray:uint32",
-    "member_kinds": "ndarray:uint8",
-    "provenance": "json",
-}
-BATCH = 256  # megadocs tokenized together
 PLAIN = ("rephrase", "latent")  # methods that streams do not name: the paper's
-
-
-@dataclass
-class StreamConfig:
-    """How megadocs are put together."""
-
-    generations: list[int] = setting(
-        [],
-        "G of the streams, of each method where there are several; empty: the method's.",
-        unit="generations",
-        at_least=1,
-    )
-    methods: list[str] = setting(
-        [],
-        "simple, stitched: styles whose generations they take, in this order; empty: the method's "
-        "alone.",
-    )
-    shares: list[float] = setting(
-        [],
-        "Of each of methods, the share of the documents that take its generations, chosen by a "
-        "hash of the id; empty: all of them.",
-        at_least=0,
-        at_most=1,
-    )
-    member_order: str = setting(
-        "methods",
-        "Order of a stitched megadoc's rephrases: as methods says, or random.",
-        choices=("methods", "random"),
-    )
-    separator: str | None = setting(
-        None,
-        "Text between the members of a megadoc; null: the end-of-text token, which the evidence "
-        "says the paper used.",
-    )
-    real_document: str = setting(
-        "last",
-        "Where the real document stands in a megadoc.",
-        choices=("last", "first", "absent"),
-    )
-    open_thought: str = setting(
-        "<think>",
-        "Before a latent thought. The paper's delimiters are not known; these are what the public "
-        "re-implementation uses.",
-    )
-    close_thought: str = setting("</think>", "After a latent thought.")
-    missing: str = setting(
-        "refuse",
-        "Generations that are not there: refuse to build, or allow a share of them to be left out.",
-        choices=("refuse", "allow"),
-    )
-    missing_share: float = setting(
-        0.01,
-        "allow: of all generations of the stream, at most.",
-        at_least=0,
-        at_most=1,
-    )
-    shuffle_seed: int = setting(0, "Of the order of the simple stream.", at_least=0)
-    shard_bytes: int = setting(1 << 26, "Size of a shard.", unit="bytes", at_least=1)
-
-    def check(self) -> None:
-        """Raise ValueError for an unknown option or an impossible number."""
-        check_bounds(self, "streams.")
-        if len(set(self.methods)) != len(self.methods):
-            raise ValueError(f"streams.methods={self.methods} names a method twice")
-        if self.shares and len(self.shares) != len(self.methods):
-            raise ValueError(
-                f"streams.shares={self.shares} must hold one share for each of "
-                f"streams.methods={self.methods}"
-            )
-
-    def styles(self, kind: str, method: str) -> list[str]:
-        """The methods whose generations a stream of a kind takes."""
-        return (self.methods if kind != "latent" and self.methods else [method]) * (
-            kind in SYNTHETIC
-        )
 
 
 def name_of(kind: str, method: str, generations: int, config: StreamConfig) -> str:
@@ -158,6 +79,7 @@ def build_stream(
     config: StreamConfig,
     quality: QualityConfig,
     root: Path,
+    work: Work | None = None,
 ) -> dict[str, Any]:
     """Write ``root/streams/<name>`` unless it is current.
 
@@ -173,13 +95,14 @@ def build_stream(
         config: separators, order, shards.
         quality: which generations are left out.
         root: corpus folder.
+        work: processes that do it; None: as the config says.
 
     Returns:
         The manifest.
 
     Raises:
         ValueError: G is larger than what was generated, or an option is unknown.
-        OSError: the disk is full; nothing half-written stays.
+        OSError: the disk is full; what is whole is kept, nothing half-written is.
     """
     config.check()
     name = name_of(kind, method, generations, config)
@@ -206,33 +129,25 @@ def build_stream(
         quality,
         tokenizer if kind == "latent" else None,
     )
-    megadocs = assemble(kind, documents, chosen, tokenizer, config)
+    description = {
+        **identity,
+        "name": name,
+        "judged": judged,
+        "missing": [asdict(missing) for missing in lacking],
+        "styles": styles if len(styles) > 1 else [],
+        "vocab_size": vocabulary.vocab_size,
+        "eos_id": vocabulary.eos_id,
+        "members_are_documents": kind != "latent",
+        "real_document": config.real_document if kind in ("simple", "stitched") else None,
+        "config_hash": config_hash,
+    }
+    stream = Stream(folder, description, documents, chosen, tokenizer, config, root)
     try:
-        with replace_folder(folder) as unfinished:
-            statistics = write_shards(
-                megadocs,
-                unfinished,
-                tokenizer,
-                vocabulary,
-                config,
-                name,
-                styles,
-                members_are_documents=kind != "latent",
-            )
-            manifest = {
-                **identity,
-                "name": name,
-                **statistics,
-                "judged": judged,
-                "missing": [asdict(missing) for missing in lacking],
-                "styles": styles if len(styles) > 1 else [],
-                "vocab_size": vocabulary.vocab_size,
-                "eos_id": vocabulary.eos_id,
-                "members_are_documents": kind != "latent",
-                "real_document": config.real_document if kind in ("simple", "stitched") else None,
-                "config_hash": config_hash,
-            }
-            manifest = seal(unfinished, manifest)
+        if work is not None:
+            manifest = stream.build(work)
+        else:
+            with Work(config.processes, config.writer, config.writers) as own:
+                manifest = stream.build(own)
     except OSError as error:
         raise OSError(
             f"could not write the stream {folder}: {error}; nothing half-written was left, "
@@ -275,54 +190,6 @@ def identity_of(
     return identity
 
 
-def choose_generations(
-    stores: list[GenerationStore],
-    generations: int,
-    documents: list[Document],
-    documents_hash: str,
-    config: StreamConfig,
-    quality: QualityConfig,
-    tokenizer: Tokenizer | None,
-) -> tuple[list[Generations], dict[str, Any], list[Missing]]:
-    """What a stream takes of each store, what the quality gates found, and what is missing.
-
-    Args:
-        stores: one for each of the stream's methods.
-        generations: G of each.
-        documents: training documents in corpus order.
-        documents_hash: their identity.
-        config: shares, and what to do where generations are missing.
-        quality: which generations are left out.
-        tokenizer: of the corpus where these are thoughts, which it cuts for; else None.
-
-    Raises:
-        FileNotFoundError: a store is empty.
-        ValueError: G is larger than what was generated or imported.
-    """
-    judged: dict[str, Any] = {}
-    chosen, lacking = [], []
-    for place, store in enumerate(stores):
-        table = store.read(TEXT_COLUMNS)
-        one = Generations(table, documents, generations, str(store.folder), store.imported)
-        if store.imported and max(one.found, default=0) < generations:
-            raise ValueError(
-                f"no document has G={generations} generations in {store.folder}; the most are "
-                f"{max(one.found, default=0)}: set streams.generations to that or less"
-            )
-        if not store.imported:
-            missing = missing_of(one, documents, store, tokenizer)
-            missing.check(config.missing, config.missing_share)
-            one.may_lack = True
-            if missing.generations:
-                lacking.append(missing)
-        found = select_generations(one, store, documents, documents_hash, quality)
-        judged = sum_of(judged, found) if judged else found
-        if config.shares and tokenizer is None:
-            one.take(takers(documents, config.methods[place], config.shares[place]))
-        chosen.append(one)
-    return chosen, judged, lacking
-
-
 def identity_of_config(config: StreamConfig, kind: str) -> dict[str, Any]:
     """The settings that a stream of this kind depends on.
 
@@ -332,27 +199,10 @@ def identity_of_config(config: StreamConfig, kind: str) -> dict[str, Any]:
     if not config.methods or kind not in ("simple", "stitched"):
         for name in ("methods", "shares", "member_order"):
             settings.pop(name)
-    for name in ("missing", "missing_share"):  # they only permit
+    # They only permit, or divide the work.
+    for name in ("missing", "missing_share", "processes", "writer", "writers"):
         settings.pop(name)
     return settings
-
-
-def takers(documents: list[Document], method: str, share: float) -> np.ndarray:
-    """Which documents take generations of a method: bool ``[documents]``, by a hash of their id.
-
-    A larger share takes the documents of a smaller one and more.
-    """
-    keys = (f"{method}/{document.id}".encode() for document in documents)
-    digests = (hashlib.blake2b(key, digest_size=8).digest() for key in keys)
-    limit = share * 2**64
-    return np.array([int.from_bytes(digest, "big") < limit for digest in digests], dtype=bool)
-
-
-def sum_of(one: Any, other: Any) -> Any:
-    """Counts of two stores together."""
-    if isinstance(one, dict):
-        return {name: sum_of(one[name], other[name]) for name in one}
-    return one + other
 
 
 def current_manifest(folder: Path, config_hash: str) -> dict[str, Any] | None:
@@ -364,54 +214,210 @@ def current_manifest(folder: Path, config_hash: str) -> dict[str, Any] | None:
         verify(folder, manifest)
     except DamagedStreamError as error:
         print(f"{folder} is built again: {str(error).partition('; build')[0]}", flush=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         return None
     return manifest if manifest["config_hash"] == config_hash else None
 
 
-def select_generations(
-    generations: Generations,
-    store: GenerationStore,
-    documents: list[Document],
-    documents_hash: str,
-    quality: QualityConfig,
-) -> dict[str, Any]:
-    """Drop what the quality gates say from ``generations``; returns the counts for the manifest."""
-    table = quality_table(store, documents, documents_hash, quality.processes)
-    columns = columns_of(table.filter(pc.less(table["index"], generations.count)))
-    failed = gates(columns, quality)
-    selection = select(failed, quality)
-    strip = quality.preamble == "strip"
-    generations.select(selection.kept, strip_preamble if strip else None)
-    return {
-        "generations": len(selection.kept),
-        "kept": int(selection.kept.sum()),
-        "failed": selection.failed,
-        "dropped": selection.dropped,
-        "stripped": int((failed["preamble"] & selection.kept).sum()) if strip else 0,
-    }
+class Stream:
+    """A stream that is being built, by this process and perhaps by others.
+
+    Args:
+        folder: where it will be.
+        description: what its manifest says before its samples are known.
+        documents: in corpus order.
+        chosen: the generations that it takes of each style.
+        tokenizer: of the corpus.
+        config: separators, order, shards.
+        root: corpus folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        description: dict[str, Any],
+        documents: list[Document],
+        chosen: list[Generations],
+        tokenizer: Tokenizer,
+        config: StreamConfig,
+        root: Path,
+    ) -> None:
+        self.folder = folder
+        self.description = description
+        self.documents = documents
+        self.chosen = chosen
+        self.tokenizer = tokenizer
+        self.config = config
+        self.root = root
+        self.building = folder.with_name(f".{folder.name}.{description['config_hash']}.building")
+        self.unfinished = self.building / "stream"
+        self.encoding = Encoding(
+            tokenizer,
+            description["eos_id"],
+            config.separator,
+            config.open_thought,
+            config.close_thought,
+            description["members_are_documents"],
+        )
+        styles = description["method"].split("+") if chosen else []
+        self.form = Form.of(self.encoding, styles, config.shard_bytes)
+
+    def build(self, work: Work) -> dict[str, Any]:
+        """Tokenize what is not tokenized yet, write what is not written yet, and finish.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            DamagedTokensError: of a token store that is damaged again and again.
+            OSError: the disk is full.
+        """
+        starts = partial(document_starts, self.documents, self.tokenizer, self.root, work)
+        layout = lay_out(self.description["kind"], self.documents, self.chosen, self.config, starts)
+        try:
+            members, parts = self.members(layout, work)
+            self.write(members, parts, work)
+        except DamagedTokensError:  # the damaged part is gone: its texts are tokenized anew
+            members, parts = self.members(layout, work)
+            self.write(members, parts, work)
+        return self.finish(members)
+
+    def members(self, layout: Layout, work: Work) -> tuple[Members, list[Path]]:
+        """All members with their tokens, and the files that these lie in."""
+        spans, parts = tokenized(
+            layout, self.documents, self.chosen, self.encoding, self.root, work
+        )
+        return Members.of(layout, spans, self.encoding), parts
+
+    def entry(self, shard: int) -> Path:
+        """What ``index.json`` will say of a shard; there when the shard is whole."""
+        return self.building / "units" / f"{shard:05d}.json"
+
+    def write(self, members: Members, parts: list[Path], work: Work) -> None:
+        """Write every shard that is not there."""
+        for folder in (self.unfinished, self.entry(0).parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        units = []
+        for shard, megadocs in enumerate(members.shards(self.form, self.documents)):
+            if not self.entry(shard).exists():
+                tokens = int(members.lengths[megadocs.start : megadocs.stop].sum())
+                call = partial(self.prepare, members, parts, shard, megadocs)
+                units.append(Unit(f"{shard:05d}", tokens, call))
+        work.run(units, self.building / "locks", self.folder.name, "tok")
+
+    def prepare(
+        self, members: Members, parts: list[Path], shard: int, megadocs: range
+    ) -> Callable[[], None]:
+        """What a process is given to write one shard."""
+        return partial(
+            write_unless_finished,
+            (self.folder, self.description["config_hash"]),
+            self.unfinished / f"shard.{shard:05d}.mds",
+            self.entry(shard),
+            members.samples(megadocs, self.documents),
+            self.form,
+            parts,
+        )
+
+    def finish(self, members: Members) -> dict[str, Any]:
+        """Join the shards to a stream, put it in its place and return its manifest.
+
+        Raises:
+            OSError: a shard is not what was written, or the disk is full.
+        """
+        with only_one(self.building / "locks" / "finish.lock"):
+            if is_finished(self.folder, self.description["config_hash"]):  # by another writer
+                shutil.rmtree(self.building, ignore_errors=True)
+                return read_manifest(self.folder)
+            for leftover in self.unfinished.glob(".*.tmp"):
+                leftover.unlink()
+            shards = len(members.shards(self.form, self.documents))
+            entries = [read_json(self.entry(shard)) for shard in range(shards)]
+            content, known = self.read_back(entries)
+            index = {"shards": entries, "version": 2}
+            (self.unfinished / "index.json").write_text(json.dumps(index, sort_keys=True))
+            np.save(self.unfinished / "lengths.npy", members.lengths.astype(np.uint32))
+            np.save(self.unfinished / "member_lengths.npy", members.tokens.astype(np.uint32))
+            tokens = int(members.tokens.sum())
+            real = int(members.tokens[members.layout.kind == REAL].sum())
+            manifest = {
+                **self.description,
+                "samples": len(members.lengths),
+                "tokens": tokens,
+                "real_tokens": real,
+                "synthetic_tokens": tokens - real,
+                "bytes": members.text_bytes,
+                "content_sha256": content.hexdigest(),
+            }
+            manifest = seal(self.unfinished, manifest, known)
+            for file in self.unfinished.iterdir():
+                sync(file)
+            sync(self.unfinished)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            os.replace(self.unfinished, self.folder)
+            sync(self.folder.parent)
+            for other in self.folder.parent.glob(f".{self.folder.name}.{'?' * 16}.building"):
+                shutil.rmtree(other, ignore_errors=True)  # of other settings as well
+        return manifest
+
+    def read_back(
+        self, entries: list[dict[str, Any]]
+    ) -> tuple[ContentHash, dict[str, dict[str, Any]]]:
+        """The hash of all samples as they lie in the shards; size and hash of each shard."""
+        description = self.description
+        content = ContentHash(description["tokenizer_sha256"], description["members_are_documents"])
+        known = {}
+        for shard, entry in enumerate(entries):
+            described = entry["raw_data"]
+            file = self.unfinished / described["basename"]
+            data = file.read_bytes()
+            sha256 = hashlib.sha256(data).hexdigest()
+            if sha256 != described["hashes"]["sha256"]:
+                self.entry(shard).unlink()
+                raise OSError(f"{file} is not what was written; it is written again")
+            add_content(content, data, list(self.form.columns))
+            known[file.name] = {"bytes": len(data), "sha256": sha256}
+        return content, known
 
 
-def describe_judged(judged: dict[str, Any]) -> str:
-    """What the quality gates found, for the line about a stream."""
-    if not judged:
-        return ""
-    found = [f"{count:,} {gate}" for gate, count in judged["failed"].items() if count]
-    left_out = judged["generations"] - judged["kept"]
-    return (
-        f"; of {judged['generations']:,} generations {left_out:,} left out; "
-        f"gates: {', '.join(found) or 'none failed'}"
-        + "".join(f"\n  {line}" for line in advice(judged["failed"], judged["generations"]))
-    )
+def write_unless_finished(
+    stream: tuple[Path, str],
+    path: Path,
+    entry: Path,
+    samples: Samples,
+    form: Form,
+    parts: list[Path],
+) -> None:
+    """Write a shard, unless another writer has finished the stream since."""
+    if not is_finished(*stream):
+        write_shard(path, entry, samples, form, parts)
 
 
-def assemble(
+def is_finished(folder: Path, config_hash: str) -> bool:
+    """Whether a stream of this config is in its place."""
+    try:
+        return read_json(folder / MANIFEST)["config_hash"] == config_hash
+    except FileNotFoundError:
+        return False
+
+
+def lay_out(
     kind: str,
     documents: list[Document],
     styles: list[Generations],
-    tokenizer: Tokenizer,
     config: StreamConfig,
-) -> Iterator[Megadoc]:
-    """The megadocs of a stream in their stored order."""
+    document_starts: Callable[[], Callable[[int], list[int]]],
+) -> Layout:
+    """The megadocs of a stream in their stored order.
+
+    Args:
+        kind: of the stream.
+        documents: in corpus order.
+        styles: the generations that it takes of each style.
+        config: their order.
+        document_starts: gives, for ``latent``, what tells where a document's tokens start.
+    """
     if not styles:
         return real_documents(documents)
     if kind == "simple":
@@ -420,97 +426,5 @@ def assemble(
         seed = config.shuffle_seed if config.member_order == "random" else None
         return stitched(documents, styles, config.real_document, seed)
     if kind == "latent":
-        return latent(documents, styles[0], tokenizer, config.open_thought, config.close_thought)
+        return latent(documents, styles[0], document_starts())
     raise ValueError(f"unknown stream {kind!r}; known: real, val, {', '.join(SYNTHETIC)}")
-
-
-def write_shards(
-    megadocs: Iterator[Megadoc],
-    folder: Path,
-    tokenizer: Tokenizer,
-    vocabulary: TokenizerManifest,
-    config: StreamConfig,
-    name: str,
-    styles: list[str],
-    members_are_documents: bool,
-) -> dict[str, int | str]:
-    """Tokenize and write the samples, then read their count back.
-
-    Returns:
-        Counts of tokens and bytes, and the content's hash, for the manifest.
-    """
-    from streaming import LocalDataset, MDSWriter  # takes seconds to import
-
-    encoder = Encoder(
-        tokenizer,
-        vocabulary.eos_id,
-        config.separator,
-        config.open_thought,
-        config.close_thought,
-        members_are_documents,
-    )
-    columns = COLUMNS | ({"member_styles": "ndarray:uint8"} if len(styles) > 1 else {})
-    lengths: list[int] = []
-    member_lengths: list[int] = []
-    text_bytes = real = 0
-    content = ContentHash(vocabulary.sha256, members_are_documents)
-    with (
-        MDSWriter(out=str(folder), columns=columns, size_limit=config.shard_bytes) as writer,
-        tqdm(desc=name, unit="megadoc", leave=False) as bar,
-    ):
-        for batch in batches(megadocs):
-            for megadoc, (tokens, ends) in zip(batch, encoder.encode(batch), strict=True):
-                text_bytes += sum(len(member.text.encode()) for member in megadoc.members)
-                if config.separator is not None and members_are_documents:
-                    text_bytes += len(config.separator.encode()) * (len(megadoc.members) - 1)
-                row = sample(megadoc, tokens, ends, styles)
-                writer.write(row)
-                content.add(row["tokens"], row["member_ends"], row["member_kinds"])
-                lengths.append(len(tokens))
-                member_lengths.extend(np.diff([0, *ends]).tolist())
-                real += real_tokens(megadoc, ends)
-            bar.update(len(batch))
-    np.save(folder / "lengths.npy", np.array(lengths, dtype=np.uint32))
-    np.save(folder / "member_lengths.npy", np.array(member_lengths, dtype=np.uint32))
-    written = len(LocalDataset(str(folder)))
-    if written != len(lengths):
-        raise OSError(f"{len(lengths)} samples were written but {written} can be read back")
-    total = sum(lengths)
-    return {
-        "samples": len(lengths),
-        "tokens": total,
-        "real_tokens": real,
-        "synthetic_tokens": total - real,
-        "bytes": text_bytes,
-        "content_sha256": content.hexdigest(),
-    }
-
-
-def batches(megadocs: Iterator[Megadoc]) -> Iterator[list[Megadoc]]:
-    """Groups that are tokenized together."""
-    while batch := list(itertools.islice(megadocs, BATCH)):
-        yield batch
-
-
-def sample(
-    megadoc: Megadoc, tokens: list[int], ends: list[int], styles: list[str]
-) -> dict[str, Any]:
-    """One MDS sample; with several styles it says of which of them every member is."""
-    members: list[list[Any]] = [[member.kind, member.index] for member in megadoc.members]
-    several = {}
-    if len(styles) > 1:
-        marks = [member.style + 1 if member.kind == REPHRASE else 0 for member in megadoc.members]
-        several["member_styles"] = np.array(marks, dtype=np.uint8)
-        for member, mark in zip(members, marks, strict=True):
-            member.append(styles[mark - 1] if mark else None)
-    return {
-        "id": megadoc.id,
-        "tokens": np.array(tokens, dtype=np.uint32),
-        "member_ends": np.array(ends, dtype=np.uint32),
-        "member_kinds": np.array([member.kind for member in megadoc.members], dtype=np.uint8),
-        "provenance": {
-            "document_id": megadoc.document_id,
-            "members": members,
-        },
-        **several,
-    }

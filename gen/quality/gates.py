@@ -50,6 +50,7 @@ WORD = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
     r"|[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]+"
 )
+ASCII_WORD = re.compile(r"\w+", re.ASCII)  # the same words of an ASCII text, in half the time
 REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able)\b|i apologi[sz]e\b"
     r"|i (?:cannot|can't|can not|won't|will not) (?:\w+ ){0,2}"
@@ -152,11 +153,36 @@ class Measures:
     similarity: float  # largest Jaccard index of 5-grams with a sibling of lower index
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case."""
+    return (ASCII_WORD if text.isascii() else WORD).findall(text.lower())
+
+
 def ngrams(words: Sequence[str], size: int) -> list[int]:
     """Hashes of all runs of ``size`` words; of the whole text where it is shorter."""
     if len(words) < size:
         return [hash(tuple(words))] if words else []
-    return [hash(run) for run in zip(*(words[start:] for start in range(size)), strict=False)]
+    return list(map(hash, zip(*(words[start:] for start in range(size)), strict=False)))
+
+
+class Siblings:
+    """The n-grams of the generations of one document that were measured already."""
+
+    def __init__(self) -> None:
+        self.earlier: list[set[int]] = []
+        self.seen: set[int] = set()
+
+    def add(self, found: set[int]) -> float:
+        """Remember one more; returns its largest Jaccard index with an earlier one, or 0."""
+        largest = 0.0
+        known = found & self.seen  # what siblings share is little of what they hold
+        if known:
+            for other in self.earlier:
+                shared = len(known & other)
+                largest = max(largest, shared / (len(found) + len(other) - shared))
+        self.earlier.append(found)
+        self.seen |= found
+        return largest
 
 
 def measure(source: str, siblings: Sequence[tuple[int, str, str]]) -> list[Measures]:
@@ -167,14 +193,13 @@ def measure(source: str, siblings: Sequence[tuple[int, str, str]]) -> list[Measu
         siblings: (index, text, finish reason) of its generations, in ascending order of index.
     """
     language = SourceLanguage(source)
-    source_ngrams = set(ngrams(WORD.findall(source.lower()), 8))
+    source_ngrams = set(ngrams(words_of(source), 8))
     measured: list[Measures] = []
-    earlier: list[set[int]] = []
+    earlier = Siblings()
     for index, text, finish_reason in siblings:
-        words = WORD.findall(text.lower())
+        words = words_of(text)
         content = text.encode()
         quadruples, octuples = ngrams(words, 4), ngrams(words, 8)
-        quintuples = set(ngrams(words, 5))
         measured.append(
             Measures(
                 index=index,
@@ -186,18 +211,11 @@ def measure(source: str, siblings: Sequence[tuple[int, str, str]]) -> list[Measu
                 length=finish_reason == "length",
                 compression=len(zlib.compress(content)) / max(1, len(content)),
                 repeated=(len(quadruples) - len(set(quadruples))) / max(1, len(quadruples)),
-                copied=sum(run in source_ngrams for run in octuples) / max(1, len(octuples)),
-                similarity=max((jaccard(quintuples, other) for other in earlier), default=0.0),
+                copied=sum(map(source_ngrams.__contains__, octuples)) / max(1, len(octuples)),
+                similarity=earlier.add(set(ngrams(words, 5))),
             )
         )
-        earlier.append(quintuples)
     return measured
-
-
-def jaccard(first: set[int], second: set[int]) -> float:
-    """Size of the intersection over that of the union; 0 for two empty sets."""
-    shared = len(first & second)
-    return shared / max(1, len(first) + len(second) - shared)
 
 
 def strip_preamble(text: str) -> str:

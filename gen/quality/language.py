@@ -51,6 +51,7 @@ FUNCTION_WORDS = {
     }.items()
 }
 WORD = re.compile(r"[^\W\d_]+")
+ASCII_WORD = re.compile(r"[a-z]+")  # the same words of an ASCII text in lower case
 LANGUAGES = tuple(FUNCTION_WORDS)
 # Places in LANGUAGES of those that a word is a function word of.
 LANGUAGES_OF = {
@@ -73,15 +74,17 @@ def dominant_script(text: str) -> str | None:
     sample = text[:SAMPLE]
     if sample.isascii():
         return "LATIN" if len(sample.translate(NO_ASCII_LETTER)) >= FEWEST_LETTERS else None
-    letters = [character for character in sample if character.isalpha()]
-    if len(letters) < FEWEST_LETTERS:
-        return None
-    return Counter(map(script_of, letters)).most_common(1)[0][0]
+    scripts: Counter[str] = Counter()
+    for character, count in Counter(sample).items():
+        if character.isalpha():
+            scripts[script_of(character)] += count
+    return scripts.most_common(1)[0][0] if scripts.total() >= FEWEST_LETTERS else None
 
 
 def language_shares(text: str) -> list[float]:
     """Share of the words that are function words of each of LANGUAGES; empty for a short text."""
-    words = WORD.findall(text[:SAMPLE].lower())
+    sample = text[:SAMPLE]
+    words = (ASCII_WORD if sample.isascii() else WORD).findall(sample.lower())
     if len(words) < FEWEST_WORDS:
         return []
     counts = [0] * len(LANGUAGES)

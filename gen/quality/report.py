@@ -47,7 +47,8 @@ class Judged:
     texts: Generations
 
     def text(self, row: int) -> str:
-        return self.texts.of(int(self.source[row]))[int(self.columns["index"][row])]
+        position = self.texts.of(int(self.source[row]))[int(self.columns["index"][row])]
+        return self.texts.text(position)
 
     def badges(self, row: int) -> list[str]:
         return [gate for gate in GATES if self.failed[gate][row]]
@@ -108,7 +109,7 @@ def judge(
     rank = {document.id: place for place, document in enumerate(documents)}
     source = np.array([rank[name] for name in table["document_id"].to_pylist()])
     highest = int(columns["index"].max()) + 1
-    texts = Generations(store.read(TEXT_COLUMNS), documents, highest, str(store.folder))
+    texts = Generations.of_table(store.read(TEXT_COLUMNS), documents, highest, str(store.folder))
     return Judged(store, table, columns, failed, select(failed, quality), source, documents, texts)
 
 

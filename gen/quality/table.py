@@ -21,7 +21,7 @@ from gen.corpus.documents import Document
 from gen.generations.store import GenerationStore, places_of
 from gen.megadocs.assembly import TEXT_COLUMNS
 from gen.quality.gates import Measures, measure
-from trainer.files import replace_file
+from trainer.files import only_one, replace_file
 
 VERSION = 1  # of the measures; a change measures again
 ROWS_A_PROCESS = 5000  # fewer are measured before another process has started
@@ -50,16 +50,17 @@ def quality_table(
     identity = f"{VERSION}/{store.fingerprint()}/{documents_hash}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     path = store.folder / "quality.parquet"
-    if path.exists():
-        with contextlib.suppress(pa.ArrowException, OSError):  # damaged: measured again
-            schema = pq.read_schema(path)
-            if (schema.metadata or {}).get(b"key") == key.encode():
-                return pq.read_table(path, page_checksum_verification=True)
-    table = measure_all(store, documents, processes)
-    table = table.replace_schema_metadata({"key": key})
-    with replace_file(path) as unfinished:
-        pq.write_table(table, unfinished, compression="zstd", write_page_checksum=True)
-    return table
+    with only_one(store.folder / "quality.lock"):  # several writers may build the streams
+        if path.exists():
+            with contextlib.suppress(pa.ArrowException, OSError):  # damaged: measured again
+                schema = pq.read_schema(path)
+                if (schema.metadata or {}).get(b"key") == key.encode():
+                    return pq.read_table(path, page_checksum_verification=True)
+        table = measure_all(store, documents, processes)
+        table = table.replace_schema_metadata({"key": key})
+        with replace_file(path) as unfinished:
+            pq.write_table(table, unfinished, compression="zstd", write_page_checksum=True)
+        return table
 
 
 def measure_all(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from streaming import MDSWriter
 
-from gen.megadocs.streams import COLUMNS
+from gen.megadocs.shards import COLUMNS
 from trainer.data.format import ContentHash, seal
 from trainer.data.mds import MegadocStream
 

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,22 +78,39 @@ class ContentHash:
 
     def add(self, tokens: np.ndarray, member_ends: np.ndarray, member_kinds: np.ndarray) -> None:
         """One sample: token ids ``[L]``, cumulative member ends ``[M]``, member kinds ``[M]``."""
-        self.digest.update(np.array([len(tokens), len(member_ends)], dtype="<u8").tobytes())
-        self.digest.update(tokens.astype("<u4").tobytes())
-        self.digest.update(member_ends.astype("<u4").tobytes())
-        self.digest.update(member_kinds.astype("u1").tobytes())
+        self.add_bytes(
+            tokens.astype("<u4").tobytes(),
+            member_ends.astype("<u4").tobytes(),
+            member_kinds.astype("u1").tobytes(),
+        )
+
+    def add_bytes(
+        self, tokens: bytes | memoryview, member_ends: bytes | memoryview, kinds: bytes | memoryview
+    ) -> None:
+        """One sample as its shard holds it: two arrays of uint32, one of uint8, little-endian."""
+        self.digest.update(struct.pack("<QQ", len(tokens) // 4, len(member_ends) // 4))
+        self.digest.update(tokens)
+        self.digest.update(member_ends)
+        self.digest.update(kinds)
 
     def hexdigest(self) -> str:
         return self.digest.hexdigest()
 
 
-def seal(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a stream whose other files are complete; returns it with the hashes."""
+def seal(
+    folder: Path, manifest: dict[str, Any], known: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Write the manifest of a stream whose other files are complete; returns it with the hashes.
+
+    Args:
+        folder: of the stream.
+        manifest: without ``files``.
+        known: size and SHA-256 of files, where they were hashed as they were written.
+    """
+    known = known or {}
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    described = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
-    }
-    sealed = {**manifest, "files": described}
+    described = known | describe([path for path in files if path.name not in known])
+    sealed = {**manifest, "files": dict(sorted(described.items()))}
     sealed[SEAL] = hash_of(sealed)
     (folder / MANIFEST).write_text(json.dumps(sealed, indent=1))
     return sealed

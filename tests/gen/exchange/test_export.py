@@ -26,7 +26,8 @@ from gen.exchange.config import ImportConfig
 from gen.exchange.export import Export
 from gen.exchange.importing import Import
 from gen.generations.store import Generation, GenerationStore
-from gen.megadocs.streams import StreamConfig, build_stream
+from gen.megadocs.config import StreamConfig
+from gen.megadocs.streams import build_stream
 from gen.quality.gates import QualityConfig
 from tests.conftest import REPOSITORY
 from tests.gen.exchange.conftest import with_datatrove

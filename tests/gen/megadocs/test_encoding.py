@@ -19,7 +19,8 @@ from tokenizers import (
 from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer, train_bpe
 from gen.generations.store import Generation, GenerationStore
-from gen.megadocs.streams import StreamConfig, build_stream
+from gen.megadocs.config import StreamConfig
+from gen.megadocs.streams import build_stream
 from gen.quality.gates import QualityConfig
 from trainer.data.format import REAL, THOUGHT
 

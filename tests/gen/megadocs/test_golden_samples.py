@@ -19,7 +19,8 @@ from streaming import LocalDataset
 from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer
 from gen.generations.store import Generation, GenerationStore
-from gen.megadocs.streams import StreamConfig, build_stream
+from gen.megadocs.config import StreamConfig
+from gen.megadocs.streams import build_stream
 from gen.quality.gates import QualityConfig
 from tests.gen.megadocs.test_encoding import TEXTS, TOKENIZERS
 
@@ -120,9 +121,16 @@ def hashes(make: Any, root: Path) -> dict[str, dict[str, Any]]:
     for name, stream in STREAMS.items():
         config = StreamConfig(missing="allow", missing_share=0.5, **stream.options)
         manifest = build_stream(
-            *(stream.kind, stream.method, stream.generations),
-            *(HELD_OUT if stream.kind == "val" else DOCUMENTS, "h"),
-            *(tokenizer, vocabulary, config, stream.quality, root),
+            stream.kind,
+            stream.method,
+            stream.generations,
+            HELD_OUT if stream.kind == "val" else DOCUMENTS,
+            "h",
+            tokenizer,
+            vocabulary,
+            config,
+            stream.quality,
+            root,
         )
         dataset = LocalDataset(str(root / "streams" / manifest["name"]))
         samples = hashlib.sha256()

@@ -17,7 +17,8 @@ from streaming import LocalDataset
 from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer, encode
 from gen.generations.store import Generation, GenerationStore
-from gen.megadocs.streams import StreamConfig, build_stream, name_of
+from gen.megadocs.config import StreamConfig
+from gen.megadocs.streams import build_stream, name_of
 from gen.prompts import MethodConfig
 from gen.quality.gates import QualityConfig
 
@@ -31,14 +32,19 @@ def generation(document: Document, method: str, index: int) -> Generation:
     )
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+def fill(tmp_path: Path) -> Path:
+    """A corpus folder with two generations a document of two methods, and a tokenizer."""
     for method in ("rephrase", "latent"):
         store = GenerationStore.of_method(tmp_path, method, 2, method == "latent")
         store.claim({})
         store.append([generation(d, method, i) for d in DOCUMENTS for i in range(2)], 0)
     build_tokenizer(TokenizerConfig(vocab_size=320), tmp_path, [d.text for d in DOCUMENTS])
     return tmp_path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return fill(tmp_path)
 
 
 def build(root: Path, kind: str, generations: int = 2, **options: object) -> dict:

@@ -8,7 +8,8 @@ from streaming import LocalDataset
 from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer
 from gen.generations.store import Generation, GenerationStore
-from gen.megadocs.streams import StreamConfig, build_stream
+from gen.megadocs.config import StreamConfig
+from gen.megadocs.streams import build_stream
 from gen.quality.gates import QualityConfig
 from trainer.config.schema import DataConfig, Mask
 from trainer.data.mds import MegadocStream

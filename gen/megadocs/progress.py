@@ -1,0 +1,80 @@
+"""How far judging, tokenizing and building are, told from the files alone."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gen.generations.store import GenerationStore
+from gen.megadocs.work import Progress
+from trainer.data.format import MANIFEST
+from trainer.files import read_json
+
+ACTIVE = 120.0  # seconds since its last note after which a writer no longer counts as running
+
+
+def streams_status(root: Path) -> str:
+    """A few lines for what is made of the generations in ``root``."""
+    return "\n".join([*judged(root), *tokenized(root), *streams(root)])
+
+
+def judged(root: Path) -> Iterator[str]:
+    """Of each store, how many generations the quality gates have measured."""
+    for manifest in sorted((root / "generations").glob("*/manifest.json")):
+        store = GenerationStore(manifest.parent)
+        rows = sum(pq.read_metadata(part).num_rows for part in store.parts())
+        table = store.folder / "quality.parquet"
+        try:
+            measured = pq.read_metadata(table).num_rows if table.exists() else 0
+        except pa.ArrowException:  # damaged: measured again
+            measured = 0
+        yield f"{store.folder}: {measured:,} of {rows:,} generations judged"
+
+
+def tokenized(root: Path) -> Iterator[str]:
+    """Of each tokenizer, how many texts are tokenized, and who is at it."""
+    for folder in sorted(path.parent for path in (root / "tokens").glob("*/tokenizer.json")):
+        if folder.name.endswith("-starts"):
+            continue
+        texts = tokens = 0
+        for keys in folder.glob("*.keys"):
+            counts = pq.read_table(keys, columns=["count"])["count"]
+            texts += len(counts)
+            tokens += pc.sum(counts).as_py() or 0
+        yield f"{folder}: {texts:,} texts tokenized, {tokens:,} tokens"
+    yield from writers(root / "tokens" / "locks")
+
+
+def streams(root: Path) -> Iterator[str]:
+    """The streams that are there, and those that are being built."""
+    for path in sorted((root / "streams").glob(f"*/{MANIFEST}")):
+        manifest = read_json(path)
+        yield f"{path.parent}: {manifest['samples']:,} samples, {manifest['tokens']:,} tokens"
+    for building in sorted((root / "streams").glob(".*.building")):
+        name = building.name.removeprefix(".").split(".")[0]
+        written = len(list((building / "units").glob("*.json")))
+        yield f"{root / 'streams' / name}: not complete, {written:,} shards written"
+        yield from writers(building / "locks")
+
+
+def writers(locks: Path) -> Iterator[str]:
+    """Who works at some units, at what speed, and when all is done at the speed of all."""
+    notes = [Progress(**read_json(note)) for note in sorted(locks.glob("writer-*.json"))]
+    running = [note for note in notes if time.time() - note.now < ACTIVE]
+    for note in notes:
+        state = "" if note in running else ", not seen since"
+        yield (
+            f"  writer {note.writer} of {note.writers} on {note.host}, {note.processes} processes: "
+            f"{note.label}, {note.done:,} of {note.total:,} {note.unit}, "
+            f"{note.speed:,.0f} {note.unit}/s{state}"
+        )
+    speed = sum(note.speed for note in running)
+    if speed:
+        left = max(note.total for note in running) - sum(note.done for note in running)
+        yield f"  {datetime.timedelta(seconds=round(max(0, left) / speed))} left at that speed"

@@ -1,0 +1,294 @@
+"""The shards of a stream, each written by whichever process has a core free.
+
+mosaicml-streaming's own writer would bring 0.7 GB and five seconds of imports into every process
+and spends longer on a short sample than all the rest does, so the format, which is a few integers
+before the bytes, is written here; the library reads it, in training and in the tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gen.corpus.documents import Document
+from gen.megadocs.assembly import Layout
+from gen.megadocs.encoding import Encoding
+from gen.megadocs.tokens import IdReader, Spans
+from trainer.data.format import REAL, REPHRASE, THOUGHT, ContentHash
+from trainer.files import replace_file, write_json
+
+COLUMNS = {
+    "id": "str",
+    "tokens": "ndarray:uint32",
+    "member_ends": "ndarray:uint32",
+    "member_kinds": "ndarray:uint8",
+    "provenance": "json",
+}
+STYLES_COLUMN = {"member_styles": "ndarray:uint8"}
+LARGEST = 1 << 32  # bytes of a shard, whose offsets are uint32
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is the same in all samples of a stream."""
+
+    styles: list[str]  # methods of its rephrases, named in the samples where there are several
+    end: bytes  # ids after the last member of a megadoc
+    between: bytes  # after the others
+    opening: bytes  # before a thought
+    closing: bytes  # after it
+    shard_bytes: int
+
+    @classmethod
+    def of(cls, encoding: Encoding, styles: list[str], shard_bytes: int) -> Form:
+        ids = (encoding.end, encoding.between, encoding.opening, encoding.closing)
+        end, between, opening, closing = (np.array(one, dtype="<u4").tobytes() for one in ids)
+        return cls(styles, end, between, opening, closing, shard_bytes)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names and encodings, in the order in which they are stored."""
+        several = STYLES_COLUMN if len(self.styles) > 1 else {}
+        return dict(sorted((COLUMNS | several).items()))
+
+    def index_entry(self) -> dict[str, Any]:
+        """What stands of every shard in ``index.json``, and in its own head."""
+        return {
+            "column_encodings": list(self.columns.values()),
+            "column_names": list(self.columns),
+            "column_sizes": [None] * len(self.columns),
+            "compression": None,
+            "format": "mds",
+            "hashes": ["sha256"],
+            "size_limit": self.shard_bytes,
+            "version": 2,
+        }
+
+
+@dataclass(frozen=True)
+class Members:
+    """All members of a stream with their tokens: arrays ``[N]``, and ``[M]`` of the megadocs."""
+
+    layout: Layout
+    spans: Spans
+    tokens: np.ndarray  # int64 [N]: ids of each, what stands around its text included
+    lengths: np.ndarray  # int64 [M]: ids of each megadoc
+    text_bytes: int
+
+    @classmethod
+    def of(cls, layout: Layout, spans: Spans, encoding: Encoding) -> Members:
+        thought = layout.kind == THOUGHT
+        own = spans.count.astype(np.int64)
+        own_bytes = spans.text_bytes.astype(np.int64)
+        if layout.cuts is not None:
+            piece = layout.kind == REAL
+            own[piece] = layout.cuts[piece, 1] - layout.cuts[piece, 0]
+            own_bytes[piece & ~layout.first_members()] = 0  # the first stands for the whole
+        around = thought * (len(encoding.opening) + len(encoding.closing))
+        after = np.where(layout.last_members(), len(encoding.end), len(encoding.between))
+        tokens = own + around + after
+        sums = np.concatenate(([0], tokens.cumsum()))[layout.ends]
+        between = len(layout.kind) - len(layout.ends)
+        return cls(
+            layout,
+            spans,
+            tokens,
+            np.diff(sums, prepend=0),
+            int(own_bytes.sum())
+            + int(thought.sum()) * encoding.thought_bytes
+            + between * encoding.between_bytes,
+        )
+
+    def shards(self, form: Form, documents: Sequence[Document]) -> list[range]:
+        """The megadocs of each shard: as many as surely fit into its size, one at the least.
+
+        They depend on the samples alone, not on who writes them.
+        """
+        if not len(self.lengths):
+            return []
+        ids = np.array([len(encode_basestring_ascii(document.id)) for document in documents])
+        members = np.diff(self.layout.ends, prepend=0)
+        names = max(map(len, form.styles), default=0)
+        sizes = 4 * self.lengths + members * (36 + names) + 2 * ids[self.layout.document] + 120
+        sums = sizes.cumsum()
+        head = len(json.dumps(form.index_entry())) + 64
+        borders = [0]
+        while borders[-1] < len(sizes):
+            before = sums[borders[-1] - 1] if borders[-1] else 0
+            limit = before + form.shard_bytes - head
+            borders.append(max(borders[-1] + 1, int(np.searchsorted(sums, limit, "right"))))
+        return [range(*pair) for pair in itertools.pairwise(borders)]
+
+    def samples(self, megadocs: range, documents: Sequence[Document]) -> Samples:
+        """What a process needs to write some megadocs."""
+        layout = self.layout
+        first = int(layout.ends[megadocs.start - 1]) if megadocs.start else 0
+        here = slice(megadocs.start, megadocs.stop)
+        ends = layout.ends[here] - first
+        own = slice(first, first + int(ends[-1]))
+        return Samples(
+            [documents[place].id for place in layout.document[here].tolist()],
+            layout.row[here],
+            ends,
+            layout.kind[own],
+            layout.index[own],
+            layout.style[own],
+            None if layout.cuts is None else layout.cuts[own, :2],
+            Spans(*(getattr(self.spans, name)[own] for name in Spans.__dataclass_fields__)),
+            self.tokens[own],
+        )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some megadocs in a row: M of N members."""
+
+    document_ids: list[str]
+    row: np.ndarray  # int32 [M]: number behind the id, or -1
+    ends: np.ndarray  # int64 [M]: cumulative, in members
+    kind: np.ndarray  # uint8 [N]
+    index: np.ndarray  # int32 [N]
+    style: np.ndarray  # uint8 [N]
+    cuts: np.ndarray | None  # int32 [N, 2]: tokens of pieces
+    spans: Spans  # [N]
+    tokens: np.ndarray  # int64 [N]
+
+
+def encoded(samples: Samples, form: Form, reader: IdReader) -> Iterator[bytes]:
+    """The bytes of each sample.
+
+    Raises:
+        DamagedTokensError: ids of a text are not what was written.
+    """
+    spans = samples.spans
+    texts = zip(
+        *(column.tolist() for column in (spans.part, spans.first, spans.count, spans.checksum)),
+        strict=True,
+    )
+    cuts = None if samples.cuts is None else samples.cuts.tolist()
+    kinds, indices = samples.kind.tolist(), samples.index.tolist()
+    several = len(form.styles) > 1
+    marks = np.where(samples.kind == REPHRASE, samples.style + 1, 0).astype(np.uint8)
+    names = [f", {json.dumps(name)}" if several else "" for name in (None, *form.styles)]
+    marked = marks.tolist() if several else [0] * len(kinds)
+    sums = samples.tokens.cumsum()
+    head = struct.Struct(f"<{len(form.columns)}I")
+    start = passed = 0
+    for document_id, row, end in zip(
+        samples.document_ids, samples.row.tolist(), samples.ends.tolist(), strict=True
+    ):
+        pieces = []
+        whole = b""
+        for member in range(start, end):
+            text = next(texts)
+            kind = kinds[member]
+            if cuts is not None and kind == REAL:
+                if member == start:
+                    whole = reader.read(*text)
+                first, last = cuts[member]
+                pieces.append(whole[4 * first : 4 * last])
+            elif kind == THOUGHT:
+                pieces += (form.opening, reader.read(*text), form.closing)
+            else:
+                pieces.append(reader.read(*text))
+            pieces.append(form.between)
+        pieces[-1] = form.end
+        tokens = b"".join(pieces)
+        ends = (sums[start:end] - passed).astype("<u4").tobytes()
+        passed += len(tokens) >> 2
+        quoted = encode_basestring_ascii(document_id)
+        members = ", ".join(
+            [f"[{kinds[m]}, {indices[m]}{names[marked[m]]}]" for m in range(start, end)]
+        )
+        count = shape_of(end - start)
+        data = [
+            (document_id if row < 0 else f"{document_id}#{row}").encode(),
+            count + ends,
+            count + samples.kind[start:end].tobytes(),
+            f'{{"document_id": {quoted}, "members": [{members}]}}'.encode(),
+            shape_of(len(tokens) >> 2) + tokens,
+        ]
+        if several:
+            data.insert(3, count + marks[start:end].tobytes())
+        yield head.pack(*map(len, data)) + b"".join(data)
+        start = end
+
+
+def shape_of(values: int) -> bytes:
+    """What stands before the values of an array of one dimension."""
+    for code, width in enumerate((1, 2, 4)):
+        if values < 1 << 8 * width:
+            return bytes([1 << 2 | code]) + values.to_bytes(width, "little")
+    raise ValueError(f"a megadoc of {values:,} tokens is larger than a shard can be")
+
+
+def write_shard(
+    path: Path, entry_path: Path, samples: Samples, form: Form, parts: Sequence[Path]
+) -> None:
+    """Write one shard, then what ``index.json`` says of it; done already where that is there.
+
+    Raises:
+        ValueError: one megadoc is larger than a shard can be.
+        OSError: the disk is full; nothing half-written stays.
+    """
+    if entry_path.exists():
+        return
+    reader = IdReader(parts)
+    try:
+        rows = list(encoded(samples, form, reader))
+    finally:
+        reader.close()
+    settings = form.index_entry()
+    text = json.dumps(settings, sort_keys=True).encode()
+    begin = 4 + 4 * (len(rows) + 1) + len(text)
+    offsets = np.array([begin, *map(len, rows)], dtype=np.int64).cumsum()
+    if offsets[-1] >= LARGEST:
+        raise ValueError(
+            f"a megadoc of {samples.document_ids[0]!r} makes a shard of {offsets[-1]:,} bytes; a "
+            f"shard holds {LARGEST:,}: leave long documents out with corpus.max_characters"
+        )
+    content = b"".join([struct.pack("<I", len(rows)), offsets.astype("<u4").tobytes(), text, *rows])
+    with replace_file(path) as unfinished:
+        unfinished.write_bytes(content)
+    described = {
+        "basename": path.name,
+        "bytes": len(content),
+        "hashes": {"sha256": hashlib.sha256(content).hexdigest()},
+    }
+    entry = {**settings, "raw_data": described, "samples": len(rows), "zip_data": None}
+    write_json(entry_path, entry)
+
+
+def add_content(content: ContentHash, shard: bytes, columns: Sequence[str]) -> int:
+    """Feed the samples of a shard to a stream's hash; returns how many there are."""
+    samples = int(np.frombuffer(shard, "<u4", 1)[0])
+    data = np.frombuffer(shard, np.uint8)
+    starts = np.frombuffer(shard, "<u4", samples, 4).astype(np.int64)
+    head = 4 * len(columns)
+    sizes = data[starts[:, None] + np.arange(head)].view("<u4").astype(np.int64)
+    ends = starts[:, None] + head + sizes.cumsum(axis=1)
+    first: dict[str, list[int]] = {}
+    last: dict[str, list[int]] = {}
+    for name in ("tokens", "member_ends", "member_kinds"):
+        column = list(columns).index(name)
+        place = ends[:, column] - sizes[:, column]
+        first[name] = (place + 1 + (1 << (data[place] & 3).astype(np.int64))).tolist()
+        last[name] = ends[:, column].tolist()
+    view = memoryview(shard)
+    for sample in range(samples):
+        content.add_bytes(
+            *(
+                view[first[name][sample] : last[name][sample]]
+                for name in ("tokens", "member_ends", "member_kinds")
+            )
+        )
+    return samples

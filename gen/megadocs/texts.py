@@ -1,0 +1,67 @@
+"""The generations of a store by hash of their text, without holding the texts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gen.generations.store import batches_of
+from gen.megadocs.tokens import as_keys, key_of, keys_of_column
+from trainer.files import replace_file
+
+SCHEMA = pa.schema([("high", pa.uint64()), ("low", pa.uint64())])
+
+
+def keys_of_part(part: Path, kept: Path) -> np.ndarray:
+    """Hashes of the texts of a store's part: uint64 ``[rows, 2]``.
+
+    Args:
+        part: of the store.
+        kept: file that remembers them until the part is written again.
+
+    Raises:
+        FileNotFoundError: the part is not there.
+        ValueError: it is corrupted.
+    """
+    stat = part.stat()
+    state = f"{stat.st_size}/{stat.st_mtime_ns}".encode()
+    with contextlib.suppress(pa.ArrowException, OSError):  # damaged or not there: made again
+        table = pq.read_table(kept, schema=SCHEMA, page_checksum_verification=True)
+        if (pq.read_schema(kept).metadata or {}).get(b"part") == state:
+            return np.stack([table[name].to_numpy() for name in SCHEMA.names], axis=1)
+    found = [
+        keys_of_column(pa.chunked_array([batch["text"]])) for batch in batches_of(part, ["text"])
+    ]
+    keys = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *found])
+    columns = [pa.array(keys[:, half]) for half in range(2)]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(kept) as unfinished:
+        pq.write_table(
+            pa.table(columns, SCHEMA.with_metadata({"part": state})),
+            unfinished,
+            compression="none",
+            write_page_checksum=True,
+        )
+    return keys
+
+
+def texts_of_part(part: Path, rows: np.ndarray) -> list[str]:
+    """The texts of some rows of a part, in ascending order of the rows."""
+    texts: list[str] = []
+    first = 0
+    for batch in batches_of(part, ["text"]):
+        start, end = np.searchsorted(rows, [first, first + batch.num_rows])
+        if end > start:
+            texts += batch["text"].take(pa.array(rows[start:end] - first)).to_pylist()
+        first += batch.num_rows
+    return texts
+
+
+def keys_of_edited(part: Path, rows: np.ndarray, edit: Callable[[str], str]) -> np.ndarray:
+    """Hashes of the texts of some rows once they are edited: uint64 ``[rows, 2]``."""
+    return as_keys(key_of(edit(text).encode()) for text in texts_of_part(part, rows))

@@ -1,0 +1,187 @@
+"""The texts of a stream become token ids, each text once: what is there already is looked up."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from gen.corpus.documents import Document
+from gen.megadocs.assembly import Generations, Layout
+from gen.megadocs.encoding import Encoding
+from gen.megadocs.texts import keys_of_edited, keys_of_part, texts_of_part
+from gen.megadocs.tokens import (
+    DamagedTokensError,
+    IdReader,
+    Spans,
+    TokenStore,
+    add_part,
+    as_keys,
+    key_of,
+)
+from gen.megadocs.work import Unit, Work
+from trainer.data.format import REAL
+
+UNIT = 1 << 22  # bytes of text that are tokenized by one process at a time
+UNIT_ROWS = 1 << 14  # generations, whose lengths are not known
+ATTEMPTS = 3  # to have everything, where damaged parts are found meanwhile
+
+
+class DocumentTexts:
+    """Real documents, by place."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.documents = documents
+        self.keys = as_keys(key_of(document.text.encode()) for document in documents)
+
+    def units(self, store: TokenStore, places: np.ndarray) -> Iterator[Unit]:
+        """Work that tokenizes the documents at some places."""
+        sizes = np.array([len(self.documents[place].text) for place in places.tolist()])
+        groups = (sizes.cumsum() - sizes) // UNIT
+        for group in np.unique(groups).tolist():
+            own = places[groups == group]
+            size = int(sizes[groups == group].sum())
+            yield Unit(f"documents-{own[0]}", size, partial(self.prepare, store.folder, own))
+
+    def prepare(self, folder: Path, places: np.ndarray) -> Callable[[], None]:
+        return partial(add_part, folder, [self.documents[place].text for place in places.tolist()])
+
+
+class GenerationTexts:
+    """The generations of one style, by position."""
+
+    def __init__(self, generations: Generations, root: Path, work: Work) -> None:
+        self.generations = generations
+        kept = root / "tokens" / "texts" / Path(generations.where).name
+        calls = [
+            partial(keys_of_part, part, kept / f"{part.stem}.keys") for part in generations.parts
+        ]
+        work.run(
+            [
+                Unit(part.stem, part.stat().st_size, partial(partial, call))
+                for part, call in zip(generations.parts, calls, strict=True)
+                if not (kept / f"{part.stem}.keys").exists()
+            ],
+            kept / "locks",
+            f"{kept.name}: hashing texts",
+            "B",
+        )
+        self.keys = np.concatenate([call() for call in calls])[generations.rows]
+        for part, positions in self.by_part(np.flatnonzero(generations.edited)):
+            assert generations.edit is not None
+            rows = generations.rows[positions] - generations.part_starts[part]
+            self.keys[positions] = keys_of_edited(generations.parts[part], rows, generations.edit)
+
+    def by_part(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Positions in the order of their rows, by the part that the rows are of."""
+        positions = positions[np.argsort(self.generations.rows[positions])]
+        rows = self.generations.rows[positions]
+        borders = np.searchsorted(rows, self.generations.part_starts).tolist()
+        for part, (start, end) in enumerate(itertools.pairwise(borders)):
+            if start < end:
+                yield part, positions[start:end]
+
+    def units(self, store: TokenStore, positions: np.ndarray) -> Iterator[Unit]:
+        """Work that tokenizes some of the generations."""
+        for part, own in self.by_part(positions):
+            path = self.generations.parts[part]
+            rows = int(np.diff(self.generations.part_starts)[part])
+            for start in range(0, len(own), UNIT_ROWS):
+                some = own[start : start + UNIT_ROWS]
+                yield Unit(
+                    f"{path.parent.name}-{path.stem}-{start}",
+                    path.stat().st_size * len(some) // rows,
+                    partial(self.prepare, store.folder, part, some),
+                )
+
+    def prepare(self, folder: Path, part: int, positions: np.ndarray) -> Callable[[], None]:
+        generations = self.generations
+        rows = generations.rows[positions] - generations.part_starts[part]
+        edited = generations.edited[positions]
+        return partial(
+            tokenize_rows, folder, generations.parts[part], rows, edited, generations.edit
+        )
+
+
+def tokenize_rows(
+    folder: Path,
+    part: Path,
+    rows: np.ndarray,
+    edited: np.ndarray,
+    edit: Callable[[str], str] | None,
+) -> None:
+    """Tokenize some rows of a part of generations into the token store in ``folder``."""
+    texts = texts_of_part(part, rows)
+    if edit is not None:
+        changed = zip(texts, edited.tolist(), strict=True)
+        texts = [edit(text) if change else text for text, change in changed]
+    add_part(folder, texts)
+
+
+def tokenized(
+    layout: Layout,
+    documents: Sequence[Document],
+    styles: Sequence[Generations],
+    encoding: Encoding,
+    root: Path,
+    work: Work,
+) -> tuple[Spans, list[Path]]:
+    """Where the ids of every member's text lie, and the files that they lie in.
+
+    What no stream needed before is tokenized.
+
+    Raises:
+        DamagedTokensError: it is damaged again and again.
+    """
+    stores = [TokenStore(root, encoding.beginning), TokenStore(root, encoding.continuing)]
+    begins = encoding.begins(layout)
+    if stores[0].folder == stores[1].folder:  # of tokenizers that put nothing before a text
+        del stores[1]
+        begins[:] = True
+    sources: list[DocumentTexts | GenerationTexts] = [DocumentTexts(documents)]
+    sources += [GenerationTexts(style, root, work) for style in styles]
+    source = np.where(layout.kind == REAL, 0, layout.style + 1)
+    for _ in range(ATTEMPTS):
+        spans = Spans.none(len(layout.kind))
+        units: list[Unit] = []
+        parts: list[Path] = []
+        for store, wanted in zip(stores, (begins, ~begins), strict=False):
+            for number, texts in enumerate(sources):
+                members = np.flatnonzero(wanted & (source == number))
+                positions = layout.position[members]
+                found = store.find(texts.keys[positions])
+                units += texts.units(store, np.unique(positions[found.part < 0]))
+                found.part[found.part >= 0] += len(parts)
+                spans.put(members, found)
+            parts += store.parts
+        if not units:
+            return spans, parts
+        work.run(units, root / "tokens" / "locks", "tokenizing", "B")
+        for store in stores:
+            store.load()
+    raise DamagedTokensError(f"{root / 'tokens'} is damaged again and again: is the disk failing?")
+
+
+def document_starts(
+    documents: Sequence[Document], tokenizer: Tokenizer, root: Path, work: Work
+) -> Callable[[int], list[int]]:
+    """The character where each token of a document starts, by the document's place."""
+    store = TokenStore(root, tokenizer, starts=True)
+    texts = DocumentTexts(documents)
+    lacking = np.flatnonzero(store.find(texts.keys).part < 0)
+    work.run(list(texts.units(store, lacking)), root / "tokens" / "locks", "cutting", "B")
+    store.load()
+    spans = store.find(texts.keys)
+    reader = IdReader(store.parts)
+
+    def starts(place: int) -> list[int]:
+        content = reader.read(
+            *(int(c[place]) for c in (spans.part, spans.first, spans.count, spans.checksum))
+        )
+        return np.frombuffer(content, dtype="<u4").tolist()
+
+    return starts
