@@ -1,8 +1,8 @@
 """The shards of a stream, each written by whichever process has a core free.
 
-mosaicml-streaming's own writer would bring 0.7 GB and five seconds of imports into every process
-and spends longer on a short sample than all the rest does, so the format, which is a few integers
-before the bytes, is written here; the library reads it, in training and in the tests.
+Importing mosaicml-streaming for its writer costs every process more time and memory than writing
+does, so the format, which is a few integers before the bytes, is written here; the library reads
+it, in training and in the tests.
 """
 
 from __future__ import annotations
