@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,8 @@ from gen.serving.servers import GeneratorConfig, serving
 from trainer.config.fields import check_bounds, group, setting
 from trainer.files import only_one
 from trainer.stop import Stopped, stopping_at_once
+
+logger = logging.getLogger(__name__)
 
 TASKS = ("all", "corpus", "generate", "streams", "status", "report")
 
@@ -129,9 +132,9 @@ def generate_missing(config: GenerateConfig, corpus: Corpus, root: Path) -> None
     except GenerationFailed as failed:
         if config.task == "generate" or config.streams.missing == "refuse":
             raise
-        print(failed, flush=True)  # how many of them a stream may lack is checked there
+        logger.warning(failed)  # how many of them a stream may lack is checked there
     else:
-        print(describe(config.method, session), flush=True)
+        logger.info(describe(config.method, session))
 
 
 def import_and_build(config: GenerateConfig, root: Path) -> None:
@@ -176,14 +179,13 @@ def prepare_corpus(config: GenerateConfig, root: Path) -> Corpus:
     """Documents and tokenizer, built where they are not there yet."""
     manifest = build_documents(config.corpus, root)
     counts = manifest["counts"]
-    print(
+    logger.info(
         f"{root}/documents: {counts['train']} training and {counts['val']} held-out documents, "
         f"{manifest['characters']:,} characters; left out: {counts['empty']} empty, "
-        f"{counts['duplicate']} duplicate, {counts['too_long']} too long",
-        flush=True,
+        f"{counts['duplicate']} duplicate, {counts['too_long']} too long"
     )
     if manifest.get("near_duplicates", {}).get("held_out"):
-        print(near_duplicates.describe(manifest["near_duplicates"], counts["val"]), flush=True)
+        logger.info(near_duplicates.describe(manifest["near_duplicates"], counts["val"]))
     texts = (document.text for document in load_split(root, "train"))
     tokenizer, vocabulary = build_tokenizer(config.tokenizer, root, texts)
     train = list(load_split(root, "train"))

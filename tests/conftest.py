@@ -1,5 +1,6 @@
 """A real corpus folder, made once: real documents, a real model's generations, real shards."""
 
+import logging.config
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
+
+from trainer.logs import LOGGING
 
 # The same examples every time: no test fails by chance. `make test-random` draws others.
 settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -79,6 +82,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         if collection_path == REPOSITORY / "tests" / apart and not config.getoption(f"--{apart}"):
             return True
     return None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logs() -> None:
+    """What is called in a test's own process is logged as a program would log it."""
+    logging.config.dictConfig(LOGGING)
 
 
 @pytest.fixture(scope="session")

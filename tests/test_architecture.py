@@ -24,7 +24,8 @@ ORDER = (
     ("entry",),
     ("config",),
     ("pages",),
-    ("files", "errors", "plugins", "stop"),
+    ("errors",),
+    ("files", "logs", "plugins", "stop"),
 )
 ORDER_IN_GEN = (
     ("pipeline",),

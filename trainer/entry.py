@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer.config.renamed import RENAMED
 from trainer.errors import user_errors
+from trainer.logs import LOGGING
 from trainer.plugins import discover_plugins
 from trainer.stop import Stopped, hand_on
 
@@ -38,6 +39,8 @@ def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Call
 
     def decorate(main: Callable[[Any], Result]) -> Callable[[], Result]:
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        for part in ("job_logging", "hydra_logging"):  # of a job, and of a sweep's master
+            ConfigStore.instance().store(group=f"hydra/{part}", name="plain", node=LOGGING)
         discover_plugins()
 
         @functools.wraps(main)

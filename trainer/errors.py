@@ -14,6 +14,8 @@ from typing import TypeVar
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from trainer.logs import rank_prefix
+
 Result = TypeVar("Result")
 
 
@@ -36,7 +38,7 @@ def user_errors(entry: Callable[..., Result]) -> Callable[..., Result]:
         except (ValueError, OSError, NonFiniteLossError) as error:
             if os.environ.get("MEGADOCS_TRACEBACK"):
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"{rank_prefix()}error: {error}", file=sys.stderr, flush=True)
             if in_sweep():
                 raise
             raise SystemExit(1) from None

@@ -7,6 +7,7 @@ save and evaluate until the last step.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ from trainer.run.trackers import Tracker, was_evaluated
 from trainer.setup import Run, build_run
 from trainer.stop import StopSignals, stopped
 
+logger = logging.getLogger(__name__)
+
 
 def train(config: TrainConfig) -> float:
     """Train one recipe to its end; a run that was stopped goes on where its last checkpoint is.
@@ -51,7 +54,7 @@ def train(config: TrainConfig) -> float:
     inputs = read_inputs(config)
     folder = run_dir_of(config, inputs)
     if (trained := finished_loss(config, inputs)) is not None:
-        print(f"{folder} is already trained: loss {trained:.4f}", flush=True)
+        logger.info(f"{folder} is already trained: loss {trained:.4f}")
         return trained
 
     with join_ranks(config.runtime) as ranks, contextlib.ExitStack() as cleanup:
@@ -91,8 +94,7 @@ def train(config: TrainConfig) -> float:
                     saver.publish_if_written()
                 if now.stop:
                     saver.finish()
-                    if ranks.is_main:
-                        print(f"stopped at step {done} of {steps}; start again to go on")
+                    logger.info(f"stopped at step {done} of {steps}; start again to go on")
                     raise stopped(signal, f"stopped at step {done} of {steps}")
                 if now.evaluate:
                     evaluate(run, done, saver, tracker, meter)

@@ -8,6 +8,7 @@ built, and leaves nothing behind.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ from trainer.run.inputs import changed_inputs, stream_path
 from trainer.run.kernel_choice import choose_kernels, compute_dtype
 from trainer.run.progress import Progress, checkpoints, read_progress
 from trainer.run.run_dir import check_progress, claimed
+
+logger = logging.getLogger(__name__)
 
 FULL = 0.97  # density of the windows below which we say how to raise it
 
@@ -124,13 +127,11 @@ def build_run(
     check_early(config, streams[0], folder, ranks)
     if ranks.is_main:
         cleanup.enter_context(claimed(folder, config))
-        print(describe_data(streams, plan), flush=True)
-        for remark in (
-            describe_reading(plan, config.recipe.epochs, steps),
-            describe_overlap(streams, validation),
-        ):
-            if remark:
-                print(remark, flush=True)
+        logger.info(describe_data(streams, plan))
+        if remark := describe_reading(plan, config.recipe.epochs, steps):
+            logger.info(remark)
+        if caution := describe_overlap(streams, validation):
+            logger.warning(caution)
 
     # The model, its optimiser, and where an earlier attempt stopped.
     model = build_model(config, plan, streams, folder, ranks)
@@ -292,8 +293,8 @@ def prepare_blocks(model: Llama, config: TrainConfig, ranks: Ranks) -> None:
     shards = (config.runtime.shard_size or ranks.world_size) if sharded else 1
     mode = choose_recompute(config, tokens, shards, ranks.device)
     recompute_blocks(model, mode)
-    if ranks.is_main and mode is not ActivationCheckpointing.none:
-        print(f"recomputing blocks in the backward pass: {mode.value}", flush=True)
+    if mode is not ActivationCheckpointing.none:
+        logger.info(f"recomputing blocks in the backward pass: {mode.value}")
     if config.runtime.compile or (config.runtime.compile is None and ranks.device.type == "cuda"):
         for layer in model.model.layers:
             layer.compile()
@@ -330,6 +331,5 @@ def resume(
             "use another name=..."
         )
     load_checkpoint(newest, model, optimizers, average, ranks)
-    if ranks.is_main:
-        print(f"resuming {run_dir} after step {progress.step}", flush=True)
+    logger.info(f"resuming {run_dir} after step {progress.step}")
     return progress

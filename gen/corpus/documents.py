@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from gen.corpus.files import files_below, lines_of, parquet_rows, whole_text
 from trainer.config.fields import setting
 from trainer.data.format import describe, verify
 from trainer.files import read_sealed, replace_file, write_sealed
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     [("id", pa.string()), ("text", pa.string()), ("split", pa.string()), ("metadata", pa.string())]
@@ -187,10 +190,9 @@ def matching_files(config: CorpusConfig, endings: tuple[str, ...]) -> list[Path]
     files, others = files_below(source_path(config), endings, "corpus.path")
     if others:
         names = ", ".join(file.name for file in others[:3])
-        print(
+        logger.warning(
             f"corpus.path={config.path}: {len(others)} files are not read, they do not end in "
-            f"{', '.join(endings)}: {names}{', ...' if len(others) > 3 else ''}",
-            flush=True,
+            f"{', '.join(endings)}: {names}{', ...' if len(others) > 3 else ''}"
         )
     return files
 

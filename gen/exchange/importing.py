@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from gen.exchange.join import Joined, Joiner
 from gen.exchange.staging import Stage, make_plan
 from gen.generations.store import IMPORT_RECORD, GenerationStore, drop_leftovers
 from trainer.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 
 class Import:
@@ -62,7 +65,7 @@ class Import:
         self.stage.remove()
         records = {method: self.record(method) for method in self.plan.methods}
         for method, record in records.items():
-            print(describe(method, record, method in missing), flush=True)
+            logger.info(describe(method, record, method in missing))
         return records
 
     def key(self, method: str, documents: dict[str, Any]) -> str:

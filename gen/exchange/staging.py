@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import threading
@@ -39,6 +40,8 @@ from gen.exchange.files import (
 from gen.exchange.rows import Layout, Row, generation_layout, read_row, source_layout
 from gen.generations.store import SCHEMA
 from trainer.files import read_json, replace_file, write_json
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1  # of the staged files; a change reads again
 UNIT_BYTES = 128 << 20  # of source, about: what one process reads at a time
@@ -240,7 +243,7 @@ class Stage:
         """Make the folder; what another plan left in it is removed."""
         marker = self.folder / "plan.json"
         if marker.exists() and read_json(marker)["identity"] != self.plan.identity:
-            print(f"{self.folder}: files or settings changed; reading begins anew", flush=True)
+            logger.info(f"{self.folder}: files or settings changed; reading begins anew")
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not marker.exists():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -53,6 +54,8 @@ from trainer.data.format import (
     verify,
 )
 from trainer.files import only_one, read_json, sync
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 3  # of the samples and the manifest; a change rebuilds the streams
 PLAIN = ("rephrase", "latent")  # methods that streams do not name: the paper's
@@ -118,7 +121,7 @@ def build_stream(
     if (current := current_manifest(folder, config_hash)) is not None:
         for known in current.get("missing", []):
             Missing(**known).check(config.missing, config.missing_share)
-        print(f"{folder}: up to date", flush=True)
+        logger.info(f"{folder}: up to date")
         return current
     chosen, judged, lacking = choose_generations(
         stores,
@@ -153,11 +156,10 @@ def build_stream(
             f"could not write the stream {folder}: {error}; nothing half-written was left, "
             "make room and run the same command again"
         ) from error
-    print(
+    logger.info(
         f"{folder}: {manifest['samples']} samples, {manifest['tokens']:,} tokens "
         f"({manifest['synthetic_tokens']:,} synthetic){describe_judged(judged)}"
-        + "".join(f"; {missing.describe()}" for missing in lacking),
-        flush=True,
+        + "".join(f"; {missing.describe()}" for missing in lacking)
     )
     return manifest
 
@@ -213,7 +215,7 @@ def current_manifest(folder: Path, config_hash: str) -> dict[str, Any] | None:
         manifest = read_manifest(folder)
         verify(folder, manifest)
     except DamagedStreamError as error:
-        print(f"{folder} is built again: {str(error).partition('; build')[0]}", flush=True)
+        logger.warning(f"{folder} is built again: {str(error).partition('; build')[0]}")
         (folder / MANIFEST).unlink(missing_ok=True)
         return None
     return manifest if manifest["config_hash"] == config_hash else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from gen.serving.sglang import SglangConfig
 from gen.serving.supervisor import SupervisedServer, free_port
 from trainer.config.fields import check_bounds, group, setting
 from trainer.files import only_one
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).with_name("embedded.py")
 RESERVED = {
@@ -241,10 +244,9 @@ def check_model(url: str, model: str, connection: Connection) -> None:
     if answer.status_code == 200:
         served = models_of(read_answer(listing, 200, answer.content)[0])
     if served is None:  # some servers list only what they have downloaded, or nothing
-        print(
+        logger.warning(
             f"{listing} does not list its models (HTTP {answer.status_code}): "
-            f"generator.model={model} is not checked",
-            flush=True,
+            f"generator.model={model} is not checked"
         )
         return
     if model not in served:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,6 +19,8 @@ from pathlib import Path
 import httpx
 
 from gen.client.connection import Connection
+
+logger = logging.getLogger(__name__)
 
 TREE = Path(__file__).resolve().parents[2]
 GUARD = Path(__file__).with_name("parent_watch.py")
@@ -82,6 +86,7 @@ class SupervisedServer:
 
     def spawn(self) -> None:
         """Start the process in a session of its own, under the guard."""
+        logger.debug(shlex.join(self.command))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -133,11 +138,12 @@ class SupervisedServer:
                     f"(generator.restarts={self.restarts}). Its log {self.log} ends:\n"
                     f"{self.log_tail()}"
                 )
-                print(f"given up: {self.failure}", file=sys.stderr, flush=True)
+                logger.error(f"given up: {self.failure}")
                 return
-            print(f"the {self.name} server {state}; its log {self.log} ends:", file=sys.stderr)
-            print(self.log_tail(10), file=sys.stderr)
-            print(f"restart {used + 1} of {self.restarts}", file=sys.stderr, flush=True)
+            logger.warning(
+                f"the {self.name} server {state}; its log {self.log} ends:\n{self.log_tail(10)}\n"
+                f"restart {used + 1} of {self.restarts}"
+            )
             if used and self.stopping.wait(min(LONGEST_PAUSE, 2.0**used)):
                 return
             used += 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import struct
 import tempfile
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from trainer.files import SEAL, hash_of, sha256
+
+logger = logging.getLogger(__name__)
 
 # Of members, by the number in a sample's member_kinds.
 MEMBER_KINDS = ("real", "rephrase", "thought")
@@ -184,7 +187,7 @@ def verify(folder: Path, manifest: dict[str, Any], remedy: str | None = None) ->
             return
         total = sum(expected["bytes"] for expected in manifest["files"].values())
         if total > SAID:
-            print(f"verifying {total / 1e9:.0f} GB of {folder}, once on this machine", flush=True)
+            logger.info(f"verifying {total / 1e9:.0f} GB of {folder}, once on this machine")
         with ThreadPoolExecutor() as pool:
             found_hashes = pool.map(sha256, [folder / name for name in manifest["files"]])
             for (name, expected), found_hash in zip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from trainer.files import write_json
 from trainer.run.export import export_run
 from trainer.run.progress import newest_checkpoint
 
+logger = logging.getLogger(__name__)
+
 
 def evaluate(config: EvaluateConfig) -> float | None:
     """Score or export as asked; returns the i.i.d. loss in nats per token, None for an export.
@@ -24,12 +27,14 @@ def evaluate(config: EvaluateConfig) -> float | None:
     config.check()
     if config.export:
         export_run(config.runs[0], Path(config.export))
-        print(f"{config.runs[0]} written to {config.export}")
+        logger.info(f"{config.runs[0]} written to {config.export}")
         return None
     for run in config.runs:
         checkpoint = newest_checkpoint(run)
         if checkpoint != Path(run) and not (Path(run) / "result.json").exists():
-            print(f"{run} is not finished: this is its newest checkpoint, {checkpoint.name}")
+            logger.warning(
+                f"{run} is not finished: this is its newest checkpoint, {checkpoint.name}"
+            )
     check_early(config)
     sizes = [
         scores.to_dict()
@@ -46,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> float | None:
     # What a checkpoint or an ensemble scores is not what the report shows of a run.
     reported = len(config.runs) == 1 and (folder / "result.json").exists()
     if config.sets and reported:
-        print(f"written: {keep_scores(folder / SETS, scores['sets'])}")
+        logger.info(f"written: {keep_scores(folder / SETS, scores['sets'])}")
     if config.tasks:
         scores["tasks"] = evaluate_tasks(
             config.runs[0], config.tasks, config.task_folder, config.task_limit
@@ -54,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> float | None:
         for task, metrics in scores["tasks"].items():
             print(f"{task}: " + ", ".join(f"{name} {x:.4g}" for name, x in metrics.items()))
         if reported:
-            print(f"written: {keep_scores(folder / TASKS, scores['tasks'])}")
+            logger.info(f"written: {keep_scores(folder / TASKS, scores['tasks'])}")
         write_scores(config, scores, sizes)
     return scores["loss"]["iid"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from trainer.config.schema import BadStep, OptimizerConfig
 from trainer.errors import NonFiniteLossError
+
+logger = logging.getLogger(__name__)
 
 WARM_UP = 20  # steps before there is a usual gradient
 MOST_IN_A_ROW = 10  # skipped steps after which something else is wrong
@@ -78,7 +81,7 @@ class StepGuard:
         self.in_a_row += 1
         if not self.skips or self.in_a_row > MOST_IN_A_ROW:
             raise NonFiniteLossError(message)
-        print(f"skipped: {message}", flush=True)
+        logger.info(f"skipped: {message}")
         return False
 
 

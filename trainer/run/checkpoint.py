@@ -8,6 +8,7 @@ step is the whole state beside model and optimiser.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import shutil
@@ -43,6 +44,8 @@ from trainer.run.progress import (
     newest_checkpoint,
     require_whole,
 )
+
+logger = logging.getLogger(__name__)
 
 # One process saves alone, which is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -285,7 +288,7 @@ def newest_whole(run_dir: Path, ranks: Ranks) -> Path | None:
             return checkpoint
         if ranks.is_main:
             problem = next(filter(None, problems))
-            print(f"{checkpoint} is damaged ({problem}): the one before it is used", flush=True)
+            logger.warning(f"{checkpoint} is damaged ({problem}): the one before it is used")
         aside.append(checkpoint)
     if aside:
         raise DamagedFileError(

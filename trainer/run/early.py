@@ -81,7 +81,7 @@ def describe_overlap(training: list[MegadocStream], validation: MegadocStream) -
     for stream in training:
         if stream.manifest.content_sha256 == held_out.content_sha256:
             return (
-                f"caution: data.validation={held_out.name} is the training stream "
+                f"data.validation={held_out.name} is the training stream "
                 f"{stream.manifest.name}; its loss says nothing about other text"
             )
     return None

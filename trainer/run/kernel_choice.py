@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,8 @@ from trainer.config.schema import Dtype, Mask, RuntimeConfig, TrainConfig
 from trainer.data.batches import PackedBatch
 from trainer.model.llama import Kernels
 from trainer.parallel.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 LOSS_TOKENS = 16_384  # rows of the loss's timing
 
@@ -75,9 +78,7 @@ def checked_kernels(
             if runtime.context_parallel > 1:  # other borders for keys than for queries
                 attention = "reference"
         loss = "torch" if loss == "auto" else loss
-        print(
-            f"kernels: {attention} attention, {loss} {runtime.loss_memory.value} loss", flush=True
-        )
+        logger.info(f"kernels: {attention} attention, {loss} {runtime.loss_memory.value} loss")
         return attention, loss
     packed = batch()
     tokens = len(packed.input_ids)
@@ -97,5 +98,5 @@ def checked_kernels(
     width, vocabulary, memory = model.hidden_size, model.vocab_size, runtime.loss_memory.value
     lost = check_loss(width, vocabulary, dtype, device, rows, memory, asked)
     torch.cuda.empty_cache()
-    print(f"{attended.line}\n{lost.line}", flush=True)
+    logger.info(f"{attended.line}\n{lost.line}")
     return attended.backend, lost.backend

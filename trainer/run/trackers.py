@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from tqdm import tqdm
 
 from trainer.config.schema import TrackingConfig, TrainConfig, to_dict
 from trainer.files import replace_file
+
+logger = logging.getLogger(__name__)
 
 Number = int | float
 
@@ -66,7 +69,7 @@ class Tracker:
                 writer.log(step, metrics)
             except Exception as error:  # a service that fails must not cost the training
                 self.writers.remove(writer)
-                tqdm.write(f"{writer.name} failed ({error!r}) and gets no more numbers")
+                logger.warning(f"{writer.name} failed ({error!r}) and gets no more numbers")
 
     def show(self, step: int, metrics: Mapping[str, str]) -> None:
         """Move the progress bar to ``step``."""

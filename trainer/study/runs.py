@@ -8,6 +8,7 @@ most recipes.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
 from collections import defaultdict
@@ -25,6 +26,8 @@ from trainer.data.format import real_document_of
 from trainer.evaluation import downstream
 from trainer.files import DamagedFileError, read_sealed, sha256
 from trainer.model.flops import training_flops
+
+logger = logging.getLogger(__name__)
 
 NEEDED = (
     *("loss", "evaluation", "parameters", "steps", "seconds", "bits_per_byte"),
@@ -318,7 +321,7 @@ def optional(path: Path, read: Callable[[Path], Content]) -> Content | None:
     try:
         return read(path)
     except DamagedFileError as error:
-        print(f"caution: {error}; it is left out", flush=True)
+        logger.warning(f"{error}; it is left out")
         return None
 
 

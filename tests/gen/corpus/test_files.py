@@ -37,7 +37,7 @@ def test_every_ending_is_read_beside_others(
     packed = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
     (tmp_path / name).write_bytes(packed.get(Path(name).suffix, bytes)(CONTENT))
     assert texts(tmp_path) == [row["text"] for row in ROWS] + ["other"]
-    assert "1 files are not read, they do not end in .jsonl" in capsys.readouterr().out
+    assert "1 files are not read, they do not end in .jsonl" in capsys.readouterr().err
 
 
 def test_sparks_folders_are_folders(tmp_path: Path) -> None:

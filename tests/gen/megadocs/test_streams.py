@@ -127,7 +127,7 @@ def test_a_damaged_stream_is_built_again(root: Path, capsys: pytest.CaptureFixtu
         file.write_bytes(content)
         capsys.readouterr()
         assert build(root, "stitched") == first
-        assert re.search(rf"is built again: .*{name} (is damaged|was ch)", capsys.readouterr().out)
+        assert re.search(rf"is built again: .*{name} (is damaged|was ch)", capsys.readouterr().err)
 
 
 def test_variants_have_names_of_their_own() -> None:

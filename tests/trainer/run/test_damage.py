@@ -63,7 +63,7 @@ def test_a_flipped_bit_in_a_finished_run_is_found_or_harmless(
         except (ValueError, OSError) as error:
             problem = str(error)
         else:
-            problem = capsys.readouterr().out
+            problem = capsys.readouterr().err
         if problem:
             assert file.name in problem or run.name in problem
             found += 1
@@ -98,9 +98,9 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_nothing_changes(
     with pytest.raises(ValueError, match=r"is damaged .* goes on from the checkpoint before"):
         load_model(run)
     assert train(config) == loss
-    printed = capsys.readouterr().out
-    assert f"{newest} is damaged" in printed
-    assert f"after step {read_progress(before).step}" in printed
+    printed = capsys.readouterr()
+    assert f"warning: {newest} is damaged" in printed.err
+    assert f"after step {read_progress(before).step}" in printed.out
     assert read_progress(checkpoints(run)[-1]).step == read_progress(newest).step
 
 
@@ -129,7 +129,7 @@ def test_damaged_optional_files_cost_themselves_alone(
     shutil.rmtree(tmp_path / "report", ignore_errors=True)
     text, _ = write_report(run.parent, tmp_path / "report")
     assert "real" in text
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     for name in ("tasks.json", "sets.json", "metrics.jsonl"):
         assert f"{name} is damaged" in printed or f"{name} was changed" in printed
 

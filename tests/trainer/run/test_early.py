@@ -194,12 +194,12 @@ def test_a_tracker_that_fails_does_not_cost_the_run(
 
     monkeypatch.setattr(TensorBoard, "log", failing)
     assert math.isfinite(train(configured(**{"tracking.tensorboard": True})))
-    assert capsys.readouterr().out.count("TensorBoard failed (OSError('no route to host'))") == 1
+    assert capsys.readouterr().err.count("TensorBoard failed (OSError('no route to host'))") == 1
 
 
 def test_remarks_about_the_data(configured: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     train(configured(**{"data.batch_size": 5, "recipe.epochs": 1, "data.validation": "real"}))
-    printed = capsys.readouterr().out
-    assert "real: 1 epochs asked, 0.62 read in 1 steps: the last, partial batch is left" in printed
-    assert "data.batch_size=4 reads 1.00" in printed
-    assert "caution: data.validation=real is the training stream real" in printed
+    told = capsys.readouterr()
+    assert "real: 1 epochs asked, 0.62 read in 1 steps: the last, partial batch is left" in told.out
+    assert "data.batch_size=4 reads 1.00" in told.out
+    assert "warning: data.validation=real is the training stream real" in told.err

@@ -7,8 +7,10 @@ reaches the jobs, which save and end; the same command goes on later.
 """
 
 import copy
+import logging
 import os
 import queue
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,6 +30,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from trainer.config.schema import TrainConfig
 from trainer.run.inputs import run_dir_of
 from trainer.run.run_dir import finished_loss
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -111,7 +115,7 @@ class GpuPoolLauncher(Launcher):
             if self.stopping:
                 raise RuntimeError("the sweep was stopped before it began")
             words = " ".join([folder.name, *filter_overrides(overrides)])
-            print(f"start  {words} on {','.join(slot)}", flush=True)
+            logger.info(f"start  {words} on {','.join(slot)}")
             status = self.start(overrides, log, slot)
         finally:
             self.slots.put(slot)
@@ -132,6 +136,7 @@ class GpuPoolLauncher(Launcher):
         if len(slot) > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             command = [sys.executable, *torchrun, f"--nproc-per-node={len(slot)}", *program]
+        logger.debug(shlex.join(command))
         visible = ",".join(device for device in slot if device != "cpu")
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ place of ``hydra/sweeper=basic``, which Hydra chooses where nothing is said.
 """
 
 import copy
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from trainer.files import write_json
 from trainer.run.inputs import run_dir_of
 from trainer.run.run_dir import finished_loss, queued_job
 from trainer.run.sweeps import JobEnd, run_jobs, write_results
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,7 +58,7 @@ class GridSweeper(BasicSweeper):
         try:
             return sweep(self, arguments)
         except (ValueError, OSError) as error:  # what a user can mend: no traceback
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            logger.error(error)
             raise SystemExit(1) from None
 
 
@@ -80,15 +82,12 @@ def sweep(sweeper: GridSweeper, arguments: list[str]) -> list[JobEnd]:
             write_results(Path(config.hydra.sweep.dir))
     failed = [(job, end) for job, end in zip(jobs, ends, strict=True) if end.problem]
     if failed:
-        print(f"error: {len(failed)} of {len(jobs)} jobs failed:", file=sys.stderr)
+        lines = [f"{len(failed)} of {len(jobs)} jobs failed:"]
         for job, end in failed:
             where = f"; see {end.log}" if end.log else ""
-            print(f"  {label(job, common)}: {end.problem}{where}", file=sys.stderr)
-        print(
-            "The same command runs what is missing once that is mended.",
-            file=sys.stderr,
-            flush=True,
-        )
+            lines.append(f"  {label(job, common)}: {end.problem}{where}")
+        lines.append("The same command runs what is missing once that is mended.")
+        logger.error("\n".join(lines))
         raise SystemExit(1)
     return ends
 
@@ -117,15 +116,15 @@ def run_missing(
             continue
         if loss is not None:
             ends[index] = JobEnd(loss)
-            print(f"done   {label(job, common)}: {loss:.4f} (was finished)", flush=True)
+            logger.info(f"done   {label(job, common)}: {loss:.4f} (was finished)")
     missing = [index for index in range(len(batch)) if index not in ends]
 
     def ended(place: int, end: JobEnd) -> None:
         name = label(batch[missing[place]], common)
         if end.problem:
-            print(f"FAILED {name}: {end.problem}", flush=True)
+            logger.error(f"FAILED {name}: {end.problem}")
         else:
-            print(f"done   {name}" + (f": {end.value:.4f}" if end.value else ""), flush=True)
+            logger.info(f"done   {name}" + (f": {end.value:.4f}" if end.value else ""))
 
     def queued(place: int, job: str) -> None:
         task = task_config(context, config, batch[missing[place]])

@@ -8,8 +8,8 @@ are read from their folders, so the same command goes on where it was interrupte
 
 import hashlib
 import json
+import logging
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from trainer.run.inputs import run_dir_of
 from trainer.run.run_dir import finished_loss
 from trainer.run.sweeps import run_jobs, write_results
 from trainer.study.star_search import Certificate, Grid, Place, StarSearch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,7 +83,7 @@ class StarSweeper(Sweeper):
         try:
             return self.search(arguments)
         except (ValueError, RuntimeError) as error:  # what a user can mend: no traceback
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            logger.error(error)
             raise SystemExit(1) from None
 
     def search(self, arguments: list[str]) -> list[dict[str, Any]]:
@@ -93,10 +95,9 @@ class StarSweeper(Sweeper):
             if not wanted:
                 break
             missing = [pair for pair in wanted if self.outcome(pair[0].job(pair[1])) is None]
-            print(
+            logger.info(
                 f"star search: {len(wanted)} runs wanted, {len(wanted) - len(missing)} of them "
-                "finished already",
-                flush=True,
+                "finished already"
             )
             batch = [study.job(place) for study, place in missing]
             self.launch(batch, jobs)
@@ -144,7 +145,7 @@ class StarSweeper(Sweeper):
             + (f" (the nearest of its grid to {centre[axis]:g})" if value != centre[axis] else "")
             for axis, value in grid.values(start).items()
         )
-        print(f"star search: starts at {values}", flush=True)
+        logger.info(f"star search: starts at {values}")
         return Study(fixed, StarSearch(grid, start))
 
     def compose(self, overrides: list[str]) -> DictConfig:
