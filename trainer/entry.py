@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -54,9 +55,9 @@ def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Call
             except Stopped as stop:
                 hand_on(stop)
 
-        run = hydra.main(version_base="1.3", config_path=str(CONF / name), config_name="config")(
-            user_errors(composed)
-        )
+        run: Callable[[], Result] = hydra.main(
+            version_base="1.3", config_path=str(CONF / name), config_name="config"
+        )(user_errors(composed))
 
         def start() -> Result:
             sys.argv = spelled_out(sys.argv)
@@ -86,7 +87,11 @@ def unknown_keys(config: Any, schema: Any, prefix: str = "") -> Iterator[str]:
 
 
 def check_overrides(name: str, arguments: list[str]) -> None:
-    """Raise ValueError for an old key, or for a choice of another program's config group."""
+    """Raise ValueError for an old key, or for a choice of another program's config group.
+
+    A choice in a folder of the user's own is theirs, whatever it is called.
+    """
+    folders = [CONF / name, *own_folders(arguments)]
     for argument in arguments:
         if argument.startswith("-") or "=" not in argument:
             continue
@@ -103,12 +108,12 @@ def check_overrides(name: str, arguments: list[str]) -> None:
             if override.is_sweep_override()
             else [str(override.value())]
         )
-        own = options(name, key)
+        own = options(folders, key)
         for other in ("train", "generate", "evaluate", "report"):
-            theirs = set(options(other, key)) - set(own)
+            theirs = set(options([CONF / other], key)) - set(own)
             if other == name or not theirs:
                 continue
-            if not own and not (CONF / name / key).exists():
+            if not own and not any((folder / key).exists() for folder in folders):
                 raise ValueError(f"{key}= belongs to {other}.py; {name}.py has no such choice")
             if foreign := theirs.intersection(choices):
                 raise ValueError(
@@ -117,6 +122,16 @@ def check_overrides(name: str, arguments: list[str]) -> None:
                 )
 
 
-def options(name: str, group: str) -> list[str]:
-    """The choices of a config group of the program ``name``; none where it has no such group."""
-    return sorted(path.stem for path in (CONF / name / group).glob("*.yaml"))
+def own_folders(arguments: list[str]) -> list[Path]:
+    """Folders of configs that ``--config-dir`` and ``hydra.searchpath=[...]`` name."""
+    flags, _ = get_args_parser().parse_known_args(arguments)
+    found = [flags.config_dir, flags.config_path]
+    for argument in arguments:
+        if argument.startswith("hydra.searchpath="):
+            found += OmegaConf.from_dotlist([argument]).hydra.searchpath
+    return [Path(folder.removeprefix("file://")) for folder in found if folder]
+
+
+def options(folders: list[Path], group: str) -> list[str]:
+    """The choices of a config group in folders; none where they have no such group."""
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})

@@ -1,0 +1,46 @@
+"""Mistakes on the command line, and configs of the user's own."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import run_script
+from trainer.entry import check_overrides
+
+
+@pytest.mark.parametrize(
+    ("program", "argument", "message"),
+    [
+        (
+            "train",
+            "scale=demo",
+            r"scale=demo belongs to generate\.py; train\.py takes scale=30m, cpu",
+        ),
+        ("train", "scale=cpu,demo", r"scale=demo belongs to generate\.py"),
+        ("train", "method=faq", r"method= belongs to generate\.py; train\.py has no such choice"),
+        ("generate", "recipe=real", r"recipe= belongs to train\.py; generate\.py has no such"),
+        ("train", "optimizer.clip_norm=1", r"optimizer\.max_grad_norm=1"),
+        ("train", "++runtime.loss=torch", r"is called runtime\.loss_backend now"),
+    ],
+)
+def test_what_is_of_another_program_or_version(program: str, argument: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_overrides(program, [argument])
+
+
+@pytest.mark.parametrize("how", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
+def test_a_choice_of_ones_own_may_have_any_name(how: str, tmp_path: Path) -> None:
+    """``method`` and ``scale=demo`` are generate.py's."""
+    for group, name in (("method", "faq"), ("scale", "demo")):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / f"{name}.yaml").write_text("# @package _global_\nseed: 7\n")
+    arguments = [how.format(tmp_path), "+method=faq", "scale=demo"]
+    check_overrides("train", arguments)
+    composed = run_script("train.py", *arguments, "--cfg", "job").stdout
+    assert "\nseed: 7\n" in composed
+
+
+def test_a_key_that_there_is_not() -> None:
+    done = run_script("train.py", "+misspelt=1", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: train.py has no key misspelt; docs/config.md lists all")
