@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks import timing
@@ -187,7 +188,7 @@ def flash(module: str, borders: Tensor, longest: int) -> Attend:
     function = importlib.import_module(module).flash_attn_varlen_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(
+        out: Tensor | tuple[Tensor, ...] = function(
             q,
             k,
             v,
@@ -314,17 +315,22 @@ def show(rows: list[dict[str, Any]]) -> None:
     if "tile_efficiency" in first:
         shares = first["tile_efficiency"]
         print(f"tile efficiency: forward {shares['forward']:.3f}, dK/dV {shares['dkdv']:.3f}")
-    print(f"{'':22}{'ms':>10}{'TFLOP/s':>9}{'x FLOPs':>9}{'x bytes':>9}  speed over peers")
-    for row in rows:
-        label = f"{row['pass']:9}{row['provider']:13}"
-        if "failed" in row:
-            print(f"{label}{row['failed']}")
-            continue
-        peers = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in row["speed_over"].items())
-        print(
-            f"{label}{row['seconds']['median'] * 1e3:10.3f}{row['tflops']:9.2f}"
-            f"{row['ratio_to_flop_floor']:9.2f}{row['ratio_to_memory_floor']:9.2f}  {peers}"
-        )
+    head = ["pass", "provider", "ms", "TFLOP/s", "x FLOPs", "x bytes", "speed over peers"]
+    lines = [
+        [row["pass"], row["provider"], *[None] * 4, row["failed"]]
+        if "failed" in row
+        else [
+            row["pass"],
+            row["provider"],
+            row["seconds"]["median"] * 1e3,
+            row["tflops"],
+            row["ratio_to_flop_floor"],
+            row["ratio_to_memory_floor"],
+            ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in row["speed_over"].items()),
+        ]
+        for row in rows
+    ]
+    print(tabulate(lines, head, "plain", floatfmt=("", "", ".3f", ".2f", ".2f", ".2f")))
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks import timing
@@ -141,16 +142,19 @@ def measure(
 def show(rows: list[dict[str, Any]]) -> None:
     """One table a shape."""
     print(f"\ntokens x width x vocabulary = {' x '.join(map(str, rows[0]['shape']))}")
-    print(f"{'':18}{'ms':>10}{'x floor':>9}{'TFLOP/s':>9}{'peak MiB':>10}")
-    for row in rows:
-        if "failed" in row:
-            print(f"{row['provider']:18}{row['failed']}")
-            continue
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
-        print(
-            f"{row['provider']:18}{row['seconds']['median'] * 1e3:10.2f}"
-            f"{row['ratio_to_floor']:9.2f}{row['tflops']:9.2f}{peak:>10}"
-        )
+    lines = [
+        {"provider": row["provider"], "failed": row["failed"]}
+        if "failed" in row
+        else {
+            "provider": row["provider"],
+            "ms": row["seconds"]["median"] * 1e3,
+            "x floor": row["ratio_to_floor"],
+            "TFLOP/s": row["tflops"],
+            "peak MiB": None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20,
+        }
+        for row in rows
+    ]
+    print(tabulate(lines, "keys", "plain", floatfmt=".2f"))
 
 
 def shape_of(row: dict[str, Any]) -> str:

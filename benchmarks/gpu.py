@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 from benchmarks import table, timing
 from kernels.check.verdicts import source_hash
@@ -141,7 +142,7 @@ class State:
         found = self.done.get(step.name)
         if found is None:
             return True
-        return found["failed"] != "" and found["sources"] != source_hash()
+        return bool(found["failed"]) and bool(found["sources"] != source_hash())
 
     def add(self, step: Step, failed: str, seconds: float) -> None:
         self.done[step.name] = {
@@ -203,9 +204,11 @@ def rehearse_all(steps: list[Step]) -> int:
     """1 if a step has failed; nothing that is measured here is kept."""
     with tempfile.TemporaryDirectory() as folder:
         failed = {step.name: rehearse(step, Path(folder)) for step in steps}
-    for step in steps:
-        went = "rehearsed" if step.rehearsal is not None else "needs a GPU"
-        print(f"{step.name:22} {failed[step.name] or went}")
+    went = {
+        step.name: failed[step.name] or ("rehearsed" if step.rehearsal else "needs a GPU")
+        for step in steps
+    }
+    print(tabulate(went.items(), tablefmt="plain"))
     return int(any(failed.values()))
 
 

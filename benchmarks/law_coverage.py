@@ -16,6 +16,7 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 
 from benchmarks.timing import arguments, write_results
 from trainer.study.laws import POWER
@@ -107,8 +108,7 @@ def main() -> None:
     generator = np.random.default_rng(1)
     studies = [planted_study(generator) for _ in range(options.studies)]
     found = coverage(studies)
-    for name, row in found.items():
-        print(f"{name:45} {row}")
+    print(tabulate([{"interval": name, **row} for name, row in found.items()], "keys", "plain"))
     results = {
         "exact": exact,
         "intervals_of_95_percent": found,

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- GPU table: python -m benchmarks.table --write -->", "<!-- end -->"
@@ -159,10 +161,8 @@ def value_of(figure: Figure, folder: Path) -> str:
 
 def text(folder: Path) -> str:
     """Each figure beside its target, for a terminal."""
-    lines = [f"{'figure':52}{'target':12}measured"]
-    for figure in FIGURES:
-        lines.append(f"{figure.label:52}{figure.target:12}{value_of(figure, folder)}")
-    return "\n".join(lines)
+    lines = [[figure.label, figure.target, value_of(figure, folder)] for figure in FIGURES]
+    return tabulate(lines, ["figure", "target", "measured"], "plain", disable_numparse=True)
 
 
 def markdown(results: Path = RESULTS) -> str:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -42,7 +43,7 @@ from trainer.data.batches import PackedBatch
 from trainer.data.random_stream import random_windows
 from trainer.loop import accumulate_gradients
 from trainer.model.flops import attention_pairs, peak_flops, training_flops
-from trainer.model.llama import Attention, Kernels, Llama
+from trainer.model.llama import Attention, KernelBackends, Llama
 from trainer.optim.optimizer import build_optimizers
 from trainer.parallel.ranks import Ranks
 from trainer.run.kernel_choice import checked_kernels
@@ -50,7 +51,7 @@ from trainer.setup import prepare_blocks
 
 MODELS = Path(__file__).parents[1] / "conf" / "train" / "model"
 VOCABULARY = 128_256
-DEFAULT = Kernels()
+DEFAULT = KernelBackends()
 GPU = {"models": ["300m", "1_5b"], "contexts": [4096, 32_768, 131_072], "documents": [0, 1200]}
 CPU = {"models": ["tiny"], "contexts": [256], "documents": [0, 60]}
 
@@ -99,7 +100,7 @@ class Setting:
             self.weights = Llama(config.model)
         [self.optimizer] = build_optimizers(self.weights, config.optimizer, config.recipe)
 
-    def model(self, kernels: Kernels = DEFAULT) -> Llama:
+    def model(self, kernels: KernelBackends = DEFAULT) -> Llama:
         """A model on the shared weights."""
         with self.ranks.device:
             model = Llama(self.config.model, 0, self.dtype, kernels)
@@ -129,7 +130,7 @@ class Setting:
 
 
 def ours(
-    setting: Setting, kernels: Kernels = DEFAULT, compiled: bool | None = None
+    setting: Setting, kernels: KernelBackends = DEFAULT, compiled: bool | None = None
 ) -> timing.Candidate:
     """The trainer's own step; blocks are compiled as it does by itself, or as asked for."""
     config = setting.config
@@ -286,7 +287,7 @@ def measure(
     )
     batch = random_batch(tokens, context, document, size.vocab_size)
     setting = Setting(config, batch, ranks)
-    chosen = Kernels(*checked_kernels(config, lambda: batch, ranks))
+    chosen = KernelBackends(*checked_kernels(config, lambda: batch, ranks))
     builders: dict[str, Callable[[Setting], timing.Candidate]] = {
         "ours": partial(ours, kernels=chosen),
         "plain": plain,
@@ -332,18 +333,22 @@ def show(rows: list[dict[str, Any]]) -> None:
     """One line a way."""
     first = rows[0]
     print(f"\n{first['model']}, context {first['context']:,}, documents of {first['document']:,}")
-    for row in rows:
-        if "failed" in row:
-            print(f"{row['way']:14}{row['failed']}")
-            continue
-        mfu = "" if row["mfu"] is None else f"{row['mfu']:7.1%} MFU"
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:8.1f} GiB"
-        milliseconds = row["seconds"]["median"] * 1e3
-        speed = row["tokens_per_second"]
-        print(f"{row['way']:14}{milliseconds:10.1f} ms{speed:12,.0f} tokens/s{mfu}{peak}")
+    lines = [
+        {"way": row["way"], "failed": row["failed"]}
+        if "failed" in row
+        else {
+            "way": row["way"],
+            "ms": row["seconds"]["median"] * 1e3,
+            "tokens/s": row["tokens_per_second"],
+            "MFU %": None if row["mfu"] is None else 100 * row["mfu"],
+            "peak GiB": None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30,
+        }
+        for row in rows
+    ]
+    print(tabulate(lines, "keys", "plain", floatfmt=",.1f"))
 
 
-def setting(row: dict[str, Any]) -> str:
+def group_label(row: dict[str, Any]) -> str:
     return f"{row['model']}\n{row['context']:,}\n{row['document']:,}"
 
 
@@ -355,11 +360,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     done = [row for row in rows if "failed" not in row]
-    settings = list(dict.fromkeys(map(setting, done)))
+    settings = list(dict.fromkeys(map(group_label, done)))
     ways = list(dict.fromkeys(row["way"] for row in done))
     figure, axis = plt.subplots(figsize=(10, 4))
     bars = {
-        way: {setting(row): row["tokens_per_second"] for row in done if row["way"] == way}
+        way: {group_label(row): row["tokens_per_second"] for row in done if row["way"] == way}
         for way in ways
     }
     timing.grouped_bars(axis, settings, bars)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.compute as pc
+from tabulate import tabulate
 from tokenizers import Tokenizer
 
 from gen.client.fitting import counting_tokenizer
@@ -61,14 +62,15 @@ class Cost:
 
     def __str__(self) -> str:
         share = self.cached_tokens / max(1, self.prompt_tokens)
-        return (
-            f"missing    {self.generations:,} generations of {self.documents:,} documents\n"
-            f"prompts    {self.prompt_tokens:,} tokens ({self.tokenizer}), "
-            f"{share:.0%} of them expected in the cache\n"
-            f"answers    {self.new_tokens:,} tokens ({self.lengths})\n"
-            f"time       {self.gpu_hours:,.2f} GPU-hours at {self.tokens_per_second:,.0f} new "
-            "tokens a second and GPU (estimate.tokens_per_second)"
-        )
+        lines = {
+            "missing": f"{self.generations:,} generations of {self.documents:,} documents",
+            "prompts": f"{self.prompt_tokens:,} tokens ({self.tokenizer}), {share:.0%} of them "
+            "expected in the cache",
+            "answers": f"{self.new_tokens:,} tokens ({self.lengths})",
+            "time": f"{self.gpu_hours:,.2f} GPU-hours at {self.tokens_per_second:,.0f} new tokens "
+            "a second and GPU (estimate.tokens_per_second)",
+        }
+        return tabulate(lines.items(), tablefmt="plain")
 
 
 def estimate(

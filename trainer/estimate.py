@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from tabulate import tabulate
 
 from trainer.config.estimate import DEVICES
 from trainer.config.schema import ActivationCheckpointing, ModelConfig, Parallel, TrainConfig
-from trainer.data.batches import pack
+from trainer.data.batches import collate
 from trainer.model.flops import attention_pairs, training_flops
 from trainer.parallel.activation_checkpointing import USABLE, step_bytes
 from trainer.run.inputs import read_inputs, run_dir_of
@@ -66,15 +67,16 @@ class Estimate:
                 "does not fit: try a smaller data.micro_batch_size, runtime.parallel=fsdp, "
                 "runtime.context_parallel or runtime.loss_memory=lean"
             )
-        return (
-            f"{self.name}\n"
-            f"  model   {self.parameters:,} parameters\n"
-            f"  run     {self.steps:,} steps, {self.tokens:,} tokens, {self.flops:.2e} FLOPs "
-            f"({self.attention_share:.0%} attention)\n"
-            f"  memory  {memory} GiB of {room:.1f} usable on {self.device}: {verdict}\n"
-            f"  time    {self.gpu_hours / self.num_gpus:,.2f} hours on {self.num_gpus} GPU(s), "
-            f"{self.gpu_hours:,.2f} GPU-hours, at {self.mfu:.0%} MFU ({self.source})"
-        )
+        lines = {
+            "name": self.name,
+            "model": f"{self.parameters:,} parameters",
+            "run": f"{self.steps:,} steps, {self.tokens:,} tokens, {self.flops:.2e} FLOPs "
+            f"({self.attention_share:.0%} attention)",
+            "memory": f"{memory} GiB of {room:.1f} usable on {self.device}: {verdict}",
+            "time": f"{self.gpu_hours / self.num_gpus:,.2f} hours on {self.num_gpus} GPU(s), "
+            f"{self.gpu_hours:,.2f} GPU-hours, at {self.mfu:.0%} MFU ({self.source})",
+        }
+        return tabulate(lines.items(), tablefmt="plain")
 
 
 def estimate(config: TrainConfig) -> Estimate:
@@ -94,7 +96,7 @@ def estimate(config: TrainConfig) -> Estimate:
     pairs = 0
     for step in range(sampled):
         windows = plan.windows(step)
-        batch = pack(windows, streams, config.data.mask, config.data.context_length)
+        batch = collate(windows, streams, config.data.mask, config.data.context_length)
         pairs += attention_pairs(batch.cu_seqlens)
     step_tokens = config.data.batch_size * config.data.context_length
     flops = training_flops(model, step_tokens, 0)

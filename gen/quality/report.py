@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from tabulate import tabulate
 
 from gen.corpus.documents import Document
 from gen.generations.failures import all_failures, describe_reasons
 from gen.generations.store import GenerationStore
-from gen.megadocs.assembly import TEXT_COLUMNS, Generations
+from gen.generations.texts import TEXT_COLUMNS, Generations
 from gen.quality.gates import (
     GATES,
     WORD,
@@ -39,10 +41,10 @@ class Judged:
 
     store: GenerationStore
     table: pa.Table  # document_id and measures
-    columns: dict[str, np.ndarray]
-    failed: dict[str, np.ndarray]  # bool [rows] by gate
+    columns: dict[str, NDArray[Any]]
+    failed: dict[str, NDArray[np.bool_]]  # bool [rows] by gate
     selection: Selection
-    source: np.ndarray  # place of each row's document, [rows]
+    source: NDArray[np.int64]  # place of each row's document, [rows]
     documents: list[Document]
     texts: Generations
 
@@ -91,8 +93,8 @@ def write_quality_report(
         samples=samples(judged, config),
         examples=examples(judged, config),
     )
-    lines = ["".join(f"{cell:>12}" for cell in row) for row in (head, *rows)]
-    return "\n".join(lines + told)
+    table = tabulate(rows, head, "plain", stralign="right", disable_numparse=True)
+    return "\n".join([table, *told])
 
 
 def judge(
@@ -128,7 +130,7 @@ def gate_rows(judged: Judged, quality: QualityConfig) -> list[list[str]]:
     return rows
 
 
-def distributions(judged: Judged) -> list[tuple[str, str, np.ndarray]]:
+def distributions(judged: Judged) -> list[tuple[str, str, NDArray[Any]]]:
     """Title, axis label and values of each histogram."""
     columns = judged.columns
     lengths = np.array([len(WORD.findall(document.text)) for document in judged.documents])
@@ -145,7 +147,7 @@ def distributions(judged: Judged) -> list[tuple[str, str, np.ndarray]]:
     ]
 
 
-def histogram(title: str, label: str, values: np.ndarray) -> Figure:
+def histogram(title: str, label: str, values: NDArray[Any]) -> Figure:
     """A histogram with its median; the long tail above the 99.5th percentile in the last bin."""
     figure = Figure(figsize=(5.0, 2.8), layout="constrained")
     axes = figure.subplots()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 from ..segments import padded_borders
 from . import __doc__ as description
@@ -47,9 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     found: dict[str, Any] = {}
     for what, verdicts in (("attention", attention), ("loss", loss)):
-        for verdict in verdicts:
-            speed = "" if verdict.seconds is None else f"{verdict.seconds * 1e3:10.3f} ms"
-            print(f"{what:10} {verdict.backend:11} {verdict.failed or 'right':60} {speed}")
+        lines = [
+            (what, one.backend, one.failed or "right", one.seconds and one.seconds * 1e3)
+            for one in verdicts
+        ]
+        print(tabulate(lines, ["", "backend", "verdict", "ms"], "plain", floatfmt=".3f"))
         try:
             line = choose(what, verdicts).line
         except ValueError as error:

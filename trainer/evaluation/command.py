@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from trainer.config.evaluate import EvaluateConfig
 from trainer.config.schema import load_config
 from trainer.data.mds import read_stream_manifest
@@ -41,10 +43,7 @@ def evaluate(config: EvaluateConfig) -> float | None:
         for scores in evaluate_ensemble(config.runs, config.validation, config.mean)
     ]
     scores = sizes[-1]
-    if len(sizes) > 1:
-        for count, size in enumerate(sizes, 1):
-            print(f"{count:>6} members: {size['loss']['iid']:.4f} nats per token")
-    show(scores)
+    show(sizes)
     scores["sets"] = score_sets(config)
     write_scores(config, scores, sizes)
     folder = Path(config.runs[0])
@@ -56,12 +55,13 @@ def evaluate(config: EvaluateConfig) -> float | None:
         scores["tasks"] = evaluate_tasks(
             config.runs[0], config.tasks, config.task_folder, config.task_limit
         )
-        for task, metrics in scores["tasks"].items():
-            print(f"{task}: " + ", ".join(f"{name} {x:.4g}" for name, x in metrics.items()))
+        rows = [{"task": task, **metrics} for task, metrics in scores["tasks"].items()]
+        print(tabulate(rows, "keys", "plain", floatfmt=".4g"))
         if reported:
             logger.info(f"written: {keep_scores(folder / TASKS, scores['tasks'])}")
         write_scores(config, scores, sizes)
-    return scores["loss"]["iid"]
+    loss: float = scores["loss"]["iid"]
+    return loss
 
 
 def check_early(config: EvaluateConfig) -> None:
@@ -75,16 +75,18 @@ def check_early(config: EvaluateConfig) -> None:
         raise ValueError(f"output={config.output} is a folder; name a JSON file in it")
 
 
-def show(scores: dict[str, Any]) -> None:
-    """Print the scores on the validation stream, one a line."""
-    for name, loss in scores["loss"].items():
-        print(f"{name:>6} {loss:.4f} nats per token")
-    print(f"{'':>6} {scores['bits_per_byte']:.4f} bits per byte")
-    for position, loss in scores["loss_by_position"].items():
-        print(f"from position {position:>7} {loss:.4f}")
+def show(sizes: list[dict[str, Any]]) -> None:
+    """Print the scores on the validation stream: of each size of an ensemble, then by part."""
+    scores = sizes[-1]
+    rows: list[tuple[str, float]] = []
+    if len(sizes) > 1:
+        rows = [(f"{count} members", size["loss"]["iid"]) for count, size in enumerate(sizes, 1)]
+    rows += scores["loss"].items()
+    rows += [(f"from position {start}", x) for start, x in scores["loss_by_position"].items()]
     by_member = scores.get("loss_by_kind", {}) | scores.get("loss_by_style", {})
-    for kind, loss in by_member.items():
-        print(f"{kind:>8} members {loss:.4f} nats per token")
+    rows += [(f"{kind} members", loss) for kind, loss in by_member.items()]
+    print(tabulate(rows, ["", "nats per token"], "plain", floatfmt=".4f"))
+    print(f"{scores['bits_per_byte']:.4f} bits per byte")
 
 
 def score_sets(config: EvaluateConfig) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tabulate import tabulate
+
 from trainer.pages import embedded, write_page
 from trainer.run.run_dir import state
 from trainer.study.benchmark_scores import benchmark_error
@@ -52,7 +54,7 @@ def write_report(folder: Path, output: Path) -> tuple[str, Path]:
     )
     if not study.different_data:
         rows = [{name: cell for name, cell in row.items() if name != "data"} for row in rows]
-    text = format_table(rows)
+    text = tabulate(rows, "keys", "plain", stralign="right", disable_numparse=True, missingval="-")
     if near := near_duplicates_text(study):
         text += f"\n{near}"
     text += "".join(f"\ncaution: {difference}" for difference in study.different_data)
@@ -128,15 +130,6 @@ def compute_row(group: Group) -> dict[str, str]:
         "loss": f"{group.mean():.4f}",
         "SD": f"{group.spread():.4f}" if len(group.runs) > 1 else "-",
     }
-
-
-def format_table(rows: Sequence[dict[str, str]]) -> str:
-    """The rows as aligned text."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    widths = {name: max(len(name), *(len(row.get(name, "-")) for row in rows)) for name in names}
-    lines = ["  ".join(name.rjust(widths[name]) for name in names)]
-    lines += ["  ".join(row.get(name, "-").rjust(widths[name]) for name in names) for row in rows]
-    return "\n".join(lines)
 
 
 def near_duplicates_text(study: Study) -> str:
