@@ -92,7 +92,7 @@ def generate(config: GenerateConfig) -> None:
         with stopping_at_once(f"{config.root}: stopped; the same command goes on"):
             run_task(config)
     except Stopped as stop:
-        print(stop, flush=True)
+        logger.info(stop)
         raise
 
 

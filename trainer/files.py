@@ -72,7 +72,8 @@ def only_one(path: Path, wait: bool = True) -> Iterator[None]:
         BlockingIOError: another process is in it and ``wait`` is false.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path)
+    # The fallback of a file system without flock would outlive a killed process.
+    lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(blocking=wait)
     except filelock.Timeout:

@@ -32,11 +32,11 @@ from gen.client.concurrency import AdaptiveLimit, Slots
 from gen.client.fitting import counting_tokenizer, latent_fields, rephrase_fields
 from gen.client.routing import Routing, ServersLost
 from gen.corpus.documents import Document
+from gen.corpus.split import split_text
 from gen.generations.failures import Failures
 from gen.generations.sessions import Session
 from gen.generations.siblings import Siblings, Work
 from gen.generations.store import Generation, GenerationStore, drop_leftovers, owns
-from gen.megadocs.split import split_text
 from gen.prompts import MethodConfig, sibling_seed
 from gen.serving.load import read_load
 from gen.serving.servers import GeneratorConfig, Servers
@@ -151,10 +151,10 @@ class Job:
             if self.stop.wanted:
                 return
             opened = asyncio.Event()
-            group.create_task(self.document(lane, work, opened))
+            group.create_task(self.run_document(lane, work, opened))
             await opened.wait()
 
-    async def document(self, lane: Lane, work: Work, opened: asyncio.Event) -> None:
+    async def run_document(self, lane: Lane, work: Work, opened: asyncio.Event) -> None:
         """All generations of a document, after one request has put its prompt into the cache.
 
         The document's first slot is this call's; siblings beside it wait for slots of their own.
@@ -168,7 +168,7 @@ class Job:
             if beside and self.config.warm_up:
                 await self.warm_up(siblings)
             elif beside:
-                await self.one(lane, siblings, siblings.next_index())
+                await self.generate_one(lane, siblings, siblings.next_index())
             for _ in range(beside):
                 group.create_task(self.worker(lane, siblings))
             await self.make_all(lane, siblings)
@@ -180,16 +180,16 @@ class Job:
     async def make_all(self, lane: Lane, siblings: Siblings) -> None:
         """One generation after the other, until another worker has taken the last."""
         while siblings.to_come and not self.stop.wanted:
-            await self.one(lane, siblings, siblings.next_index())
+            await self.generate_one(lane, siblings, siblings.next_index())
             await lane.slots.yield_if_fewer()
 
-    async def one(self, lane: Lane, siblings: Siblings, index: int) -> None:
+    async def generate_one(self, lane: Lane, siblings: Siblings, index: int) -> None:
         """One generation, and what is learned from it."""
         began = time.monotonic()
         try:
             answer = await self.generate(siblings, index)
         except GenerationFailed as error:
-            self.fail(siblings.document, index, error.reason, str(error))
+            self.record_failure(siblings.document, index, error.reason, str(error))
             if isinstance(error, ConnectionsLost):
                 self.give_up(siblings, error)
         else:
@@ -202,15 +202,15 @@ class Job:
         index = siblings.to_come[0]
         try:
             fields, _ = await siblings.fitted(index)
-            self.count(await self.ask(siblings.document, index, fields, max_tokens=1))
+            self.count_answer(await self.request(siblings.document, index, fields, max_tokens=1))
         except ConnectionsLost as error:
             self.give_up(siblings, error)
         except StillThinking as thinking:
-            self.count(thinking.answer)
+            self.count_answer(thinking.answer)
         except GenerationFailed:
             pass  # the siblings will say what is wrong, or a shorter document helps them
 
-    def fail(self, document: Document, index: int, reason: str, problem: str) -> None:
+    def record_failure(self, document: Document, index: int, reason: str, problem: str) -> None:
         """Note a generation that this call does not make."""
         if self.stop.wanted:
             return  # its server may have been told to stop as well: it is asked for again
@@ -222,7 +222,7 @@ class Job:
         """Do not try the siblings to come of a document whose prompt seems to kill servers."""
         while siblings.to_come:
             problem = f"not tried after: {error}"
-            self.fail(siblings.document, siblings.next_index(), error.reason, problem)
+            self.record_failure(siblings.document, siblings.next_index(), error.reason, problem)
 
     async def generate(self, siblings: Siblings, index: int) -> Completion:
         """One generation, its document cut as far as the context demands."""
@@ -231,20 +231,20 @@ class Job:
         more = self.config.thinking_tokens if self.thinks else 0
         while True:
             try:
-                answer = await self.ask(document, index, fields, self.method.max_tokens + more)
+                answer = await self.request(document, index, fields, self.method.max_tokens + more)
                 break
             except StillThinking as unfinished:
-                self.count(unfinished.answer)
+                self.count_answer(unfinished.answer)
                 if more or not self.config.thinking_tokens:
                     raise
                 self.thinks, more = True, self.config.thinking_tokens
             except PromptTooLong:
                 fields, truncated = siblings.shorter(fields), True
-        self.count(answer)
-        self.keep(document, index, answer, truncated)
+        self.count_answer(answer)
+        self.record(document, index, answer, truncated)
         return answer
 
-    async def ask(
+    async def request(
         self, document: Document, index: int, fields: dict[str, str], max_tokens: int
     ) -> Completion:
         """Send one request."""
@@ -259,7 +259,7 @@ class Job:
             seed=sibling_seed(self.config.seed, document.id, method.name, index),
         )
 
-    def count(self, answer: Completion) -> None:
+    def count_answer(self, answer: Completion) -> None:
         """Add a request to the session."""
         self.session.requests += 1
         self.session.uncounted += answer.completion_tokens is None
@@ -268,7 +268,7 @@ class Job:
         self.session.thinking_tokens += answer.thinking_tokens
         self.session.thoughts += answer.thinking_tokens > 0
 
-    def keep(self, document: Document, index: int, answer: Completion, truncated: bool) -> None:
+    def record(self, document: Document, index: int, answer: Completion, truncated: bool) -> None:
         """Note a finished generation; it reaches the disk with the next flush."""
         method = self.method
         self.session.generations += 1

@@ -9,16 +9,14 @@ a store by owning disjoint documents.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gen.corpus.documents import Document
-from trainer.files import read_json, replace_file, write_json
+from trainer.files import only_one, read_json, replace_file, write_json
 
 SCHEMA = pa.schema(
     [
@@ -101,7 +99,8 @@ class GenerationStore:
     @property
     def imported_generations(self) -> int:
         """The largest G of a document, as an import counted it."""
-        return read_json(self.folder / IMPORT_RECORD)["largest_g"]
+        largest: int = read_json(self.folder / IMPORT_RECORD)["largest_g"]
+        return largest
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Create the store, or check that it was written with the same settings.
@@ -134,16 +133,21 @@ class GenerationStore:
     def lock(self, writer: int, writers: int) -> Iterator[None]:
         """Keep other jobs from writing the same documents.
 
+        A writer holds the lock of its part. Jobs begin one after the other, and none begins while
+        another divides the documents by another number.
+
         Raises:
             ValueError: another job holds the lock.
         """
-        with (
-            (self.folder / "store.lock").open("a+") as whole,
-            (self.folder / f"writer-{writer}-of-{writers}.lock").open("w") as part,
-        ):
+        with contextlib.ExitStack() as held:
             try:
-                together(whole, writers)
-                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with only_one(self.folder / "store.lock"):
+                    for other in self.folder.glob("writer-*-of-*.lock"):
+                        if not other.stem.endswith(f"-of-{writers}"):
+                            with only_one(other, wait=False):
+                                pass  # left by a job that has ended
+                    own = self.folder / f"writer-{writer}-of-{writers}.lock"
+                    held.enter_context(only_one(own, wait=False))
             except BlockingIOError:
                 raise ValueError(
                     f"another job is writing {self.folder}; wait for it, or split the work with "
@@ -360,46 +364,6 @@ def difference(before: object, after: object, context: int = 30) -> str:
     start = max(0, same - context)
     cut = [text[start : same + context] for text in (first, second)]
     return f"at character {same}: {cut[0]!r} -> {cut[1]!r}"
-
-
-def together(lock: TextIO, writers: int) -> None:
-    """:func:`divide`, again while others that begin at the same moment hold the lock alone.
-
-    Raises:
-        BlockingIOError: a job that divides it otherwise holds the lock.
-    """
-    for _ in range(10 if writers > 1 else 1):
-        try:
-            return divide(lock, writers)
-        except BlockingIOError:
-            time.sleep(random.uniform(0.0, 0.2))
-    raise BlockingIOError
-
-
-def divide(lock: TextIO, writers: int) -> None:
-    """Take a store's lock together with those that divide the work by the same number.
-
-    Whoever is first writes the number; others may share the lock if theirs is the same.
-
-    Raises:
-        BlockingIOError: a job that divides it otherwise holds the lock.
-    """
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if writers == 1:
-            raise
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        lock.seek(0)
-        if lock.read() != str(writers):
-            raise BlockingIOError from None
-        return
-    lock.seek(0)
-    lock.truncate()
-    lock.write(str(writers))
-    lock.flush()
-    if writers > 1:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def owns(document_id: str, writer: int, writers: int) -> bool:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
+from gen.corpus.split import split_text
+from gen.generations.by_document import Generations
 from gen.generations.failures import all_failures, describe_reasons, reasons_of
 from gen.generations.store import GenerationStore
-from gen.megadocs.assembly import Generations
-from gen.megadocs.split import split_text
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def missing_of(
             count = len(split_text(document.text, count + 1, tokenizer)) - 1
         wanted += count
         if generations.found[place] < count:
-            made = generations.made(place)
+            made = generations.made_indices(place)
             missing += [(document.id, index) for index in range(count) if index not in made]
     if not missing:
         return Missing(generations.where, generations.count, 0, wanted)

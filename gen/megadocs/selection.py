@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
+from gen.generations.by_document import Generations
 from gen.generations.store import GenerationStore
-from gen.megadocs.assembly import Generations
 from gen.megadocs.config import StreamConfig
 from gen.megadocs.missing import Missing, missing_of
 from gen.quality.gates import QualityConfig, advice, gates, select, strip_preamble

@@ -24,15 +24,9 @@ from tokenizers import Tokenizer
 from gen.corpus.documents import Document
 from gen.corpus.near_duplicates import share_in
 from gen.corpus.tokenizer import TokenizerManifest
+from gen.generations.by_document import Generations
 from gen.generations.store import GenerationStore
-from gen.megadocs.assembly import (
-    Generations,
-    Layout,
-    latent,
-    real_documents,
-    simple,
-    stitched,
-)
+from gen.megadocs.assembly import Layout, latent, real_documents, simple, stitched
 from gen.megadocs.config import StreamConfig
 from gen.megadocs.encoding import Encoding
 from gen.megadocs.missing import Missing

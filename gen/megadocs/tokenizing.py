@@ -11,7 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
-from gen.megadocs.assembly import Generations, Layout
+from gen.generations.by_document import Generations
+from gen.megadocs.assembly import Layout
 from gen.megadocs.encoding import Encoding
 from gen.megadocs.texts import keys_of_edited, keys_of_part, texts_of_part
 from gen.megadocs.tokens import (

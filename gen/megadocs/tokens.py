@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import zlib
 from collections import OrderedDict
@@ -26,6 +27,8 @@ from tokenizers import Tokenizer
 
 from gen.corpus.tokenizer import encode, plain
 from trainer.files import replace_file
+
+logger = logging.getLogger(__name__)
 
 KEY = 16  # bytes of a text's hash
 KEYS = pa.schema(
@@ -210,7 +213,7 @@ class IdReader:
 
 def remove_part(ids: Path, problem: str) -> None:
     """Take a damaged part away, its keys first."""
-    print(f"{ids} is damaged ({problem}): its texts are tokenized again", flush=True)
+    logger.warning(f"{ids} is damaged ({problem}): its texts are tokenized again")
     ids.with_suffix(".keys").unlink(missing_ok=True)
     ids.unlink(missing_ok=True)
 

@@ -10,8 +10,10 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gen.quality.language import SourceLanguage
 from trainer.config.fields import check_bounds, setting
@@ -230,7 +232,7 @@ def strip_preamble(text: str) -> str:
     return text
 
 
-def gates(columns: dict[str, np.ndarray], config: QualityConfig) -> dict[str, np.ndarray]:
+def gates(columns: dict[str, NDArray[Any]], config: QualityConfig) -> dict[str, NDArray[np.bool_]]:
     """Which generations fail which gate: one bool array [rows] a gate."""
     long_enough = columns["words"] >= config.repetition_words
     return {
@@ -264,12 +266,12 @@ def advice(failed: dict[str, int], generations: int) -> list[str]:
 class Selection:
     """What the gates did to some generations."""
 
-    kept: np.ndarray  # bool [rows]
+    kept: NDArray[np.bool_]  # bool [rows]
     failed: dict[str, int]  # by gate; a generation may fail several
     dropped: dict[str, int]  # by the first dropping gate it failed
 
 
-def select(failed: dict[str, np.ndarray], config: QualityConfig) -> Selection:
+def select(failed: dict[str, NDArray[np.bool_]], config: QualityConfig) -> Selection:
     """Apply the policies."""
     kept = np.ones(len(failed["empty"]), dtype=bool)
     dropped: dict[str, int] = {}

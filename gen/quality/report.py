@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from gen.corpus.documents import Document
+from gen.generations.by_document import TEXT_COLUMNS, Generations
 from gen.generations.failures import all_failures, describe_reasons
 from gen.generations.store import GenerationStore
-from gen.generations.texts import TEXT_COLUMNS, Generations
 from gen.quality.gates import (
     GATES,
     WORD,
@@ -49,7 +49,7 @@ class Judged:
     texts: Generations
 
     def text(self, row: int) -> str:
-        position = self.texts.of(int(self.source[row]))[int(self.columns["index"][row])]
+        position = self.texts.of_document(int(self.source[row]))[int(self.columns["index"][row])]
         return self.texts.text(position)
 
     def badges(self, row: int) -> list[str]:

@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, fields
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from gen.corpus.documents import Document
+from gen.generations.by_document import TEXT_COLUMNS
 from gen.generations.store import GenerationStore, places_of
-from gen.megadocs.assembly import TEXT_COLUMNS
 from gen.quality.gates import Measures, measure
 from trainer.files import only_one, replace_file
 
@@ -71,7 +73,9 @@ def measure_all(
     if processes is None:
         processes = min(os.cpu_count() or 1, 1 + generations.num_rows // ROWS_A_PROCESS)
     groups = grouped(generations, documents)
-    columns: dict[str, list] = {"document_id": []} | {field.name: [] for field in fields(Measures)}
+    columns: dict[str, list[Any]] = {"document_id": []} | {
+        field.name: [] for field in fields(Measures)
+    }
     with tqdm(total=len(documents), desc="quality", unit="doc", leave=False) as bar:
         if processes == 1:
             collect(map(measure_group, groups), columns, bar)
@@ -124,7 +128,7 @@ def measured_by(
 
 
 def collect(
-    results: Iterator[list[tuple[str, list[Measures]]]], columns: dict[str, list], bar: tqdm
+    results: Iterator[list[tuple[str, list[Measures]]]], columns: dict[str, list[Any]], bar: tqdm
 ) -> None:
     """Append measured groups to the table's columns."""
     for group in results:
@@ -136,7 +140,7 @@ def collect(
         bar.update(len(group))
 
 
-def columns_of(table: pa.Table) -> dict[str, np.ndarray]:
+def columns_of(table: pa.Table) -> dict[str, NDArray[Any]]:
     """The measures as arrays."""
     return {
         field.name: table[field.name].to_numpy(zero_copy_only=False) for field in fields(Measures)

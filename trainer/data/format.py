@@ -9,7 +9,6 @@ order, wherever the folder lies and however it is cut into shards.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from trainer.files import SEAL, hash_of, sha256
+from trainer.files import SEAL, hash_of, only_one, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,12 @@ class ContentHash:
     def __init__(self, tokenizer_sha256: str, members_are_documents: bool) -> None:
         self.digest = hashlib.sha256(repr((tokenizer_sha256, members_are_documents)).encode())
 
-    def add(self, tokens: np.ndarray, member_ends: np.ndarray, member_kinds: np.ndarray) -> None:
+    def add(
+        self,
+        tokens: NDArray[np.integer[Any]],
+        member_ends: NDArray[np.integer[Any]],
+        member_kinds: NDArray[np.integer[Any]],
+    ) -> None:
         """One sample: token ids ``[L]``, cumulative member ends ``[M]``, member kinds ``[M]``."""
         self.add_bytes(
             tokens.astype("<u4").tobytes(),
@@ -139,7 +144,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{', '.join(known) or 'none'}. Build it with generate.py"
         )
     try:
-        content = json.loads(file.read_bytes())
+        content: dict[str, Any] = json.loads(file.read_bytes())
         told = content.get(SEAL)
     except (ValueError, AttributeError) as error:
         raise DamagedStreamError(f"{file} is damaged ({error}); {build_again(folder)}") from error
@@ -179,11 +184,9 @@ def verify(folder: Path, manifest: dict[str, Any], remedy: str | None = None) ->
     memory = Path(tempfile.gettempdir()) / f"megadocs-verified-{os.getuid()}"
     memory.mkdir(mode=0o700, exist_ok=True)
     note = memory / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-    with note.open("a+") as remembered:
-        fcntl.flock(remembered, fcntl.LOCK_EX)  # the ranks of a machine read the files once
+    with only_one(note.with_suffix(".lock")):  # the ranks of a machine read the files once
         state = fingerprint(folder, manifest)
-        remembered.seek(0)
-        if remembered.read() == state:
+        if note.exists() and note.read_text() == state:
             return
         total = sum(expected["bytes"] for expected in manifest["files"].values())
         if total > SAID:
@@ -198,8 +201,7 @@ def verify(folder: Path, manifest: dict[str, Any], remedy: str | None = None) ->
                         f"{folder / name} is damaged: its SHA-256 is {found_hash[:12]}, {MANIFEST} "
                         f"says {expected['sha256'][:12]}; {remedy}"
                     )
-        remembered.truncate(0)
-        remembered.write(state)
+        note.write_text(state)
 
 
 def build_again(folder: Path) -> str:

@@ -7,7 +7,6 @@ CPU recipe on a machine with a GPU.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import re
 import shlex
@@ -17,6 +16,7 @@ import sys
 from pathlib import Path
 
 from gen.serving.sglang_environment import STAMP, VERSION, folder, has_gpu
+from trainer.files import only_one
 
 HERE = Path(__file__).parent
 # What SGLang requires and imports only with a GPU, or for what no text model needs.
@@ -37,9 +37,7 @@ def install(device: str) -> Path:
         subprocess.CalledProcessError: the package index does not answer or lacks a package.
     """
     place = folder(device)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(f"{place.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another checkout may be installing it
+    with only_one(place.with_name(f"{place.name}.lock")):  # another checkout may be installing it
         if (place / STAMP).exists():
             return place
         print(f"installing SGLang {VERSION} for {device} into {place} (some minutes, 6 GB)")

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from gen.corpus.split import split_text
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer, encode, train_bpe
-from gen.megadocs.split import split_text
 
 CONFIG = TokenizerConfig(vocab_size=300)
 TEXTS = ["The cat sat on the mat. " * 20, "Zwölf Boxkämpfer jagen Viktor. 数学 🙂 " * 20]

@@ -18,11 +18,11 @@ from gen.client.fitting import shorten
 from gen.corpus.documents import Document, load_split
 from gen.corpus.tokenizer import TokenizerConfig, train_bpe
 from gen.generations import job as generation
+from gen.generations.by_document import TEXT_COLUMNS, Generations
 from gen.generations.failures import all_failures
 from gen.generations.job import run_job
 from gen.generations.status import status
 from gen.generations.store import GenerationStore
-from gen.megadocs.assembly import TEXT_COLUMNS, Generations
 from gen.prompts import MethodConfig
 from gen.serving.servers import GeneratorConfig, Servers, serving
 from tests.gen.generations.faults import faulty

@@ -3,7 +3,9 @@
 import multiprocessing
 import operator
 import resource
+import time
 from dataclasses import replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -139,16 +141,16 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path) -> None:
     assert store.done(DOCUMENTS[:1]) == [{0, 1}]
 
 
-def hold_lock(folder: Path, ready: object, release: object) -> None:
+def hold_lock(folder: Path, ready: Event) -> None:
     with GenerationStore(folder).lock(0, 1):
-        ready.set()  # type: ignore[attr-defined]
-        release.wait(30)  # type: ignore[attr-defined]
+        ready.set()
+        time.sleep(60)
 
 
 def test_a_second_job_is_refused_and_split_jobs_share(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    ready, release = context.Event(), context.Event()
-    holder = context.Process(target=hold_lock, args=(tmp_path, ready, release))
+    ready = context.Event()
+    holder = context.Process(target=hold_lock, args=(tmp_path, ready))
     holder.start()
     try:
         assert ready.wait(60)
@@ -158,7 +160,7 @@ def test_a_second_job_is_refused_and_split_jobs_share(tmp_path: Path) -> None:
         ):
             pass
     finally:
-        release.set()
+        holder.kill()  # which leaves no lock behind
         holder.join()
     with GenerationStore(tmp_path).lock(0, 2), GenerationStore(tmp_path).lock(1, 2):
         for writer, writers in ((0, 2), (1, 2), (0, 1), (2, 4)):

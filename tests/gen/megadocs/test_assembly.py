@@ -9,17 +9,9 @@ import pytest
 
 from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, train_bpe
+from gen.generations.by_document import TEXT_COLUMNS, Generations
 from gen.generations.store import SCHEMA
-from gen.megadocs.assembly import (
-    TEXT_COLUMNS,
-    Generations,
-    Layout,
-    Megadoc,
-    latent,
-    simple,
-    stitched,
-    with_texts,
-)
+from gen.megadocs.assembly import Layout, Megadoc, latent, simple, stitched, with_texts
 from gen.megadocs.tokens import starts_of
 from trainer.data.format import REAL, REPHRASE, THOUGHT
 

@@ -1,6 +1,7 @@
 """Streams of several styles: what lies in their shards, and the loss of each style."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from streaming import LocalDataset
@@ -41,7 +42,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(root: Path, kind: str, config: StreamConfig, generations: int = 1) -> dict:
+def build(root: Path, kind: str, config: StreamConfig, generations: int = 1) -> dict[str, Any]:
     tokenizer, vocabulary = build_tokenizer(TokenizerConfig(vocab_size=320), root, [])
     return build_stream(
         *(kind, "rephrase", generations, DOCUMENTS, "h", tokenizer, vocabulary, config),
