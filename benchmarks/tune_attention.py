@@ -35,7 +35,7 @@ STAGES = (1, 2, 3)
 BLANK = TileConfig(128, 128, *[64, 8, 2] * 3)
 
 
-class Kernels:
+class TimedKernels:
     """The three kernels on a pack of one head shape."""
 
     def __init__(self, head_dim: int, group: int, lengths: list[int]) -> None:
@@ -95,7 +95,7 @@ def variants(kernel: str, tile: int) -> Iterator[TileConfig]:
         )
 
 
-def best(kernels: Kernels, rounds: int) -> TileConfig:
+def best(kernels: TimedKernels, rounds: int) -> TileConfig:
     """Rows are shared by forward and dQ, so their sum decides; dK/dV stands alone."""
     by_rows: list[tuple[float, TileConfig]] = []
     for tile in TILES:
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{architecture}, head dimension {head_dim}, {group} query heads a key head, "
             f"documents from {longest} tokens"
         )
-        chosen = best(Kernels(head_dim, group, PACKS[longest]), options.rounds)
+        chosen = best(TimedKernels(head_dim, group, PACKS[longest]), options.rounds)
         found.append({"head_dim": head_dim, "group": group, "longest": longest} | chosen._asdict())
         entry = configs.setdefault(architecture, {}).setdefault(str(head_dim), {})
         entry.setdefault(str(group), {})[str(longest)] = chosen._asdict()

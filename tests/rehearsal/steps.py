@@ -34,7 +34,7 @@ from trainer.config.schema import (
     RuntimeConfig,
     TrainConfig,
 )
-from trainer.model.llama import Kernels, Llama
+from trainer.model.llama import KernelBackends, Llama
 from trainer.parallel import ranks as ranks_module
 from trainer.parallel.activation_checkpointing import recompute_blocks, step_bytes
 from trainer.parallel.context_parallel import apply_context_parallel
@@ -76,7 +76,7 @@ def build(name: str, attention: str, layers: int | None) -> Llama:
     config = model_config(name, VOCABULARY)
     config.num_layers = layers or config.num_layers
     with torch.device("cuda"):
-        return Llama(config, 0, torch.bfloat16, Kernels(attention, "torch", "fast"))
+        return Llama(config, 0, torch.bfloat16, KernelBackends(attention, "torch", "fast"))
 
 
 def inputs(tokens: int, segments: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

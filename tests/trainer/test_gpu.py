@@ -21,7 +21,7 @@ from trainer.config.schema import (
     TrainConfig,
 )
 from trainer.loop import accumulate_gradients, train
-from trainer.model.llama import Kernels, Llama
+from trainer.model.llama import KernelBackends, Llama
 from trainer.optim.optimizer import build_optimizers
 from trainer.parallel.ranks import Ranks
 from trainer.run.inputs import run_dir_of
@@ -70,7 +70,7 @@ def test_a_step_waits_for_nothing(attention: str, loss: str) -> None:
     size = replace(HEADS_OF_64, vocab_size=1000)
     settings = steps_of(4096, 1024, size)
     ranks = Ranks(0, 1, torch.device("cuda"))
-    model = Llama(size, 0, torch.bfloat16, Kernels(attention, loss)).to("cuda")
+    model = Llama(size, 0, torch.bfloat16, KernelBackends(attention, loss)).to("cuda")
     prepare_blocks(model, settings, ranks)
     [optimizer] = build_optimizers(model, settings.optimizer, settings.recipe)
     batches = [random_batch(4096, 1024, 300, 1000) for _ in range(4)]

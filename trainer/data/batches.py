@@ -69,7 +69,7 @@ class PackedBatch:
 
 
 class Samples(Protocol):
-    """What :func:`pack` reads: a :class:`MegadocStream`, or random tokens that are like one."""
+    """What :func:`collate` reads: a :class:`MegadocStream`, or random tokens that are like one."""
 
     @property
     def manifest(self) -> StreamManifest: ...
@@ -77,7 +77,7 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-def pack(
+def collate(
     windows: Sequence[Window],
     streams: Sequence[Samples],
     mask: Mask,
@@ -194,7 +194,7 @@ class BatchLoader:
         """This rank's micro-batches of one step."""
         windows = rank_windows(self.plan.windows(step), self.rank, self.world_size)
         return [
-            pack(
+            collate(
                 windows[first : first + self.micro_batch_size],
                 self.streams,
                 self.mask,

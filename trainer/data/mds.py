@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.data.format import (
     MANIFEST,
@@ -75,11 +76,11 @@ class Sample:
     """One megadoc or document."""
 
     id: str
-    tokens: np.ndarray  # int64 [L]
-    member_ends: np.ndarray  # int64 [M], cumulative; the last is L
-    member_kinds: np.ndarray  # uint8 [M]: 0 real, 1 rephrase, 2 thought
+    tokens: NDArray[np.int64]  # int64 [L]
+    member_ends: NDArray[np.int64]  # int64 [M], cumulative; the last is L
+    member_kinds: NDArray[np.uint8]  # uint8 [M]: 0 real, 1 rephrase, 2 thought
     # uint8 [M]: 0 for none, else 1 + the place in the manifest's styles; None: there is one style
-    member_styles: np.ndarray | None = None
+    member_styles: NDArray[np.uint8] | None = None
 
 
 class MegadocStream:
@@ -101,8 +102,10 @@ class MegadocStream:
         content = read_manifest(self.path)
         self.manifest = StreamManifest.of(content, self.path)
         verify(self.path, content)
-        self.lengths: np.ndarray = np.load(self.path / "lengths.npy").astype(np.int64)  # [N]
-        self.member_lengths: np.ndarray = np.load(self.path / "member_lengths.npy")  # [M]
+        self.lengths: NDArray[np.int64] = np.load(self.path / "lengths.npy").astype(np.int64)  # [N]
+        self.member_lengths: NDArray[np.integer[Any]] = np.load(
+            self.path / "member_lengths.npy"
+        )  # [M]
         self.dataset = open_shards(self.path)
         self.check_lengths()
 
@@ -155,7 +158,8 @@ class MegadocStream:
     def shard_of(self, index: int) -> Path:
         """The shard file that holds sample ``index``."""
         shard, _ = self.dataset.spanner[index]
-        return self.path / shard_files(self.path)[shard]["basename"]
+        name: str = shard_files(self.path)[shard]["basename"]
+        return self.path / name
 
 
 def open_shards(path: Path) -> LocalDataset:

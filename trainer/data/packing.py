@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 NOISE = 0.25  # how far "largest" may be off, so that no two epochs begin alike
 DRAWS = 4  # pieces that are looked at for one that leaves room for exactly one more
@@ -15,9 +16,9 @@ class Window:
     """The pieces of one training sequence, all from one source."""
 
     source: int
-    documents: np.ndarray  # int64 [P], index in the source
-    starts: np.ndarray  # int64 [P], first token of the piece in its document
-    lengths: np.ndarray  # int64 [P], tokens of the piece
+    documents: NDArray[np.int64]  # int64 [P], index in the source
+    starts: NDArray[np.int64]  # int64 [P], first token of the piece in its document
+    lengths: NDArray[np.int64]  # int64 [P], tokens of the piece
 
     @property
     def tokens(self) -> int:
@@ -25,16 +26,16 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Packed:
+class EpochPacking:
     """All windows of one epoch of one source; window i holds pieces ``offsets[i]:offsets[i+1]``."""
 
-    documents: np.ndarray  # int64 [P]
-    starts: np.ndarray  # int64 [P]
-    lengths: np.ndarray  # int64 [P]
-    offsets: np.ndarray  # int64 [W+1]
+    documents: NDArray[np.int64]  # int64 [P]
+    starts: NDArray[np.int64]  # int64 [P]
+    lengths: NDArray[np.int64]  # int64 [P]
+    offsets: NDArray[np.int64]  # int64 [W+1]
 
     @property
-    def window_tokens(self) -> np.ndarray:
+    def window_tokens(self) -> NDArray[np.int64]:
         """int64 ``[W]``."""
         ends = np.concatenate(([0], self.lengths.cumsum()))
         return np.diff(ends[self.offsets])
@@ -48,7 +49,9 @@ class Packed:
         return float(self.lengths.sum() / ((len(self.offsets) - 1) * context_length))
 
 
-def concatenate_and_cut(lengths: np.ndarray, order: np.ndarray, context_length: int) -> Packed:
+def concatenate_and_cut(
+    lengths: NDArray[np.int64], order: NDArray[np.int64], context_length: int
+) -> EpochPacking:
     """Documents in ``order`` on one axis, cut every ``context_length`` tokens."""
     ends = lengths[order].cumsum()
     total = int(ends[-1])
@@ -59,10 +62,12 @@ def concatenate_and_cut(lengths: np.ndarray, order: np.ndarray, context_length: 
     document_starts = ends[place] - lengths[order][place]
     windows = -(-total // context_length)
     offsets = np.searchsorted(starts, np.arange(windows + 1) * context_length)
-    return Packed(order[place], starts - document_starts, np.diff(borders), offsets)
+    return EpochPacking(order[place], starts - document_starts, np.diff(borders), offsets)
 
 
-def pack_whole(lengths: np.ndarray, context_length: int, generator: np.random.Generator) -> Packed:
+def pack_whole(
+    lengths: NDArray[np.int64], context_length: int, generator: np.random.Generator
+) -> EpochPacking:
     """Documents in full windows; those longer than the context give full windows and a rest."""
     full = lengths // context_length  # [N] full windows of each document
     rest = lengths % context_length  # [N]
@@ -72,7 +77,7 @@ def pack_whole(lengths: np.ndarray, context_length: int, generator: np.random.Ge
 
     documents = generator.permutation(np.flatnonzero(rest))
     # The window of each piece, [len(documents)].
-    bins = fill_windows(rest[documents], context_length, generator)
+    bins = minimum_bin_slack(rest[documents], context_length, generator)
     by_bin = np.argsort(bins, kind="stable")
     documents, bins = documents[by_bin], bins[by_bin]
 
@@ -83,7 +88,7 @@ def pack_whole(lengths: np.ndarray, context_length: int, generator: np.random.Ge
             len(long_documents) + np.searchsorted(bins, np.arange(windows + 1)),
         )
     )
-    return Packed(
+    return EpochPacking(
         np.concatenate((long_documents, documents)),
         np.concatenate((long_starts, full[documents] * context_length)),
         np.concatenate((np.full(len(long_documents), context_length), rest[documents])),
@@ -91,7 +96,9 @@ def pack_whole(lengths: np.ndarray, context_length: int, generator: np.random.Ge
     )
 
 
-def fill_windows(sizes: np.ndarray, capacity: int, generator: np.random.Generator) -> np.ndarray:
+def minimum_bin_slack(
+    sizes: NDArray[np.int64], capacity: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
     """Window of each piece, int64 ``[N]``; the pieces come in random order.
 
     A window begins with about the largest piece that is left, while there is most choice for the
@@ -99,25 +106,25 @@ def fill_windows(sizes: np.ndarray, capacity: int, generator: np.random.Generato
     least room left (minimum bin slack, Gupta and Ho 1999), but tries only a few sets; best fit
     leaves 2 to 3 percent of the windows empty where few pieces of similar sizes share one.
     """
-    unplaced = Unplaced(sizes.tolist(), capacity)
+    pool = BinPool(sizes.tolist(), capacity)
     chosen = np.empty(len(sizes), dtype=np.int64)
     window = -1
     noise = generator.uniform(1 - NOISE, 1 + NOISE, len(sizes))
     for largest in np.argsort(-sizes * noise, kind="stable").tolist():
-        if unplaced.taken[largest]:
+        if pool.taken[largest]:
             continue
         window += 1
         piece: int | None = largest
         room = capacity
         while piece is not None:
             chosen[piece] = window
-            unplaced.take(piece)
-            room -= unplaced.sizes[piece]
-            piece = unplaced.fitting(room)
+            pool.take(piece)
+            room -= pool.sizes[piece]
+            piece = pool.fitting(room)
     return chosen
 
 
-class Unplaced:
+class BinPool:
     """The pieces without a window, in random order and by size."""
 
     def __init__(self, sizes: list[int], capacity: int) -> None:
@@ -167,10 +174,12 @@ class Unplaced:
                 return piece
 
 
-def shuffle_windows(packed: Packed, generator: np.random.Generator) -> Packed:
+def shuffle_windows(packed: EpochPacking, generator: np.random.Generator) -> EpochPacking:
     """The same windows in random order."""
     order = generator.permutation(len(packed.offsets) - 1)
     counts = np.diff(packed.offsets)[order]
     offsets = np.concatenate(([0], counts.cumsum()))
     pieces = np.repeat(packed.offsets[:-1][order] - offsets[:-1], counts) + np.arange(offsets[-1])
-    return Packed(packed.documents[pieces], packed.starts[pieces], packed.lengths[pieces], offsets)
+    return EpochPacking(
+        packed.documents[pieces], packed.starts[pieces], packed.lengths[pieces], offsets
+    )

@@ -25,8 +25,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
-from trainer.data.packing import Packed, Window, concatenate_and_cut, pack_whole, shuffle_windows
+from trainer.data.packing import (
+    EpochPacking,
+    Window,
+    concatenate_and_cut,
+    pack_whole,
+    shuffle_windows,
+)
 
 VERSION = 2  # part of the hash: raise it when the same inputs give another order
 
@@ -36,7 +43,7 @@ class Source:
     """One stream as the plan sees it."""
 
     name: str
-    lengths: np.ndarray  # int64 [N], tokens of each document
+    lengths: NDArray[np.int64]  # int64 [N], tokens of each document
     share: float  # share of the tokens of every batch
 
 
@@ -73,9 +80,9 @@ class Plan:
         self.seed = seed
         self.source_tokens = [int(source.lengths.sum()) for source in sources]
         self.packed = lru_cache(maxsize=2 * len(sources))(self.pack_epoch)
-        self.merged = Merged(self)
+        self.window_order = WindowOrder(self)
 
-    def pack_epoch(self, source: int, epoch: int) -> Packed:
+    def pack_epoch(self, source: int, epoch: int) -> EpochPacking:
         """Windows of one epoch of one source, in the order they are read."""
         lengths = self.sources[source].lengths
         generator = np.random.default_rng((self.seed, source, epoch + 1))
@@ -120,7 +127,7 @@ class Plan:
     def windows(self, step: int) -> list[Window]:
         """The windows of batch ``step``, ordered so that equal parts cost equal attention."""
         first = step * self.batch_size
-        merged = self.merged.range(first, first + self.batch_size)
+        merged = self.window_order.range(first, first + self.batch_size)
         windows = [
             self.packed(source, epoch).window(source, index) for source, epoch, index in merged
         ]
@@ -129,7 +136,7 @@ class Plan:
 
     def tokens_seen(self, steps: int) -> list[int]:
         """Tokens of each source in the first ``steps`` batches."""
-        return self.merged.tokens_before(steps * self.batch_size)
+        return self.window_order.tokens_before(steps * self.batch_size)
 
     def epochs_seen(self, steps: int) -> list[float]:
         """Passes over each source in the first ``steps`` batches."""
@@ -153,7 +160,7 @@ class Plan:
         return digest.hexdigest()[:16]
 
 
-class Merged:
+class WindowOrder:
     """The windows of all sources and epochs in the order of their virtual times.
 
     Epochs are packed when they are needed; what is known of a window stays small (source, epoch,
@@ -163,7 +170,7 @@ class Merged:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.next_epoch = [0] * len(plan.sources)
-        self.waiting: list[np.ndarray] = [empty_rows() for _ in plan.sources]
+        self.waiting: list[NDArray[np.void]] = [empty_rows() for _ in plan.sources]
         self.ready = empty_rows()  # [K]
         self.ready_tokens = np.zeros((1, len(plan.sources)), dtype=np.int64)  # before window k
         self.lock = threading.Lock()  # the reader thread and the log line both ask
@@ -217,16 +224,17 @@ class Merged:
     def tokens_before(self, window: int) -> list[int]:
         """Tokens of each source before window ``window`` of the run."""
         self.extend_to(window)
-        return self.ready_tokens[window].tolist()
+        tokens: list[int] = self.ready_tokens[window].tolist()
+        return tokens
 
 
-def empty_rows(count: int = 0) -> np.ndarray:
-    """Rows of the merged order."""
+def empty_rows(count: int = 0) -> NDArray[np.void]:
+    """Rows of a :class:`WindowOrder`."""
     fields = [("time", "f8"), ("source", "i2"), ("epoch", "i4"), ("index", "i4"), ("tokens", "i4")]
     return np.zeros(count, dtype=fields)
 
 
-def balanced_order(costs: np.ndarray) -> list[int]:
+def balanced_order(costs: NDArray[np.int64]) -> list[int]:
     """An order of windows whose halves, quarters, ... have near-equal summed costs.
 
     Contiguous parts of a batch go to ranks, so this balances them for every power of two at once

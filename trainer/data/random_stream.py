@@ -1,13 +1,14 @@
-"""Random tokens that are read like a stream: what checks and benchmarks hand to ``pack``."""
+"""Random tokens that are read like a stream: what checks and benchmarks hand to ``collate``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config.schema import Mask
-from trainer.data.batches import PackedBatch, pack
+from trainer.data.batches import PackedBatch, collate
 from trainer.data.mds import Sample, StreamManifest
 from trainer.data.packing import Window
 
@@ -15,7 +16,7 @@ from trainer.data.packing import Window
 class RandomStream:
     """Documents of given lengths in memory; the tokens of one are the same in every read."""
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, vocab_size: int) -> None:
+    def __init__(self, lengths: Sequence[int] | NDArray[np.int64], vocab_size: int) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         tokens = int(self.lengths.sum())
         self.manifest = StreamManifest(
@@ -43,4 +44,4 @@ def random_windows(
         windows.append(Window(0, places, np.zeros_like(sizes), sizes))
         documents += len(own)
     stream = RandomStream([length for own in lengths for length in own], vocab_size)
-    return pack(windows, [stream], mask, context_length)
+    return collate(windows, [stream], mask, context_length)

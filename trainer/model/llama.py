@@ -23,7 +23,7 @@ from trainer.config.schema import ModelConfig
 
 
 @dataclass(frozen=True)
-class Kernels:
+class KernelBackends:
     """Which implementations of ``kernels/`` the model calls; they give the same numbers."""
 
     attention: str = "auto"  # backend of varlen_attention
@@ -92,7 +92,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention inside each segment."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelBackends) -> None:
         super().__init__()
         kv_size = config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
@@ -117,7 +117,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = self.attend(q, k, v, cu_seqlens, max_seqlen, tiles=tiles)
-        return self.o_proj(out.flatten(1))
+        projected: Tensor = self.o_proj(out.flatten(1))
+        return projected
 
 
 class MLP(nn.Module):
@@ -130,13 +131,14 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        projected: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return projected
 
 
 class Block(nn.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelBackends) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, kernels)
@@ -164,7 +166,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelBackends) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.num_layers))
@@ -179,7 +181,7 @@ class Llama(nn.Module):
         config: ModelConfig,
         seed: int = 0,
         compute_dtype: torch.dtype = torch.float32,
-        kernels: Kernels = Kernels(),
+        kernels: KernelBackends = KernelBackends(),
     ) -> None:
         super().__init__()
         config.check()
@@ -243,7 +245,8 @@ class Llama(nn.Module):
         tiles = self.tiles(cu_seqlens, max_seqlen, len(input_ids))
         for layer in self.model.layers:
             x = layer(x, cos, sin, cu_seqlens, max_seqlen, tiles)
-        return self.model.norm(x)
+        hidden: Tensor = self.model.norm(x)
+        return hidden
 
     @torch.no_grad()
     def token_losses(

@@ -25,7 +25,7 @@ from kernels.attention.op import OURS
 from kernels.attention.tile_scheduler import Tiles
 from trainer.config.schema import ModelConfig
 from trainer.data.batches import PackedBatch
-from trainer.model.llama import Attention, Kernels, Llama
+from trainer.model.llama import Attention, KernelBackends, Llama
 
 # The differentiable all-gather got another name after PyTorch 2.11.
 all_gather: Callable[..., Tensor] = getattr(
@@ -108,7 +108,7 @@ def split_batch(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
 
 
 def chunk_tiles(
-    kernels: Kernels,
+    kernels: KernelBackends,
     config: ModelConfig,
     rank: int,
     size: int,

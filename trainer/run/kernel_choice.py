@@ -12,7 +12,7 @@ from kernels.attention.interface import automatic_backend, check_backend
 from kernels.check import DETERMINISTIC, Heads, Pack, check_attention, check_loss, chunk_of
 from trainer.config.schema import Dtype, Mask, RuntimeConfig, TrainConfig
 from trainer.data.batches import PackedBatch
-from trainer.model.llama import Kernels
+from trainer.model.llama import KernelBackends
 from trainer.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,9 @@ def check_kernels(config: TrainConfig, device: torch.device) -> None:
         check_backend(attention, device, dtype, config.model.head_dim, "the model")
 
 
-def choose_kernels(config: TrainConfig, batch: Callable[[], PackedBatch], ranks: Ranks) -> Kernels:
+def choose_kernels(
+    config: TrainConfig, batch: Callable[[], PackedBatch], ranks: Ranks
+) -> KernelBackends:
     """One name for each kernel, the same on all ranks; the main one checks, times and says why.
 
     Args:
@@ -62,7 +64,7 @@ def choose_kernels(config: TrainConfig, batch: Callable[[], PackedBatch], ranks:
     if ranks.host_group is not None:
         dist.broadcast_object_list(names, src=0, group=ranks.host_group)
     attention, loss = names
-    return Kernels(attention, loss, config.runtime.loss_memory.value)
+    return KernelBackends(attention, loss, config.runtime.loss_memory.value)
 
 
 def checked_kernels(

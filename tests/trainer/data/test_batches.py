@@ -16,7 +16,7 @@ from trainer.data.batches import (
     NO_TARGET,
     BatchLoader,
     PackedBatch,
-    pack,
+    collate,
 )
 from trainer.data.mds import MegadocStream
 from trainer.data.packing import Window, pack_whole
@@ -98,7 +98,7 @@ def test_batches_equal_the_naive_construction(
     for mask in Mask:
         for step in range(4):
             windows = plan.windows(step)
-            batch = pack(windows, [stream], mask, CONTEXT)
+            batch = collate(windows, [stream], mask, CONTEXT)
             assert unpack(batch) == naive(windows, [stream], mask)
             used = len(unpack(batch))
             handed = len(batch.cu_seqlens) - 1
@@ -121,7 +121,7 @@ def test_attention_is_handed_at_most_twice_what_is_used(context: int, windows: i
     config = TileConfig(128, 64, *[64, 8, 2] * 3)
     for first in range(0, len(packed.offsets) - windows, 50 * windows):
         chosen = [packed.window(0, first + index) for index in range(windows)]
-        batch = pack(chosen, [stream], Mask.megadoc, context)
+        batch = collate(chosen, [stream], Mask.megadoc, context)
         borders, lengths = batch.cu_seqlens, batch.cu_seqlens.diff()
         assert lengths.max() <= batch.max_seqlen <= 2 * lengths.max()
         shapes.add((len(lengths), batch.max_seqlen))
@@ -144,7 +144,7 @@ def test_attention_is_handed_at_most_twice_what_is_used(context: int, windows: i
 def test_every_token_of_a_long_document_is_a_target_once(make_stream: StreamMaker) -> None:
     stream = make_stream("real", [[100]])
     plan = plan_of([stream], "whole", batch=5)
-    batch = pack(plan.windows(0), [stream], Mask.megadoc, CONTEXT)
+    batch = collate(plan.windows(0), [stream], Mask.megadoc, CONTEXT)
     valid = batch.targets != NO_TARGET
     places = sorted(batch.target_positions[valid].tolist())
     assert places == list(range(1, 100))

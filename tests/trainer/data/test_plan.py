@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.packing import Window, fill_windows, pack_whole
+from trainer.data.packing import Window, minimum_bin_slack, pack_whole
 from trainer.data.plan import Plan, Source, balanced_order, rank_windows
 from trainer.setup import how_to_fill
 
@@ -119,7 +119,7 @@ def test_epochs_are_shuffled_and_packed_differently() -> None:
 
 @given(st.lists(st.integers(1, 64), max_size=60))
 def test_windows_are_never_overfilled(sizes: list[int]) -> None:
-    chosen = fill_windows(np.array(sizes, dtype=np.int64), 64, np.random.default_rng(0))
+    chosen = minimum_bin_slack(np.array(sizes, dtype=np.int64), 64, np.random.default_rng(0))
     filled: Counter[int] = Counter()
     for window, size in zip(chosen.tolist(), sizes, strict=True):
         filled[window] += size

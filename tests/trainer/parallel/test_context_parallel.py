@@ -4,7 +4,7 @@ import torch
 
 from trainer.config.schema import ModelConfig
 from trainer.data.random_stream import random_windows
-from trainer.model.llama import Kernels
+from trainer.model.llama import KernelBackends
 from trainer.parallel.context_parallel import chunk_tiles, chunks_of, split_batch
 
 
@@ -15,7 +15,7 @@ def test_every_query_of_a_rank_is_in_one_tile_and_every_key_before_it() -> None:
         batch = split_batch(whole, rank, 4)
         tokens = len(batch.input_ids)
         tables = chunk_tiles(
-            Kernels("triton"), config, rank, 4, batch.cu_seqlens, batch.max_seqlen, tokens
+            KernelBackends("triton"), config, rank, 4, batch.cu_seqlens, batch.max_seqlen, tokens
         )
         assert tables is not None
         for chunk, (rows, columns, tile) in zip(chunks_of(rank, 4), tables, strict=True):
@@ -32,5 +32,5 @@ def test_every_query_of_a_rank_is_in_one_tile_and_every_key_before_it() -> None:
             assert sorted(seen) == list(range(chunk * 64, (chunk + 1) * 64))
             assert int(columns[:, 1].sum()) == 512
             assert tile.rows > 0
-    assert chunk_tiles(Kernels("flash"), config, 0, 4, whole.cu_seqlens, 256, 128) is None
+    assert chunk_tiles(KernelBackends("flash"), config, 0, 4, whole.cu_seqlens, 256, 128) is None
     assert torch.equal(whole.cu_seqlens, split_batch(whole, 0, 4).cu_seqlens)
