@@ -7,6 +7,7 @@ installation needs no copy: ``megadocs/__init__.py`` finds the clone's folders.
 from pathlib import Path
 from typing import Any
 
+from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDERS = ("kernels", "trainer", "gen", "benchmarks", "conf")
@@ -14,7 +15,7 @@ SCRIPTS = ("generate.py", "train.py", "evaluate.py", "report.py")
 LEFT_OUT = {"__pycache__", "results"}  # of the benchmarks: measurements, not code
 
 
-class TreeBelowMegadocs(BuildHookInterface):
+class TreeBelowMegadocs(BuildHookInterface[BuilderConfig]):
     """Adds the folders and scripts to a wheel, not to an editable installation."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

@@ -139,7 +139,8 @@ def once(call: Candidate, cache: torch.Tensor | None) -> float:
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3
 
 
 def peak_bytes(call: Candidate) -> int | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from trainer.config.schema import ActivationCheckpointing, Averaging, Parallel, TrainConfig
@@ -231,7 +232,7 @@ def describe_data(streams: list[MegadocStream], plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def how_to_fill(lengths: np.ndarray, plan: Plan) -> str:
+def how_to_fill(lengths: NDArray[np.int64], plan: Plan) -> str:
     """What makes the windows of these documents fuller."""
     for factor in (2, 4, 8):
         longer = factor * plan.context_length

@@ -149,8 +149,9 @@ def completion_of(answer: Any, prompt: str) -> Completion | None:
 def reasoning_of(message: dict[str, Any]) -> str | None:
     """The thinking that the server's parser has put apart; None where there is none."""
     for name in ("reasoning_content", "reasoning"):
-        if isinstance(message.get(name), str) and message[name]:
-            return message[name]
+        thinking = message.get(name)
+        if isinstance(thinking, str) and thinking:
+            return thinking
     return None
 
 

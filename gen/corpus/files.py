@@ -10,7 +10,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -150,7 +150,7 @@ def whole_text(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def parquet_rows(path: Path, rows: int) -> Iterator[dict]:
+def parquet_rows(path: Path, rows: int) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file, read so many at a time.
 
     Raises:

@@ -121,7 +121,8 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Rows that an embedding needs: the highest id and one, as there may be holes below it."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return max(ids.values()) + 1
 
 
 def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:

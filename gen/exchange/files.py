@@ -172,15 +172,13 @@ def row_groups(file: SourceFile) -> list[tuple[int, int]] | None:
 
 def schema_names(path: str) -> list[str]:
     """Columns of a Parquet or Arrow file; none where each row has its own, or it is unreadable."""
-    try:
-        with open_file(path) as opened:
-            if path.endswith(PARQUET):
-                return pq.read_schema(opened).names
-            if path.endswith(ARROW):
-                return arrow_reader(opened).schema.names
-    except READ_ERRORS:
-        pass
-    return []
+    names: list[str] = []
+    with contextlib.suppress(*READ_ERRORS), open_file(path) as opened:
+        if path.endswith(PARQUET):
+            names = pq.read_schema(opened).names
+        elif path.endswith(ARROW):
+            names = arrow_reader(opened).schema.names
+    return names
 
 
 def read_rows(

@@ -117,7 +117,8 @@ class Import:
             )
 
     def place(self, method: str) -> str:
-        return self.plan.settings["methods"][method]
+        place: str = self.plan.settings["methods"][method]
+        return place
 
     def files_of(self, method: str) -> list[dict[str, Any]]:
         """The files that a method's generations come from."""

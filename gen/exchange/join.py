@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from gen.corpus.documents import Document, hash_text
@@ -127,7 +128,7 @@ class Joiner:
                     metadata = json.loads(row["metadata"])
                     yield Document(row["document_id"], row["text"], metadata)
 
-    def fetch(self, query: str, unit: Unit) -> dict[str, np.ndarray]:
+    def fetch(self, query: str, unit: Unit) -> dict[str, NDArray[Any]]:
         with self.connection.cursor() as cursor:
             return cursor.execute(query, [unit.number]).fetchnumpy()
 
@@ -268,7 +269,7 @@ def table_of(given: dict[str, Any], schema: pa.Schema, rows: int) -> pa.Table:
 
 
 def chosen_rows(
-    path: Path, columns: list[str], places: np.ndarray
+    path: Path, columns: list[str], places: NDArray[np.int64]
 ) -> Iterator[tuple[pa.Table, slice]]:
     """Rows of a staged file at ascending places, a row group at a time, and which places."""
     parquet = pq.ParquetFile(path, pre_buffer=False)
@@ -285,7 +286,8 @@ def chosen_rows(
 
 
 def has_rows(path: Path) -> bool:
-    return pq.read_metadata(path).num_rows > 0
+    rows: int = pq.read_metadata(path).num_rows
+    return rows > 0
 
 
 def drop_other_parts(store: GenerationStore, key: str) -> None:

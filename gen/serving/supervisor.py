@@ -193,7 +193,8 @@ def free_port() -> int:
     """A port nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def without_our_tree(environment: Mapping[str, str]) -> dict[str, str]:

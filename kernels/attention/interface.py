@@ -176,7 +176,8 @@ def varlen_attention(
         mask = tiles if isinstance(tiles, BlockMask) else None
         return flex_document_attention(q, k, v, cu_seqlens, scale, window, softcap, mask)
     if backend == "torch":
-        return torch_attention(q, k, v, cu_seqlens, scale)
+        attended: Tensor = torch_attention(q, k, v, cu_seqlens, scale)
+        return attended
     if backend in OURS:
         assert not isinstance(tiles, BlockMask)
         out, lse = triton_attention(
@@ -250,7 +251,7 @@ def check_backend(
         raise ValueError(f"backend={backend!r} cannot run here: {why}; use backend='auto'")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def refusal(backend: str, device: torch.device, head_dim: int) -> str | None:
     """Why a backend cannot run on a device with this head dimension, or None."""
     if backend == "cudnn":

@@ -143,7 +143,7 @@ def with_gluon_tiles(config: TileConfig) -> TileConfig:
     return config._replace(rows=128, columns=128)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET is set."""
     import triton

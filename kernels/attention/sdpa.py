@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.compiler.disable  # the shapes of the batches depend on the borders
+# The shapes of the batches depend on the borders.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     """Causal attention inside each segment of a packed axis.
 

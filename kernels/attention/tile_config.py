@@ -56,7 +56,7 @@ def tile_config(device: torch.device, head_dim: int, group: int, max_seqlen: int
     return config_for(entries_of(device, head_dim, group), max_seqlen)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def entries_of(device: torch.device, head_dim: int, group: int) -> Entries:
     """The entries of a device; a compiled function keeps them."""
     if device.type == "cuda":

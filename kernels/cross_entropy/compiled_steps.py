@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +70,7 @@ def gradient_of(
 
 
 @functools.cache
-def compiled(function: Callable[..., Tensor]) -> Any:
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function as generated kernels."""
     return torch.compile(function, fullgraph=True)
 

@@ -107,7 +107,8 @@ def corpus(streams: Path, tmp_path: Path) -> str:
 
 
 def result(run: Path) -> dict[str, object]:
-    return json.loads((run / "result.json").read_text())
+    content: dict[str, object] = json.loads((run / "result.json").read_text())
+    return content
 
 
 def losses(folder: Path) -> list[str]:

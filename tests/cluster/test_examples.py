@@ -116,6 +116,7 @@ def test_writers_of_which_one_loses_its_node(slurm: Slurm, clone: Path) -> None:
 def node_of(process: psutil.Process) -> str | None:
     """The node of Slurm that a process believes to be on."""
     try:
-        return process.environ().get("SLURMD_NODENAME")
+        name: str | None = process.environ().get("SLURMD_NODENAME")
     except psutil.Error:
         return None
+    return name

@@ -68,7 +68,8 @@ def write_tokenizer(folder: Path) -> int:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tokenizer.get_vocab_size()
+    size: int = tokenizer.get_vocab_size()
+    return size
 
 
 def weights(vocabulary: int) -> dict[str, torch.Tensor]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.config.schema import DataConfig, Mask
-from trainer.data.batches import NO_TARGET, PackedBatch, pack
+from trainer.data.batches import NO_TARGET, PackedBatch, collate
 from trainer.data.format import MEMBER_KINDS
 from trainer.data.mds import MegadocStream
 from trainer.data.packing import concatenate_and_cut, pack_whole
@@ -34,14 +35,16 @@ class Scores:
     """Summed losses of a stream; ``add`` batches, then read the means."""
 
     stream: MegadocStream
-    document_loss: np.ndarray = field(init=False)  # float64 [N], nats
-    document_tokens: np.ndarray = field(init=False)  # float64 [N]
-    bucket_loss: np.ndarray = field(init=False)  # float64 [BUCKETS], nats
-    bucket_tokens: np.ndarray = field(init=False)  # float64 [BUCKETS]
-    kind_loss: np.ndarray = field(init=False)  # float64 [MEMBER_KINDS], nats
-    kind_tokens: np.ndarray = field(init=False)  # float64 [MEMBER_KINDS]
-    style_loss: np.ndarray = field(init=False)  # float64 [1 + styles], nats; the first: of no style
-    style_tokens: np.ndarray = field(init=False)  # float64 [1 + styles]
+    document_loss: NDArray[np.float64] = field(init=False)  # float64 [N], nats
+    document_tokens: NDArray[np.float64] = field(init=False)  # float64 [N]
+    bucket_loss: NDArray[np.float64] = field(init=False)  # float64 [BUCKETS], nats
+    bucket_tokens: NDArray[np.float64] = field(init=False)  # float64 [BUCKETS]
+    kind_loss: NDArray[np.float64] = field(init=False)  # float64 [MEMBER_KINDS], nats
+    kind_tokens: NDArray[np.float64] = field(init=False)  # float64 [MEMBER_KINDS]
+    style_loss: NDArray[np.float64] = field(
+        init=False
+    )  # float64 [1 + styles], nats; the first: of no style
+    style_tokens: NDArray[np.float64] = field(init=False)  # float64 [1 + styles]
 
     def __post_init__(self) -> None:
         self.kind_loss, self.kind_tokens = np.zeros((2, len(MEMBER_KINDS)))
@@ -74,8 +77,8 @@ class Scores:
         return len(self.stream.member_lengths) > len(self.stream)
 
     def member_kinds_and_styles(
-        self, documents: np.ndarray, positions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, documents: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Kind and style of the member that each position ``[T]`` of its document ``[T]`` is in."""
         kinds, styles = np.zeros((2, len(documents)), dtype=np.int64)
         for document in np.unique(documents):
@@ -182,7 +185,7 @@ class Scores:
         }
 
 
-def position_bucket(positions: np.ndarray) -> np.ndarray:
+def position_bucket(positions: NDArray[np.int64]) -> NDArray[np.int32]:
     """Bucket of each position: 0 for 0, then powers of two (1, 2-3, 4-7, ...)."""
     return np.frexp(positions.astype(np.float64))[1].clip(0, BUCKETS - 1)
 
@@ -210,7 +213,7 @@ def evaluation_batches(
             packed.window(0, index)
             for index in range(first if counts else 0, min(count, (first if counts else 0) + size))
         ]
-        yield pack(windows, [stream], data.mask, data.context_length), counts
+        yield collate(windows, [stream], data.mask, data.context_length), counts
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from trainer.config.schema import Parallel, RuntimeConfig
 from trainer.model.llama import Llama
 from trainer.parallel.context_parallel import apply_context_parallel
 from trainer.parallel.slurm import own_device_only, ranks_of_step
+
+Value = TypeVar("Value")
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # also that of a collective
 
@@ -88,19 +90,20 @@ class Ranks:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.host_group)
         return largest.tolist()
 
-    def from_main(self, value: Callable[[], Any]) -> Any:
+    def from_main(self, value: Callable[[], Value]) -> Value:
         """What ``value`` returns on the first rank, on every rank; they must call this together."""
         if self.host_group is None:
             return value()
-        found = [value() if self.is_main else None]
+        found: list[Any] = [value() if self.is_main else None]
         dist.broadcast_object_list(found, group=self.host_group)
-        return found[0]
+        told: Value = found[0]
+        return told
 
-    def gather_on_hosts(self, value: Any) -> list[Any]:
+    def gather_on_hosts(self, value: Value) -> list[Value]:
         """What every rank gives, by rank; all ranks must call this together."""
         if self.host_group is None:
             return [value]
-        found: list[Any] = [None] * self.world_size
+        found: list[Any] = [None] * self.world_size  # filled in place
         dist.all_gather_object(found, value, group=self.host_group)
         return found
 

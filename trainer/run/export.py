@@ -76,7 +76,7 @@ def plain_tokenizer(file: Path) -> dict[str, Any]:
 
     What is left of the post-processor mends offsets alone.
     """
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     processor = content.get("post_processor") or {}
     parts = processor.get("processors", [processor])
     kept = [part for part in parts if part.get("type") == "ByteLevel"]
@@ -238,4 +238,5 @@ def llama_shape(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def vocabulary(tokenizer: Path) -> dict[str, int]:
     """Number of every token."""
-    return Tokenizer.from_file(str(tokenizer)).get_vocab()
+    ids: dict[str, int] = Tokenizer.from_file(str(tokenizer)).get_vocab()
+    return ids

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.study import paper
 from trainer.study.figures import label_of, row
@@ -43,7 +44,7 @@ def law_text(fit: Fit) -> str:
     return f"{fit.law.formula}: {values}; residual {fit.residual():.4f} nats.{warned}"
 
 
-def draw_fit(axes: Any, fit: Fit, x: np.ndarray, shade: str) -> None:
+def draw_fit(axes: Any, fit: Fit, x: NDArray[np.float64], shade: str) -> None:
     """The fitted curve, its interval shaded, dashed where nothing was measured."""
     measured = fit.points.inputs[:, 0]
     inside = (x >= measured.min()) & (x <= measured.max())
@@ -68,7 +69,7 @@ def ensembles(study: Study) -> Drawing | Missing:
     figure, axes = new_figure("members (K)", panels=2)
     rows, notes = [], []
     for ensemble in scored:
-        members = np.arange(1, len(ensemble.losses) + 1)
+        members = np.arange(1.0, len(ensemble.losses) + 1)
         shade = colour(ensemble.name)
         label = f"{ensemble.name} ({ensemble.mean})"
         note = f"{label}: no asymptote, {len(members)} sizes are fewer than a law's 3 parameters."

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 EXPONENTS = np.geomspace(0.02, 4.0, 28)
 
@@ -34,26 +35,30 @@ class Law:
     inputs: tuple[str, ...]
     coefficients: tuple[str, ...]
     shape: tuple[str, ...]
-    grid: tuple[Sequence[float] | np.ndarray, ...]
-    basis: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    grid: tuple[Sequence[float] | NDArray[np.float64], ...]
+    basis: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 
     @property
     def parameters(self) -> tuple[str, ...]:
         return self.coefficients + self.shape
 
-    def predict(self, parameters: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    def predict(
+        self, parameters: NDArray[np.float64], inputs: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         """Losses ``[n]`` in nats per token for ``parameters [p]`` and ``inputs [n, k]``."""
         count = len(self.coefficients)
         return self.basis(parameters[count:], inputs) @ parameters[:count]
 
 
-def power_basis(shape: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+def power_basis(shape: NDArray[np.float64], inputs: NDArray[np.float64]) -> NDArray[np.float64]:
     """``x^-B`` and 1."""
     decay = inputs[:, 0] ** -shape[0]
     return np.stack((decay, np.ones_like(decay)), axis=1)
 
 
-def effective_data_basis(shape: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+def effective_data_basis(
+    shape: NDArray[np.float64], inputs: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """``D'^-B`` and 1, where a repeated token is worth exponentially less."""
     unique, epochs = inputs[:, 0], inputs[:, 1]
     exponent, half_life = shape
@@ -63,7 +68,9 @@ def effective_data_basis(shape: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     return power_basis(np.array([exponent]), effective[:, None])
 
 
-def overfitting_basis(shape: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+def overfitting_basis(
+    shape: NDArray[np.float64], inputs: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """``(U E)^-B``, 1 and ``R^delta (N/U)^kappa``; exponents that are not given are 1."""
     unique, epochs, parameters = inputs.T
     delta, kappa = shape[1:] if len(shape) > 1 else (1.0, 1.0)

@@ -68,11 +68,13 @@ class Run:
     @property
     def loss(self) -> float:
         """i.i.d. validation loss, nats per token."""
-        return self.result["loss"]["iid"]
+        loss: float = self.result["loss"]["iid"]
+        return loss
 
     def stream_tokens(self, name: str) -> int:
         """Tokens of a whole stream, from the tokens and the passes over it."""
-        return round(self.result["tokens_seen"][name] / self.result["epochs_seen"][name])
+        tokens: float = self.result["tokens_seen"][name] / self.result["epochs_seen"][name]
+        return round(tokens)
 
     @property
     def real_tokens(self) -> int:
@@ -111,7 +113,8 @@ class Run:
     def real_tokens_seen(self) -> int:
         """Real tokens trained on: of the base stream, and of the copies in the synthetic one."""
         copies = 0 if self.real_document == "absent" else self.synthetic_passes * self.real_tokens
-        return round(self.result["tokens_seen"][self.config.recipe.real_stream] + copies)
+        real: int = self.result["tokens_seen"][self.config.recipe.real_stream]
+        return round(real + copies)
 
     @property
     def flops(self) -> int:
@@ -122,7 +125,8 @@ class Run:
     @property
     def hours(self) -> float:
         """Device hours: the time of every process (results of one process did not say so once)."""
-        return self.result["seconds"] / 3600 * self.result.get("processes", 1)
+        seconds: float = self.result["seconds"] * self.result.get("processes", 1)
+        return seconds / 3600
 
     @property
     def device(self) -> str:

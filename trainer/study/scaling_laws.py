@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
 from trainer.study.laws import POWER, Law
@@ -38,8 +39,8 @@ class Points:
         ValueError: a loss or an input is not finite and positive, or a point has no loss.
     """
 
-    inputs: np.ndarray
-    losses: Sequence[Sequence[float]] | np.ndarray
+    inputs: NDArray[np.float64]
+    losses: Sequence[Sequence[float]] | NDArray[np.float64]
 
     def __post_init__(self) -> None:
         inputs = np.asarray(self.inputs, dtype=np.float64)
@@ -58,7 +59,7 @@ class Points:
                     )
 
     @property
-    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """One row a seed: inputs ``[m, k]`` and losses ``[m]``."""
         counts = [len(seeds) for seeds in self.losses]
         return np.repeat(self.inputs, counts, axis=0), np.concatenate(
@@ -89,11 +90,13 @@ class Interval:
 class Noise:
     """Residuals to draw from, in nats, and the degrees of freedom they rest on."""
 
-    residuals: np.ndarray  # [m], scaled to be unbiased
+    residuals: NDArray[np.float64]  # [m], scaled to be unbiased
     freedom: int
     source: str  # seeds or points
 
-    def draw(self, generator: np.random.Generator, rows: int, replicates: int) -> np.ndarray:
+    def draw(
+        self, generator: np.random.Generator, rows: int, replicates: int
+    ) -> NDArray[np.float64]:
         """``[replicates, rows]``.
 
         Every replicate is widened by ``sqrt(f / chi2_f)``: few residuals do not know their own
@@ -102,7 +105,8 @@ class Noise:
         """
         chosen = generator.choice(self.residuals, (replicates, rows))
         widen = np.sqrt(self.freedom / generator.chisquare(self.freedom, (replicates, 1)))
-        return chosen * widen
+        drawn: NDArray[np.float64] = chosen * widen
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,8 @@ class Fit:
 
     law: Law
     points: Points
-    values: np.ndarray  # [p]
-    replicates: np.ndarray  # [r, p]; r = 0 where nothing says how large the noise is
+    values: NDArray[np.float64]  # [p]
+    replicates: NDArray[np.float64]  # [r, p]; r = 0 where nothing says how large the noise is
     noise: Noise | None
     warnings: list[str] = field(default_factory=list)
 
@@ -124,12 +128,14 @@ class Fit:
         """Of one parameter."""
         return percentiles(self.replicates[:, self.law.parameters.index(name)])
 
-    def predict(self, inputs: np.ndarray) -> np.ndarray:
+    def predict(self, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Losses ``[n]`` at ``inputs`` (``[n]`` or ``[n, k]``)."""
         inputs = np.asarray(inputs, dtype=np.float64)
         return self.law.predict(self.values, inputs[:, None] if inputs.ndim == 1 else inputs)
 
-    def predict_interval(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def predict_interval(
+        self, inputs: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Lower and upper ends ``[n]`` of the curve itself (not of a new measurement)."""
         inputs = np.asarray(inputs, dtype=np.float64)
         inputs = inputs[:, None] if inputs.ndim == 1 else inputs
@@ -146,7 +152,7 @@ class Fit:
         return float(np.sqrt(np.mean((losses - self.law.predict(self.values, inputs)) ** 2)))
 
 
-def percentiles(samples: np.ndarray) -> Interval:
+def percentiles(samples: NDArray[np.float64]) -> Interval:
     """Percentile interval of bootstrap samples; infinities count as the ends they are."""
     if not len(samples):
         return Interval(math.nan, math.nan)
@@ -221,7 +227,7 @@ def rises(points: Points) -> bool:
     return float((x - x.mean()) @ (losses - losses.mean())) >= 0
 
 
-def estimate_noise(law: Law, points: Points, residuals: np.ndarray) -> Noise | None:
+def estimate_noise(law: Law, points: Points, residuals: NDArray[np.float64]) -> Noise | None:
     """Pooled spread of the seeds; of the points around the law where there is one seed each."""
     several = [np.asarray(seeds) for seeds in points.losses if len(seeds) > 1]
     if several:
@@ -236,7 +242,9 @@ def estimate_noise(law: Law, points: Points, residuals: np.ndarray) -> Noise | N
     return Noise(residuals * math.sqrt(len(residuals) / freedom), freedom, "points")
 
 
-def grid_starts(law: Law, inputs: np.ndarray, losses: np.ndarray) -> list[np.ndarray]:
+def grid_starts(
+    law: Law, inputs: NDArray[np.float64], losses: NDArray[np.float64]
+) -> list[NDArray[np.float64]]:
     """Parameters ``[p]`` on the grid of shapes, the best first."""
     found = []
     for shape in itertools.product(*law.grid):
@@ -247,8 +255,8 @@ def grid_starts(law: Law, inputs: np.ndarray, losses: np.ndarray) -> list[np.nda
 
 
 def project(
-    law: Law, shape: np.ndarray, inputs: np.ndarray, losses: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    law: Law, shape: NDArray[np.float64], inputs: NDArray[np.float64], losses: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The best coefficients ``[c]`` for a shape and the relative residuals ``[m]`` they leave."""
     basis = law.basis(shape, inputs) / losses[:, None]
     largest = basis.max(axis=0)
@@ -258,8 +266,8 @@ def project(
 
 
 def least_squares_start(
-    law: Law, inputs: np.ndarray, losses: np.ndarray, start: np.ndarray
-) -> np.ndarray:
+    law: Law, inputs: NDArray[np.float64], losses: NDArray[np.float64], start: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """The least-squares optimum ``[p]`` near ``start``, exact where the points lie on the law.
 
     Only the shape is searched, the coefficients follow from it: without the valley in which A, B
@@ -278,10 +286,11 @@ def least_squares_start(
     )
     shape = np.exp(result.x)
     coefficients, _ = project(law, shape, inputs, losses)
-    return np.maximum(np.concatenate((coefficients, shape)), SMALLEST)
+    values: NDArray[np.float64] = np.maximum(np.concatenate((coefficients, shape)), SMALLEST)
+    return values
 
 
-def bounds(law: Law) -> tuple[np.ndarray, np.ndarray]:
+def bounds(law: Law) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Least and greatest logarithms ``[p]``: shapes stay near their grid, so no power overflows."""
     linear = len(law.coefficients)
     lowest = [SMALLEST / 2] * linear + [min(grid) / 20 for grid in law.grid]
@@ -290,19 +299,23 @@ def bounds(law: Law) -> tuple[np.ndarray, np.ndarray]:
 
 
 def refine(
-    law: Law, inputs: np.ndarray, losses: np.ndarray, starts: Sequence[np.ndarray]
-) -> np.ndarray:
+    law: Law,
+    inputs: NDArray[np.float64],
+    losses: NDArray[np.float64],
+    starts: Sequence[NDArray[np.float64]],
+) -> NDArray[np.float64]:
     """The best local optimum from ``starts``: parameters ``[p]``.
 
     The tolerances stay tight for bootstrap replicates too: along the flat valley of A, B and C an
     early stop halves the intervals.
     """
 
-    def residuals(logarithms: np.ndarray) -> np.ndarray:
+    def residuals(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
         predicted = law.predict(np.exp(logarithms), inputs)
-        return np.log(np.maximum(predicted, SMALLEST)) - target
+        missed: NDArray[np.float64] = np.log(np.maximum(predicted, SMALLEST)) - target
+        return missed
 
-    def jacobian(logarithms: np.ndarray) -> np.ndarray:
+    def jacobian(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
         """Exact in the coefficients, forward differences in the few shapes: ``[m, p]``."""
         values = np.exp(logarithms)
         basis = law.basis(values[linear:], inputs)
@@ -312,7 +325,8 @@ def refine(
             moved = values.copy()
             moved[place] *= math.exp(STEP)
             columns.append((law.predict(moved, inputs) - predicted) / STEP)
-        return np.stack(columns, axis=1) / predicted[:, None]
+        slopes: NDArray[np.float64] = np.stack(columns, axis=1) / predicted[:, None]
+        return slopes
 
     target = np.log(losses)
     linear = len(law.coefficients)
@@ -333,7 +347,8 @@ def refine(
         )
         for start in starts
     ]
-    return np.exp(min(results, key=lambda result: result.cost).x)
+    logarithms: NDArray[np.float64] = min(results, key=lambda result: result.cost).x
+    return np.exp(logarithms)
 
 
 @dataclass(frozen=True)
@@ -398,7 +413,9 @@ class DataEfficiency:
     warnings: list[str] = field(default_factory=list)
 
 
-def invert_power_law(parameters: np.ndarray, loss: float | np.ndarray) -> np.ndarray:
+def invert_power_law(
+    parameters: NDArray[np.float64], loss: float | NDArray[np.float64]
+) -> NDArray[np.float64]:
     """``x`` at which ``A / x^B + C`` is ``loss``; infinite at and below C.
 
     Args:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build(root: Path, kind: str, quality: QualityConfig, real: str = "last") -> dict:
+def build(root: Path, kind: str, quality: QualityConfig, real: str = "last") -> dict[str, Any]:
     tokenizer, vocabulary = build_tokenizer(TokenizerConfig(vocab_size=320), root, [])
     config = StreamConfig(real_document=real)
     method = "latent" if kind == "latent" else "rephrase"

@@ -215,7 +215,10 @@ def op() -> None:
     torch.library.opcheck(attention_backward_op, (*saved, torch.zeros_like(lse), *options))
 
     def attention(q: Tensor, k: Tensor, v: Tensor, tiles: object) -> Tensor:
-        return varlen_attention(q, k, v, borders, 12, window=7, backend="triton", tiles=tiles)  # type: ignore[call-overload]
+        out: Tensor = varlen_attention(
+            q, k, v, borders, 12, window=7, backend="triton", tiles=tiles
+        )  # type: ignore[call-overload]
+        return out
 
     eager = attention(q, k, v, None)
     expected = torch.autograd.grad(eager.sum(), (q, k, v))

@@ -306,7 +306,7 @@ class LiveBytes(TorchDispatchMode):
     """Follows the bytes of all tensors that operations create, and their peak."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: set[int] = set()
         self.now = self.peak = 0
 

@@ -43,7 +43,7 @@ def gradients(mode: ActivationCheckpointing, compiled: bool) -> tuple[list[torch
     borders = torch.tensor([0, 10, 24], dtype=torch.int32)
     positions = torch.cat((torch.arange(10), torch.arange(14)))
     torch.manual_seed(0)
-    with Counted() if not compiled else torch.enable_grad():
+    with Counted() if not compiled else torch.enable_grad():  # type: ignore[no-untyped-call]
         model(ids, positions, borders, 14, ids.roll(-1)).backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None], calls
 

@@ -34,7 +34,8 @@ SMALL = ModelConfig(64, 192, 2, 4, 2, vocab_size=1000)
 
 
 def planted_loss(real_tokens: float, worth: float = 1.0) -> float:
-    return 40 / (real_tokens * worth) ** 0.25 + 2.0
+    loss: float = 40 / (real_tokens * worth) ** 0.25 + 2.0
+    return loss
 
 
 def fabricate(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from trainer.study.laws import (
     EFFECTIVE_DATA,
@@ -28,10 +29,15 @@ SIZES = np.array([50e6, 100e6, 200e6, 400e6, 800e6, 1.6e9])
 PLANTED = {"A": (3.5544 - 1.93) * 203.9e6**0.235, "C": 1.93, "B": 0.235}
 
 
-def planted_losses(x: np.ndarray, noise: float, seeds: int, seed: int) -> list[list[float]]:
+def planted_losses(
+    x: NDArray[np.float64], noise: float, seeds: int, seed: int
+) -> list[list[float]]:
     generator = np.random.default_rng(seed)
     clean = PLANTED["A"] / x ** PLANTED["B"] + PLANTED["C"]
-    return (clean[:, None] + generator.normal(0, noise, (len(x), seeds))).tolist()
+    losses: list[list[float]] = (
+        clean[:, None] + generator.normal(0, noise, (len(x), seeds))
+    ).tolist()
+    return losses
 
 
 @settings(max_examples=25)
@@ -97,7 +103,7 @@ def test_an_outlier_does_not_move_the_fit() -> None:
     np.testing.assert_allclose(fit.predict(SIZES[others]), expected, atol=0.01)
 
 
-def grid_of_runs() -> np.ndarray:
+def grid_of_runs() -> NDArray[np.float64]:
     """Unique tokens, epochs, parameters."""
     return np.array(
         [
