@@ -129,7 +129,8 @@ def build_streams(root: Path, names: list[str]) -> dict[str, Any]:
 
 
 def read_manifest_of(root: Path, name: str) -> dict[str, Any]:
-    return json.loads((root / "streams" / name / "manifest.json").read_bytes())
+    manifest: dict[str, Any] = json.loads((root / "streams" / name / "manifest.json").read_bytes())
+    return manifest
 
 
 def texts_of(root: Path) -> Iterator[list[str]]:

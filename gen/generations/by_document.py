@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from gen.corpus.documents import Document
 from gen.generations.store import DocumentPlaces, GenerationStore, read_part
@@ -33,8 +35,8 @@ class Generations:
 
     def __init__(
         self,
-        place: np.ndarray,
-        index: np.ndarray,
+        place: NDArray[np.integer[Any]],
+        index: NDArray[np.integer[Any]],
         documents: Sequence[Document],
         count: int,
         where: str,
@@ -102,14 +104,14 @@ class Generations:
         one.parts, one.part_starts = parts, np.cumsum([0, *map(len, found)])
         return one
 
-    def take(self, documents: np.ndarray) -> None:
+    def take(self, documents: NDArray[np.bool_]) -> None:
         """Use generations of those documents alone: bool ``[documents]``."""
         self.kept = self.kept & documents[self.places]
 
     def select(
         self,
-        kept: np.ndarray,
-        edited: np.ndarray | None = None,
+        kept: NDArray[np.bool_],
+        edited: NDArray[np.bool_] | None = None,
         edit: Callable[[str], str] | None = None,
     ) -> None:
         """Leave out what the quality gates drop and edit some of the rest.
@@ -139,7 +141,7 @@ class Generations:
                 "build the streams with a smaller streams.generations"
             )
 
-    def grid(self) -> np.ndarray:
+    def grid(self) -> NDArray[np.int32]:
         """Position of each generation, -1 where it is dropped or lacking: int32 ``[D, G]``."""
         grid = np.full((len(self.found), self.count), -1, dtype=np.int32)
         used = np.flatnonzero(self.kept)

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from gen.corpus.documents import Document
 from trainer.files import only_one, read_json, replace_file, write_json
@@ -288,7 +289,7 @@ class DocumentPlaces:
         self.ids = pa.array([document.id for document in documents], pa.string())
         self.hashes = pa.array([document.text_hash for document in documents], pa.string())
 
-    def of(self, rows: pa.Table) -> np.ndarray:
+    def of(self, rows: pa.Table) -> NDArray[np.int32]:
         """Place of the document of each row: int32 ``[rows]``, -1 where it is gone or was edited.
 
         Args:
@@ -303,7 +304,7 @@ class DocumentPlaces:
         return np.array(found.to_numpy(zero_copy_only=False), dtype=np.int32)
 
 
-def places_of(rows: pa.Table, documents: Sequence[Document]) -> np.ndarray:
+def places_of(rows: pa.Table, documents: Sequence[Document]) -> NDArray[np.int32]:
     """:meth:`DocumentPlaces.of` for one table."""
     return DocumentPlaces(documents).of(rows)
 

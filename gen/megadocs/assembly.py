@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gen.corpus.documents import Document
 from gen.corpus.split import cut_places
@@ -41,16 +43,16 @@ class Layout:
     and to which character.
     """
 
-    document: np.ndarray  # int32 [M]: place of its document
-    row: np.ndarray  # int32 [M]: number behind the document's id; -1: there is none
-    ends: np.ndarray  # int64 [M]: cumulative, in members
-    kind: np.ndarray  # uint8 [N]
-    index: np.ndarray  # int32 [N]
-    style: np.ndarray  # uint8 [N]
-    position: np.ndarray  # int32 [N]
-    cuts: np.ndarray | None = None  # int32 [N, 4]
+    document: NDArray[np.int32]  # int32 [M]: place of its document
+    row: NDArray[np.int32]  # int32 [M]: number behind the document's id; -1: there is none
+    ends: NDArray[np.int64]  # int64 [M]: cumulative, in members
+    kind: NDArray[np.uint8]  # uint8 [N]
+    index: NDArray[np.int32]  # int32 [N]
+    style: NDArray[np.uint8]  # uint8 [N]
+    position: NDArray[np.int32]  # int32 [N]
+    cuts: NDArray[np.int32] | None = None  # int32 [N, 4]
 
-    def first_members(self) -> np.ndarray:
+    def first_members(self) -> NDArray[np.bool_]:
         """Which members begin a megadoc: bool ``[N]``."""
         first = np.zeros(len(self.kind), dtype=bool)
         if len(self.ends):
@@ -58,7 +60,7 @@ class Layout:
             first[self.ends[:-1]] = True
         return first
 
-    def last_members(self) -> np.ndarray:
+    def last_members(self) -> NDArray[np.bool_]:
         """Which members end a megadoc: bool ``[N]``."""
         last = np.zeros(len(self.kind), dtype=bool)
         last[self.ends - 1] = True
@@ -69,9 +71,9 @@ class Layout:
 class Columns:
     """What stands in the columns of a grid of all texts of all documents."""
 
-    kind: np.ndarray  # uint8 [C]
-    index: np.ndarray  # int32 [C]
-    style: np.ndarray  # uint8 [C]
+    kind: NDArray[np.uint8]  # uint8 [C]
+    index: NDArray[np.int32]  # int32 [C]
+    style: NDArray[np.uint8]  # uint8 [C]
 
     @classmethod
     def of(cls, styles: Sequence[Generations]) -> Columns:
@@ -85,7 +87,7 @@ class Columns:
         )
 
 
-def grid_of(documents: int, styles: Sequence[Generations]) -> np.ndarray:
+def grid_of(documents: int, styles: Sequence[Generations]) -> NDArray[np.int32]:
     """Positions of the generations of each style, then of the document: int32 ``[D, C]``."""
     real = np.arange(documents, dtype=np.int32)[:, None]
     return np.concatenate([*(style.grid() for style in styles), real], axis=1)
@@ -174,7 +176,11 @@ def stitched(
 
 
 def shuffle_rephrases(
-    column: np.ndarray, position: np.ndarray, members: np.ndarray, real: int, seed: int
+    column: NDArray[np.integer[Any]],
+    position: NDArray[np.integer[Any]],
+    members: NDArray[np.integer[Any]],
+    real: int,
+    seed: int,
 ) -> None:
     """Shuffle the rephrases of each document in place; the real document stays where it is."""
     shuffle = np.random.default_rng(seed).shuffle

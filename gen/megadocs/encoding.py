@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gen.corpus.tokenizer import encode, plain
@@ -55,7 +56,7 @@ class Encoding:
         self.between_bytes = len((separator or "").encode()) if members_are_documents else 0
         self.thought_bytes = len(open_thought.encode()) + len(close_thought.encode())
 
-    def begins(self, layout: Layout) -> np.ndarray:
+    def begins(self, layout: Layout) -> NDArray[np.bool_]:
         """Which members' texts stand where a document begins: a prefix is right there alone.
 
         Returns:
@@ -64,7 +65,8 @@ class Encoding:
         inside = layout.kind == THOUGHT
         if self.one_text and layout.cuts is None:
             inside = np.ones(len(layout.kind), dtype=bool)
-        return ~inside | layout.first_members()
+        begins: NDArray[np.bool_] = ~inside | layout.first_members()
+        return begins
 
 
 def without_prefix(tokenizer: Tokenizer) -> Tokenizer:

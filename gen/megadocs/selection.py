@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
@@ -66,7 +67,7 @@ def choose_generations(
     return chosen, judged, lacking
 
 
-def takers(documents: list[Document], method: str, share: float) -> np.ndarray:
+def takers(documents: list[Document], method: str, share: float) -> NDArray[np.bool_]:
     """Which documents take generations of a method: bool ``[documents]``, by a hash of their id.
 
     A larger share takes the documents of a smaller one and more.

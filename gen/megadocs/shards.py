@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gen.corpus.documents import Document
 from gen.megadocs.assembly import Layout
@@ -80,8 +81,8 @@ class Members:
 
     layout: Layout
     spans: Spans
-    tokens: np.ndarray  # int64 [N]: ids of each, what stands around its text included
-    lengths: np.ndarray  # int64 [M]: ids of each megadoc
+    tokens: NDArray[np.int64]  # int64 [N]: ids of each, what stands around its text included
+    lengths: NDArray[np.int64]  # int64 [M]: ids of each megadoc
     text_bytes: int
 
     @classmethod
@@ -153,14 +154,14 @@ class Samples:
     """Some megadocs in a row: M of N members."""
 
     document_ids: list[str]
-    row: np.ndarray  # int32 [M]: number behind the id, or -1
-    ends: np.ndarray  # int64 [M]: cumulative, in members
-    kind: np.ndarray  # uint8 [N]
-    index: np.ndarray  # int32 [N]
-    style: np.ndarray  # uint8 [N]
-    cuts: np.ndarray | None  # int32 [N, 2]: tokens of pieces
+    row: NDArray[np.int32]  # int32 [M]: number behind the id, or -1
+    ends: NDArray[np.int64]  # int64 [M]: cumulative, in members
+    kind: NDArray[np.uint8]  # uint8 [N]
+    index: NDArray[np.int32]  # int32 [N]
+    style: NDArray[np.uint8]  # uint8 [N]
+    cuts: NDArray[np.int32] | None  # int32 [N, 2]: tokens of pieces
     spans: Spans  # [N]
-    tokens: np.ndarray  # int64 [N]
+    tokens: NDArray[np.int64]  # int64 [N]
 
 
 def encoded(samples: Samples, form: Form, reader: IdReader) -> Iterator[bytes]:

@@ -393,7 +393,7 @@ def write_unless_finished(
 def is_finished(folder: Path, config_hash: str) -> bool:
     """Whether a stream of this config is in its place."""
     try:
-        return read_json(folder / MANIFEST)["config_hash"] == config_hash
+        return bool(read_json(folder / MANIFEST)["config_hash"] == config_hash)
     except FileNotFoundError:
         return False
 

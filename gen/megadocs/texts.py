@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from gen.generations.store import batches_of
 from gen.megadocs.tokens import as_keys, key_of, keys_of_column
@@ -17,7 +19,7 @@ from trainer.files import replace_file
 SCHEMA = pa.schema([("high", pa.uint64()), ("low", pa.uint64())])
 
 
-def keys_of_part(part: Path, kept: Path) -> np.ndarray:
+def keys_of_part(part: Path, kept: Path) -> NDArray[np.uint64]:
     """Hashes of the texts of a store's part: uint64 ``[rows, 2]``.
 
     Args:
@@ -33,11 +35,12 @@ def keys_of_part(part: Path, kept: Path) -> np.ndarray:
     with contextlib.suppress(pa.ArrowException, OSError):  # damaged or not there: made again
         table = pq.read_table(kept, schema=SCHEMA, page_checksum_verification=True)
         if (pq.read_schema(kept).metadata or {}).get(b"part") == state:
-            return np.stack([table[name].to_numpy() for name in SCHEMA.names], axis=1)
+            halves: list[NDArray[np.uint64]] = [table[name].to_numpy() for name in SCHEMA.names]
+            return np.stack(halves, axis=1)
     found = [
         keys_of_column(pa.chunked_array([batch["text"]])) for batch in batches_of(part, ["text"])
     ]
-    keys = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *found])
+    keys: NDArray[np.uint64] = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *found])
     columns = [pa.array(keys[:, half]) for half in range(2)]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(kept) as unfinished:
@@ -50,7 +53,7 @@ def keys_of_part(part: Path, kept: Path) -> np.ndarray:
     return keys
 
 
-def texts_of_part(part: Path, rows: np.ndarray) -> list[str]:
+def texts_of_part(part: Path, rows: NDArray[np.integer[Any]]) -> list[str]:
     """The texts of some rows of a part, in ascending order of the rows."""
     texts: list[str] = []
     first = 0
@@ -62,6 +65,8 @@ def texts_of_part(part: Path, rows: np.ndarray) -> list[str]:
     return texts
 
 
-def keys_of_edited(part: Path, rows: np.ndarray, edit: Callable[[str], str]) -> np.ndarray:
+def keys_of_edited(
+    part: Path, rows: NDArray[np.integer[Any]], edit: Callable[[str], str]
+) -> NDArray[np.uint64]:
     """Hashes of the texts of some rows once they are edited: uint64 ``[rows, 2]``."""
     return as_keys(key_of(edit(text).encode()) for text in texts_of_part(part, rows))

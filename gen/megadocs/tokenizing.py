@@ -6,8 +6,10 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
@@ -39,7 +41,7 @@ class DocumentTexts:
         self.documents = documents
         self.keys = as_keys(key_of(document.text.encode()) for document in documents)
 
-    def units(self, store: TokenStore, places: np.ndarray) -> Iterator[Unit]:
+    def units(self, store: TokenStore, places: NDArray[np.integer[Any]]) -> Iterator[Unit]:
         """Work that tokenizes the documents at some places."""
         sizes = np.array([len(self.documents[place].text) for place in places.tolist()])
         groups = (sizes.cumsum() - sizes) // UNIT
@@ -48,7 +50,7 @@ class DocumentTexts:
             size = int(sizes[groups == group].sum())
             yield Unit(f"documents-{own[0]}", size, partial(self.prepare, store.folder, own))
 
-    def prepare(self, folder: Path, places: np.ndarray) -> Callable[[], None]:
+    def prepare(self, folder: Path, places: NDArray[np.integer[Any]]) -> Callable[[], None]:
         return partial(add_part, folder, [self.documents[place].text for place in places.tolist()])
 
 
@@ -77,7 +79,9 @@ class GenerationTexts:
             rows = generations.rows[positions] - generations.part_starts[part]
             self.keys[positions] = keys_of_edited(generations.parts[part], rows, generations.edit)
 
-    def by_part(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def by_part(
+        self, positions: NDArray[np.integer[Any]]
+    ) -> Iterator[tuple[int, NDArray[np.integer[Any]]]]:
         """Positions in the order of their rows, by the part that the rows are of."""
         positions = positions[np.argsort(self.generations.rows[positions])]
         rows = self.generations.rows[positions]
@@ -86,7 +90,7 @@ class GenerationTexts:
             if start < end:
                 yield part, positions[start:end]
 
-    def units(self, store: TokenStore, positions: np.ndarray) -> Iterator[Unit]:
+    def units(self, store: TokenStore, positions: NDArray[np.integer[Any]]) -> Iterator[Unit]:
         """Work that tokenizes some of the generations."""
         for part, own in self.by_part(positions):
             path = self.generations.parts[part]
@@ -99,7 +103,9 @@ class GenerationTexts:
                     partial(self.prepare, store.folder, part, some),
                 )
 
-    def prepare(self, folder: Path, part: int, positions: np.ndarray) -> Callable[[], None]:
+    def prepare(
+        self, folder: Path, part: int, positions: NDArray[np.integer[Any]]
+    ) -> Callable[[], None]:
         generations = self.generations
         rows = generations.rows[positions] - generations.part_starts[part]
         edited = generations.edited[positions]
@@ -111,8 +117,8 @@ class GenerationTexts:
 def tokenize_rows(
     folder: Path,
     part: Path,
-    rows: np.ndarray,
-    edited: np.ndarray,
+    rows: NDArray[np.integer[Any]],
+    edited: NDArray[np.bool_],
     edit: Callable[[str], str] | None,
 ) -> None:
     """Tokenize some rows of a part of generations into the token store in ``folder``."""
@@ -183,6 +189,7 @@ def document_starts(
         content = reader.read(
             *(int(c[place]) for c in (spans.part, spans.first, spans.count, spans.checksum))
         )
-        return np.frombuffer(content, dtype="<u4").tolist()
+        characters: list[int] = np.frombuffer(content, dtype="<u4").tolist()
+        return characters
 
     return starts

@@ -19,10 +19,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gen.corpus.tokenizer import encode, plain
@@ -52,11 +54,11 @@ class DamagedTokensError(ValueError):
 class Spans:
     """Where the ids of some texts lie: arrays ``[texts]``."""
 
-    part: np.ndarray  # int32: place in the store's parts; -1: the text is not there
-    first: np.ndarray  # int64: its first id in that part
-    count: np.ndarray  # uint32: of its ids
-    text_bytes: np.ndarray  # uint32
-    checksum: np.ndarray  # uint32
+    part: NDArray[np.int32]  # int32: place in the store's parts; -1: the text is not there
+    first: NDArray[np.int64]  # int64: its first id in that part
+    count: NDArray[np.uint32]  # uint32: of its ids
+    text_bytes: NDArray[np.uint32]  # uint32
+    checksum: NDArray[np.uint32]  # uint32
 
     @classmethod
     def none(cls, texts: int) -> Spans:
@@ -69,7 +71,7 @@ class Spans:
             np.zeros(texts, dtype=np.uint32),
         )
 
-    def put(self, where: np.ndarray, other: Spans) -> None:
+    def put(self, where: NDArray[np.integer[Any]], other: Spans) -> None:
         """Take over what ``other`` says of the texts at ``where``."""
         for name in self.__dataclass_fields__:
             getattr(self, name)[where] = getattr(other, name)
@@ -79,12 +81,12 @@ def key_of(content: bytes | memoryview) -> bytes:
     return hashlib.sha256(content).digest()[:KEY]
 
 
-def as_keys(digests: Iterable[bytes]) -> np.ndarray:
+def as_keys(digests: Iterable[bytes]) -> NDArray[np.uint64]:
     """Hashes of texts as uint64 ``[texts, 2]``."""
     return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
 
 
-def keys_of_column(texts: pa.ChunkedArray) -> np.ndarray:
+def keys_of_column(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
     """Hashes of a column of ``large_string``: uint64 ``[texts, 2]``."""
     digests: list[bytes] = []
     for chunk in texts.chunks:
@@ -153,7 +155,7 @@ class TokenStore:
         order = np.argsort(joined[0], kind="stable")
         self.high, self.low, *self.columns = (column[order] for column in joined)
 
-    def find(self, keys: np.ndarray) -> Spans:
+    def find(self, keys: NDArray[np.uint64]) -> Spans:
         """Where the ids of texts lie; ``keys`` are uint64 ``[texts, 2]``."""
         row = np.searchsorted(self.high, keys[:, 0])
         found = np.zeros(len(keys), dtype=bool)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def root(tmp_path: Path) -> Path:
     return fill(tmp_path)
 
 
-def build(root: Path, kind: str, generations: int = 2, **options: object) -> dict:
+def build(root: Path, kind: str, generations: int = 2, **options: object) -> dict[str, Any]:
     tokenizer, vocabulary = build_tokenizer(TokenizerConfig(vocab_size=320), root, [])
     quality = options.pop("quality", QualityConfig())
     config = StreamConfig(**options)  # type: ignore[arg-type]

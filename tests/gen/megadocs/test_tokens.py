@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 from streaming import LocalDataset
 from tokenizers import Tokenizer
 
@@ -30,7 +31,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def keys_of(texts: list[str]) -> np.ndarray:
+def keys_of(texts: list[str]) -> NDArray[np.uint64]:
     return as_keys(key_of(text.encode()) for text in texts)
 
 
@@ -104,7 +105,7 @@ def test_damage_is_noticed_and_the_samples_are_the_same(
     shutil.rmtree(root / "streams")
     capsys.readouterr()
     assert build(root, "stitched") == undamaged
-    said = "its texts are tokenized again" in capsys.readouterr().out
+    said = "its texts are tokenized again" in capsys.readouterr().err
     assert said == (damage != "gone" or ending == ".ids")
 
 

@@ -71,7 +71,8 @@ def build(root: Path, kind: str, work: Work) -> Path:
         root,
         work,
     )
-    return root / "streams" / manifest["name"]
+    name: str = manifest["name"]
+    return root / "streams" / name
 
 
 def content(folder: Path) -> dict[str, bytes]:
