@@ -33,7 +33,7 @@ from gen.exchange.export import Export
 from gen.exchange.importing import Import
 from gen.generations.job import run_job
 from gen.generations.sessions import Session
-from gen.generations.status import status
+from gen.generations.status import JOBS, status
 from gen.generations.store import GenerationStore
 from gen.megadocs.config import StreamConfig
 from gen.megadocs.progress import streams_status
@@ -80,6 +80,15 @@ class GenerateConfig:
     report: ReportConfig = group(ReportConfig, "What the quality report shows.")
     # estimate=true says what the missing generations will cost, and generates nothing.
     estimate: GenerateEstimate = group(GenerateEstimate, "estimate=true: what it would cost.")
+
+    def job_record(self) -> Path:
+        """Where a sweep keeps the Slurm job of this task, of this writer."""
+        method, generator = self.method, self.generator
+        store = GenerationStore.of_method(
+            Path(self.root), method.name, method.generations, method.latent
+        )
+        names = [self.task, store.folder.name, f"{generator.writer}-of-{generator.writers}"]
+        return Path(self.root) / JOBS / f"{'-'.join(names)}.json"
 
 
 def generate(config: GenerateConfig) -> None:

@@ -25,6 +25,7 @@ ORDER = (
     ("config",),
     ("pages",),
     ("errors",),
+    ("slurm_jobs",),
     ("files", "logs", "plugins", "stop"),
 )
 ORDER_IN_GEN = (
@@ -45,6 +46,7 @@ SHARED = (
     "trainer.files",
     "trainer.pages",
     "trainer.errors",
+    "trainer.slurm_jobs",
     "trainer.stop",
     "trainer.config.fields",
 )

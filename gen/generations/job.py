@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ from gen.generations.store import Generation, GenerationStore, drop_leftovers, o
 from gen.prompts import MethodConfig, sibling_seed
 from gen.serving.load import read_load
 from gen.serving.servers import GeneratorConfig, Servers
-from trainer.stop import StopSignals, stopped
+from trainer.slurm_jobs import starts_in_vain
+from trainer.stop import SIGNALS, StopSignals, stopped
 
 FLUSH_ROWS = 512
 LOOK_EVERY = 2.0  # seconds between looks at the servers' queues
@@ -105,6 +107,7 @@ class Job:
                 raise error from None
         finally:
             self.bar.close()
+            self.session.ended = self.describe_end(sys.exception())
             self.save()
         if self.stop.wanted:
             raise stopped(self.stop.wanted, self.describe_stop())
@@ -123,6 +126,11 @@ class Job:
         while not requests.done() and self.servers.wind_down() and time.monotonic() < deadline:
             await asyncio.sleep(SIGNAL_LOOK)
         requests.cancel()
+
+    def describe_end(self, error: BaseException | None) -> str:
+        if self.stop.wanted:
+            return f"stopped by {SIGNALS[self.stop.wanted - 1].name}"
+        return f"ended by {type(error).__name__}" if error else "ended"
 
     def describe_stop(self) -> str:
         """How far the writer is."""
@@ -423,6 +431,13 @@ def run_job(
         if not works:
             failures.path.unlink(missing_ok=True)
             return session
+        starts = store.folder / f"starts-{config.writer}.jsonl"
+        if job_id := starts_in_vain(starts, session.present):
+            raise ValueError(
+                f"two starts in a row of job {job_id} added nothing to {store.folder}: what ends "
+                "them comes before the first answers; give the job more time (launcher=slurm: "
+                "hydra.launcher.timeout_min)"
+            )
         with serve(config, root / "generations" / f"server-{config.writer}.log") as servers:
             session.began = time.time()
             routing = Routing(servers.urls, config.outage_seconds, servers.failure)

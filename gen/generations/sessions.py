@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,8 @@ class Session:
     began: float = field(default_factory=time.time)  # seconds since the epoch
     now: float = field(default_factory=time.time)
     host: str = field(default_factory=socket.gethostname)
+    job: str = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID", ""))
+    ended: str = ""  # how the call ended; empty while it runs, and where it was killed
     generations: int = 0
     completion_tokens: int = 0
     prompt_tokens: int = 0  # of all requests, warm-ups included

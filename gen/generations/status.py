@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,20 @@ from gen.generations.failures import describe_reasons, failures_path, read_failu
 from gen.generations.sessions import Session, latest_of_writers, read_sessions
 from gen.generations.store import IMPORT_RECORD, GenerationStore
 from trainer.files import read_json
+from trainer.slurm_jobs import describe_job
 
 ACTIVE = 120.0  # seconds since its last part after which a session no longer counts as running
+JOBS = "jobs"  # folder of a corpus: the Slurm jobs of sweeps
 COLUMNS = ["document_id", "index", "completion_tokens", "finish_reason"]
 
 
 def status(root: Path) -> str:
-    """A few lines for every store below ``root``."""
+    """A few lines for every store below ``root``, and one for every job in Slurm or cut off."""
     folders = sorted((root / "generations").glob("*/manifest.json"))
-    if not folders:
-        return f"{root}: no generations yet"
-    return "\n".join(store_status(GenerationStore(folder.parent)) for folder in folders)
+    stores = [store_status(GenerationStore(folder.parent)) for folder in folders]
+    records = {path.stem: describe_job(path) for path in sorted((root / JOBS).glob("*.json"))}
+    jobs = [f"{root}: {name}: {told}" for name, told in records.items() if told]
+    return "\n".join([*(stores or [f"{root}: no generations yet"]), *jobs])
 
 
 def store_status(store: GenerationStore) -> str:
@@ -54,6 +58,8 @@ def store_status(store: GenerationStore) -> str:
         lines.append(f"  {imported(read_json(store.folder / IMPORT_RECORD))}")
     if latest:
         lines.append(f"  {progress(done, expected, failed, latest)}")
+        if done < expected:
+            lines.append(f"  {', '.join(map(describe_writer, latest))}")
         lines.append(f"  {speed_and_cost(sessions, latest, generated, expected - done)}")
     return "\n".join(lines)
 
@@ -77,6 +83,19 @@ def progress(done: int, expected: int, failed: Counter[str], latest: list[Sessio
     return text
 
 
+def describe_writer(session: Session) -> str:
+    """Whether a writer runs, and how its last call ended."""
+    silent = time.time() - session.now
+    told = f"writer {session.writer} of {session.writers} "
+    where = session.host + (f" as job {session.job}" if session.job else "")
+    if session.ended:
+        return f"{told}{session.ended}"
+    if silent < ACTIVE:
+        return f"{told}is running on {where}"
+    ago = datetime.timedelta(seconds=round(silent))
+    return f"{told}was cut off, last heard of {ago} ago on {where}"
+
+
 def speed_and_cost(
     sessions: list[Session], latest: list[Session], generated: int, missing: int
 ) -> str:
@@ -85,8 +104,7 @@ def speed_and_cost(
     cached = sum(session.cached_tokens for session in sessions)
     speed = sum(session.completion_tokens / session.seconds for session in latest)
     rate = sum(session.generations / session.seconds for session in latest)
-    newest = max(session.now for session in latest)
-    running = datetime.datetime.now().timestamp() - newest < ACTIVE
+    running = any(not one.ended and time.time() - one.now < ACTIVE for one in latest)
     parts = [
         f"{cached / max(1, prompt):.1%} of {prompt:,} prompt tokens from the cache",
         f"{speed:,.0f} tokens/s {'now' if running and missing > 0 else 'in the last session'}",

@@ -14,9 +14,13 @@ from pathlib import Path
 
 import pytest
 
+import tests.conftest
 from tests.cluster.slurm import Slurm, Unavailable
 from tests.conftest import REPOSITORY
 from tests.trainer.conftest import write_stream
+
+# Seconds until a job has begun or ended, on a machine that is busy with other work too.
+PATIENCE = 300
 
 # A run of seconds: a tiny model on 10 documents.
 TINY = [
@@ -27,6 +31,10 @@ TINY = [
     "runtime.device=cpu",
     "tracking.tensorboard=false",
 ]
+
+
+# Some seconds of training whose checkpoints lie far apart.
+LONG = [*TINY, "checkpoint.count=1", "tracking.num_evaluations=1", "tracking.log_every=1"]
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +67,7 @@ class Program:
                 stderr=subprocess.STDOUT,
             )
 
-    def wait(self, status: int = 0, seconds: float = 180) -> str:
+    def wait(self, status: int = 0, seconds: float = PATIENCE) -> str:
         """What it printed; it must end with this status."""
         try:
             found = self.process.wait(seconds)
@@ -73,6 +81,10 @@ class Program:
         return self.log.read_text()
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    tests.conftest.wait_until(condition, PATIENCE)
+
+
 Start = Callable[..., Program]
 
 
@@ -81,8 +93,10 @@ def start(slurm: Slurm, tmp_path: Path) -> Iterator[Start]:
     """Start a program in a folder of its own, outside the checkout, with the Slurm at hand."""
     programs = []
 
-    def starter(script: str, *words: str, before: Sequence[str] = ()) -> Program:
-        programs.append(Program(script, list(words), tmp_path, slurm.environment, list(before)))
+    def starter(
+        script: str, *words: str, before: Sequence[str] = (), folder: Path = tmp_path
+    ) -> Program:
+        programs.append(Program(script, list(words), folder, slurm.environment, list(before)))
         return programs[-1]
 
     yield starter
@@ -109,6 +123,16 @@ def corpus(streams: Path, tmp_path: Path) -> str:
 def result(run: Path) -> dict[str, object]:
     content: dict[str, object] = json.loads((run / "result.json").read_text())
     return content
+
+
+def starts(run: Path) -> list[int]:
+    """Steps from which the jobs of a run began."""
+    return [json.loads(line)["done"] for line in (run / "starts.jsonl").read_text().splitlines()]
+
+
+def trains(run: Path) -> bool:
+    log = run / "metrics.jsonl"
+    return log.exists() and log.stat().st_size > 0
 
 
 def losses(folder: Path) -> list[str]:

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
-from tests.cluster.conftest import TINY, Start
+from tests.cluster.conftest import LONG, PATIENCE, Start, starts, trains, wait_until
 from tests.cluster.slurm import Slurm
-from tests.conftest import wait_until
 from trainer.run.checkpoint import load_model
-from trainer.run.progress import checkpoints
+from trainer.run.progress import checkpoints, read_progress
 
-# Some seconds of training whose checkpoints lie far apart.
-LONG = [*TINY, "checkpoint.count=1", "tracking.num_evaluations=1", "tracking.log_every=1"]
-
-
-def starts(run: Path) -> list[int]:
-    """Steps from which the job of a run began."""
-    return [json.loads(line)["step"] for line in (run / "starts.jsonl").read_text().splitlines()]
-
-
-def trains(run: Path) -> bool:
-    log = run / "metrics.jsonl"
-    return log.exists() and log.stat().st_size > 0
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
 
 
 def test_a_time_limit_a_requeue_and_a_preemption_cost_no_more_than_a_step(
@@ -48,17 +38,20 @@ def test_a_time_limit_a_requeue_and_a_preemption_cost_no_more_than_a_step(
         assert "two starts" not in said
 
 
+@pytest.mark.parametrize(
+    ("parallel", "number"), [("fsdp", signal.SIGUSR1), ("ddp", signal.SIGTERM)]
+)
 def test_two_nodes_of_two_tasks_are_one_run_that_a_signal_to_one_rank_stops_whole(
-    start: Start, slurm: Slurm, corpus: str, tmp_path: Path
+    parallel: str, number: signal.Signals, start: Start, corpus: str, tmp_path: Path
 ) -> None:
     words = [*LONG, f"data.root={corpus}", "output=runs", "recipe.epochs=8"]
-    words += ["runtime.parallel=fsdp"]
+    words += [f"runtime.parallel={parallel}"]
     two_nodes = ["nodes=2", "tasks_per_node=2", "gpus_per_node=2", "cpus_per_task=2"]
     launcher = ["launcher=slurm", *(f"hydra.launcher.{word}" for word in two_nodes)]
     sweep = start("train.py", *launcher, *words, "name=disturbed", "seed=0")
     run = tmp_path / "runs" / "disturbed"
     wait_until(lambda: trains(run))
-    rank_of(3, run).terminate()
+    rank_of(3, run).send_signal(number)
     sweep.wait()
     assert len(starts(run)) == 2
     assert starts(run)[1] > 0
@@ -69,6 +62,26 @@ def test_two_nodes_of_two_tasks_are_one_run_that_a_signal_to_one_rank_stops_whol
     assert json.loads((calm / "result.json").read_text())["processes"] == 4
     same = [load_model(checkpoints(path)[-1])[0].state_dict() for path in (run, calm)]
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_on_ray_that_is_told_to_stop_cancels_its_tasks_which_save(
+    number: signal.Signals, start: Start, corpus: str, tmp_path: Path
+) -> None:
+    words = [*LONG, f"data.root={corpus}", "output=runs", "recipe.epochs=60", "launcher=ray"]
+    words += ["hydra.launcher.ray.init.num_gpus=1", "name=one"]
+    run = tmp_path / "runs" / "one"
+    sweep = start("train.py", *words)
+    wait_until(lambda: trains(run))
+    sweep.process.send_signal(number)
+    sweep.process.wait(PATIENCE)
+    assert sweep.process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 15}[number]
+    (saved,) = checkpoints(run)
+    before = (run / "metrics.jsonl").read_text()
+    assert read_progress(saved).step == len(before.splitlines()) > 0
+    start("train.py", *words).wait()
+    assert (run / "metrics.jsonl").read_text().startswith(before)
+    assert (run / "result.json").exists()
 
 
 def rank_of(rank: int, run: Path) -> psutil.Process:

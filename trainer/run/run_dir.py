@@ -15,7 +15,9 @@ from trainer.config.schema import TrainConfig, load_config, save_config
 from trainer.files import only_one, read_sealed, replace_file
 from trainer.run.inputs import changed_inputs, read_inputs, run_dir_of
 from trainer.run.progress import checkpoints
-from trainer.run.slurm_queue import ENDED, slurm_states
+from trainer.slurm_jobs import describe_job, starts_in_vain
+
+JOB = "job.json"  # the Slurm job that a sweep submitted for the run
 
 
 @contextlib.contextmanager
@@ -49,27 +51,19 @@ def free(run_dir: Path) -> bool:
 
 
 def state(run_dir: Path) -> str:
-    """``finished``, ``diverged``, ``running``, ``queued as job 7`` or where it was cut off."""
+    """``finished``, ``diverged``, ``running``, ``queued as job 7``, or where and why cut off."""
     if (run_dir / "result.json").exists():
         return "finished"
     if (run_dir / "diverged.txt").exists():
         return "diverged"
     if not free(run_dir):
         return "running"
-    if job := queued_job(run_dir):
-        return f"queued as job {job}"
+    job = describe_job(run_dir / JOB)
+    if job is not None and "as job" in job:
+        return job
     done = checkpoints(run_dir)
-    return f"cut off after {done[-1].name}" if done else "cut off before its first checkpoint"
-
-
-def queued_job(run_dir: Path) -> str | None:
-    """The Slurm job that a sweep submitted for this run, while it waits or runs."""
-    path = run_dir / "job.json"
-    if not path.exists():
-        return None
-    job = json.loads(path.read_text())["job"]
-    found = slurm_states([job]) or {}
-    return job if found.get(job, "COMPLETED") not in ENDED else None
+    where = f"after {done[-1].name}" if done else "before its first checkpoint"
+    return f"cut off {where}" + (f": {job}" if job else "")
 
 
 def this_process() -> dict[str, str]:
@@ -106,21 +100,13 @@ def check_progress(run_dir: Path, step: int) -> None:
     Raises:
         ValueError: its last two starts began at the same step and reached no checkpoint either.
     """
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return
-    path = run_dir / "starts.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    steps = [start["step"] for start in map(json.loads, lines) if start["job"] == job]
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= 2 and steps[-2:] == [step, step]:
+    if job := starts_in_vain(run_dir / "starts.jsonl", step):
         raise ValueError(
             f"two starts in a row of job {job} made no progress past step {step} of {run_dir}: "
             "what ends them comes before the first checkpoint; give the job more time (launcher="
             "slurm: hydra.launcher.timeout_min, signal_delay_s) or save more often "
             "(checkpoint.minutes)"
         )
-    with path.open("a") as file:
-        file.write(json.dumps({"job": job, "step": step, "time": time.time()}) + "\n")
 
 
 def finished_loss(config: TrainConfig, inputs: Mapping[str, str] | None = None) -> float | None:

@@ -22,9 +22,10 @@ from omegaconf import OmegaConf
 
 from trainer.files import replace_file
 from trainer.plugins import importable_in_jobs
-from trainer.run.slurm_queue import ENDED, slurm_states
+from trainer.slurm_jobs import ENDED, slurm_states
 
 POLL_SECONDS = 2.0  # between looks at Slurm's queue
+SAVE_SECONDS = 120.0  # that cancelled tasks of Ray have to save
 LATE_SECONDS = 30.0  # a result may appear that long after its job has left the queue
 
 
@@ -173,15 +174,22 @@ def run_by_ray(
     # A task on another node has the environment of the Ray there, not that of the sweep.
     variable = "init.runtime_env.env_vars.PYTHONPATH"
     OmegaConf.update(launcher.ray_cfg, variable, os.environ["PYTHONPATH"], force_add=True)
-    with replaced(_core, "launch_job_on_ray", remember), suppress(ray.exceptions.RayError):
-        launcher.launch(jobs, initial_job_idx=first)
     ends = []
-    for index, reference in enumerate(references):
-        try:
-            ends.append(end_of(ray.get(reference)))
-        except ray.exceptions.RayError as error:
-            ends.append(JobEnd(problem=f"{type(error).__name__}: {str(error).splitlines()[0]}"))
-        ended(index, ends[-1])
+    try:
+        with replaced(_core, "launch_job_on_ray", remember), suppress(ray.exceptions.RayError):
+            launcher.launch(jobs, initial_job_idx=first)
+        for index, reference in enumerate(references):
+            try:
+                ends.append(end_of(ray.get(reference)))
+            except ray.exceptions.RayError as error:
+                first_line = str(error).splitlines()[0]
+                ends.append(JobEnd(problem=f"{type(error).__name__}: {first_line}"))
+            ended(index, ends[-1])
+    except BaseException:  # such as Ctrl-C: the tasks save before a Ray of ours ends with us
+        for reference in references:
+            ray.cancel(reference)
+        ray.wait(references, num_returns=len(references), timeout=SAVE_SECONDS)
+        raise
     return ends
 
 

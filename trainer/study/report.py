@@ -8,13 +8,12 @@ from pathlib import Path
 from tabulate import tabulate
 
 from trainer.pages import embedded, write_page
-from trainer.run.run_dir import state
 from trainer.study.benchmark_scores import benchmark_error
 from trainer.study.figures import recipe_figures
 from trainer.study.fits import answers, efficiency_text, law_figures, real_data_law
 from trainer.study.page import Drawing, Missing, environment_line, write_csv, write_drawing
 from trainer.study.paper import published_loss
-from trainer.study.runs import Group, Run, Study, read_study
+from trainer.study.runs import Group, Run, Study, names_and_states, read_study
 
 
 def write_report(folder: Path, output: Path) -> tuple[str, Path]:
@@ -43,7 +42,7 @@ def write_report(folder: Path, output: Path) -> tuple[str, Path]:
         evaluation=study.runs[0].result["evaluation"],
         near_duplicates=near_duplicates_text(study),
         cautions=study.different_data,
-        unfinished=unfinished_names(study),
+        unfinished=names_and_states(study.unfinished),
         runs=rows,
         best=best_run(study.runs),
         drawings=[(one, embedded(write_drawing(one, output))) for one in drawings],
@@ -59,7 +58,7 @@ def write_report(folder: Path, output: Path) -> tuple[str, Path]:
         text += f"\n{near}"
     text += "".join(f"\ncaution: {difference}" for difference in study.different_data)
     if study.unfinished:
-        text += f"\nnot finished, left out: {unfinished_names(study)}"
+        text += f"\nnot finished, left out: {names_and_states(study.unfinished)}"
     return text, path
 
 
@@ -138,10 +137,6 @@ def near_duplicates_text(study: Study) -> str:
     if share is None:
         return ""
     return f"{share:.1%} of the held-out documents have a near-duplicate in training"
-
-
-def unfinished_names(study: Study) -> str:
-    return ", ".join(f"{path.name} ({state(path)})" for path in study.unfinished)
 
 
 def certificates(study: Study) -> list[dict[str, str]]:

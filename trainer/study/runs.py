@@ -26,6 +26,7 @@ from trainer.data.format import real_document_of
 from trainer.evaluation import downstream
 from trainer.files import DamagedFileError, read_sealed, sha256
 from trainer.model.flops import training_flops
+from trainer.run.run_dir import JOB, state
 
 logger = logging.getLogger(__name__)
 
@@ -272,13 +273,15 @@ def read_study(folder: Path) -> Study:
 
 def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
     """Finished runs below ``folder``, real first, and the folders of unfinished ones."""
-    found = sorted(path.parent for path in folder.rglob("config.yaml"))
+    # A run that is still queued for the first time has no config yet.
+    found = sorted({path.parent for name in ("config.yaml", JOB) for path in folder.rglob(name)})
     finished = [path for path in found if (path / "result.json").exists()]
     unfinished = [path for path in found if path not in finished]
     if not finished:
         raise FileNotFoundError(
-            f"{folder} holds no finished run ({len(unfinished)} unfinished); train with "
-            "python train.py first"
+            f"{folder} holds no finished run"
+            + (f"; not finished: {names_and_states(unfinished)}" if unfinished else "")
+            + "; train with python train.py first"
         )
     runs = []
     for path in finished:
@@ -299,6 +302,11 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
                 "move it out of the folder"
             ) from error
     return sorted(runs, key=lambda run: (run.kind != "real", run.kind, run.generations)), unfinished
+
+
+def names_and_states(runs: Iterable[Path]) -> str:
+    """Which run is queued, running or cut off."""
+    return ", ".join(f"{path.name} ({state(path)})" for path in runs)
 
 
 def metrics_of(path: Path, expected: str | None) -> list[dict[str, float]]:

@@ -1,11 +1,13 @@
 """A job told to stop stores what was answered, and the same command asks for the rest."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,7 +20,8 @@ from gen.generations.failures import all_failures
 from gen.generations.job import run_job
 from gen.generations.store import GenerationStore
 from gen.prompts import MethodConfig
-from gen.serving.servers import GeneratorConfig, serving
+from gen.serving.servers import GeneratorConfig, Servers, serving
+from gen.serving.supervisor import ServerFailed
 from tests.conftest import REPOSITORY, TINY, wait_until
 from tests.gen.generations.faults import Faults, faulty
 from trainer.stop import Stopped
@@ -63,6 +66,25 @@ def test_what_was_answered_is_stored(server: str, tmp_path: Path) -> None:
         )
         assert "Traceback" not in errors
         assert not all_failures(store.folder)
+
+
+def test_a_job_that_is_requeued_twice_for_nothing_ends(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def dead(config: GeneratorConfig, log: Path) -> Iterator[Servers]:
+        raise ServerFailed("it does not start")
+        yield
+
+    method = MethodConfig(prompt="Rewrite: {text}", generations=2, max_tokens=4)
+    documents = [Document("d0", "The cat sat on the mat.")]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for restarts, problem in enumerate(
+        ["does not start", "does not start", "of job 7 added nothin"]
+    ):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        with pytest.raises(ValueError, match=problem):
+            run_job(method, GeneratorConfig(), documents, tokenizer, tmp_path, dead)
 
 
 @pytest.mark.slow

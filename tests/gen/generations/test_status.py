@@ -1,5 +1,6 @@
 """Status, from the stores alone: done, missing, failed, speed, cost."""
 
+import re
 import time
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def test_nothing_yet(tmp_path: Path) -> None:
     assert status(tmp_path).endswith("faq: empty")
 
 
-def test_progress_speed_and_cost_of_two_writers(tmp_path: Path) -> None:
+def test_progress_speed_and_cost_of_two_writers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = store_of(tmp_path)
     store.append([row("a", 0), row("a", 1)], 0)
     store.append([row("b", 0)], 1)
@@ -50,6 +53,7 @@ def test_progress_speed_and_cost_of_two_writers(tmp_path: Path) -> None:
     told = status(tmp_path)
     assert "3 generations of 2 documents, 300 tokens, 0% cut off" in told
     assert "60.0% done, 2 missing, 0 failed; writers that have not begun and are not cou" in told
+    assert re.search(r"  writer 0 of 2 is running on \S+\n", told)
     Session(
         *(1, 2, 7, 0, 8),
         began=now - 3600,
@@ -58,8 +62,13 @@ def test_progress_speed_and_cost_of_two_writers(tmp_path: Path) -> None:
         prompt_tokens=1000,
         cached_tokens=900,
         restarts=2,
+        ended="stopped by SIGTERM",
     ).save(store.folder)
     told = status(tmp_path)
+    assert re.search(r"  writer 0 of 2 is running on \S+, writer 1 of 2 stopped by SIGTERM\n", told)
+    with monkeypatch.context() as later:
+        later.setattr("gen.generations.status.ACTIVE", 0.0)
+        assert "writer 0 of 2 was cut off, last heard of 0:00:00 ago on " in status(tmp_path)
     assert "25.0% done, 9 missing, 0 failed\n" in told
     assert "90.0% of 1,000 prompt tokens from the cache, 3 tokens/s now" in told
     assert "4:30:00 left at that speed" in told  # 9 at 2 an hour

@@ -21,10 +21,10 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.schema import TrainConfig
-from trainer.files import write_json
 from trainer.run.inputs import run_dir_of
-from trainer.run.run_dir import finished_loss, queued_job
+from trainer.run.run_dir import JOB, finished_loss
 from trainer.run.sweeps import JobEnd, run_jobs, write_results
+from trainer.slurm_jobs import queued_job, record_job
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ def run_missing(
         task = task_config(context, config, job)
         try:
             loss = finished(task)
-            waits = queued_job(run_dir_of(task)) if isinstance(task, TrainConfig) else None
+            record = record_of(task)
+            waits = queued_job(record) if record else None
         except (ValueError, OSError) as error:  # no such stream, or another run in the folder
             ends[index] = JobEnd(problem=str(error))
             continue
@@ -128,10 +129,8 @@ def run_missing(
 
     def queued(place: int, job: str) -> None:
         task = task_config(context, config, batch[missing[place]])
-        if isinstance(task, TrainConfig):
-            folder = run_dir_of(task)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "job.json", {"job": job})
+        if record := record_of(task):
+            record_job(record, job)
 
     results = run_jobs(launcher, [batch[index] for index in missing], first, ended, queued)
     ends |= dict(zip(missing, results, strict=True))
@@ -141,6 +140,13 @@ def run_missing(
 def finished(task: Any) -> float | None:
     """The loss of a run that was trained already."""
     return finished_loss(task) if isinstance(task, TrainConfig) else None
+
+
+def record_of(task: Any) -> Path | None:
+    """Where the job of a run or of a corpus's writer is kept; None where it is not."""
+    if isinstance(task, TrainConfig):
+        return run_dir_of(task) / JOB
+    return task.job_record() if hasattr(task, "job_record") else None
 
 
 def task_config(context: HydraContext, config: DictConfig, job: Sequence[str]) -> Any:

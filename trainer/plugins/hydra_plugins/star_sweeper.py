@@ -20,13 +20,14 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
+from hydra_plugins.grid_sweeper import run_missing
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.schema import TrainConfig
 from trainer.files import write_json
 from trainer.run.inputs import run_dir_of
 from trainer.run.run_dir import finished_loss
-from trainer.run.sweeps import run_jobs, write_results
+from trainer.run.sweeps import write_results
 from trainer.study.star_search import Certificate, Grid, Place, StarSearch
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class StarSweeper(Sweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         self.master = config
+        self.context = hydra_context
         self.loader = hydra_context.config_loader
         self.pool = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -161,8 +163,11 @@ class StarSweeper(Sweeper):
         Raises:
             RuntimeError: runs ended with neither a result nor a diverged loss; names each.
         """
-        ends = run_jobs(self.pool, batch, first)
-        write_results(Path(self.master.hydra.sweep.dir))
+        common = set.intersection(*map(set, batch)) if batch else set()
+        try:
+            ends = run_missing(self.context, self.master, self.pool, batch, first, common)
+        finally:
+            write_results(Path(self.master.hydra.sweep.dir))
         failed = []
         for overrides, end in zip(batch, ends, strict=True):
             if self.outcome(overrides) is None:
