@@ -83,11 +83,12 @@ class GenerateConfig:
 
     def job_record(self) -> Path:
         """Where a sweep keeps the Slurm job of this task, of this writer."""
-        method, generator = self.method, self.generator
+        method = self.method
+        work = self.streams if self.task == "streams" else self.generator
         store = GenerationStore.of_method(
             Path(self.root), method.name, method.generations, method.latent
         )
-        names = [self.task, store.folder.name, f"{generator.writer}-of-{generator.writers}"]
+        names = [self.task, store.folder.name, f"{work.writer}-of-{work.writers}"]
         return Path(self.root) / JOBS / f"{'-'.join(names)}.json"
 
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from trainer.config.schema import Parallel, RuntimeConfig
 from trainer.model.llama import Llama
 from trainer.parallel.context_parallel import apply_context_parallel
 from trainer.parallel.slurm import own_device_only, ranks_of_step
+
+# None is: see parallelize.
+warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
 
 Value = TypeVar("Value")
 
@@ -239,7 +243,14 @@ def parallelize(model: Llama, ranks: Ranks, config: RuntimeConfig) -> nn.Module:
         register_fsdp_forward_method(model, "token_losses")  # gathers the weights, as forward does
         return model
     device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # DDP lays its buckets out anew after the first step of a process, so a run that goes on would
+    # round the sums of its first step differently. It does not where a parameter may be unused.
+    return DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=True,
+    )
 
 
 def last_backward(model: nn.Module, is_last: bool) -> AbstractContextManager[None]:

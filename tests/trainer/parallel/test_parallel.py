@@ -18,7 +18,11 @@ from torch import multiprocessing
 
 from gen.serving.supervisor import free_port
 from tests.conftest import REPOSITORY, run_script, wait_until
-from trainer.parallel.ranks import Ranks, unused_part
+from trainer.config.schema import ModelConfig, Parallel, RuntimeConfig
+from trainer.data.random_stream import random_windows
+from trainer.loop import accumulate_gradients
+from trainer.model.llama import Llama
+from trainer.parallel.ranks import Ranks, parallelize, unused_part
 from trainer.run.checkpoint import load_model
 from trainer.run.progress import checkpoints, read_progress
 
@@ -227,6 +231,37 @@ def test_flags_are_counted_over_the_ranks(tmp_path: Path) -> None:
     multiprocessing.start_processes(
         agree, (str(tmp_path / "store"),), nprocs=2, start_method="fork"
     )
+
+
+def gradients(rank: int, folder: str, attempt: str, steps: list[int]) -> None:
+    """The gradients of the last of some steps, in a process of four that have begun anew."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store-{attempt}", 4)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    config = ModelConfig(32, 64, 2, 2, 2, vocab_size=99)
+    model = Llama(config, 0, torch.float32)
+    ranks = Ranks(rank, 4, torch.device("cpu"))
+    wrapped = parallelize(model, ranks, RuntimeConfig(parallel=Parallel.ddp))
+    for step in steps:
+        model.zero_grad(set_to_none=True)
+        first = 3 + 4 * step + rank  # tokens of the first document: every rank has other ones
+        accumulate_gradients(wrapped, [random_windows([[first, 32 - first]], 32, 99)], ranks)
+    if rank == 0:
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.save(found, f"{folder}/{attempt}.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_of_four_ranks_are_the_same_when_they_have_begun_anew(tmp_path: Path) -> None:
+    """Bit for bit: DDP's buckets must not depend on how many steps a process has taken."""
+    found = []
+    for attempt, steps in (("on", [0, 1]), ("anew", [1])):
+        arguments = (str(tmp_path), attempt, steps)
+        multiprocessing.start_processes(gradients, arguments, nprocs=4, start_method="fork")
+        found.append(torch.load(tmp_path / f"{attempt}.pt"))
+    for name, gradient in found[0].items():
+        assert gradient.abs().max() > 0
+        assert torch.equal(gradient, found[1][name]), name
 
 
 def test_ranks_meet_in_a_store_with_remains_of_earlier_attempts() -> None:
