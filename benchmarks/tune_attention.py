@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.attention import lognormal
+from kernels.attention.saved import Saved
 from kernels.attention.tile_config import FILE, TileConfig, read_configs
 from kernels.attention.tile_scheduler import make_tiles
 from trainer.data.random_stream import random_windows
@@ -48,10 +49,8 @@ class TimedKernels:
             torch.randn(tokens, heads, head_dim, **options).bfloat16()
             for heads in (HEADS, HEADS // group, HEADS // group, HEADS)
         )
-        self.q, self.k, self.v, self.dout = q, k, v, dout
-        self.out = torch.randn_like(q)
-        self.lse, self.delta, self.dlse = torch.zeros(3, HEADS, tokens, device="cuda")
-        self.lse += 20.0
+        lse, self.delta, dlse = torch.zeros(3, HEADS, tokens, device="cuda")
+        self.saved = Saved(q, k, v, torch.randn_like(q), lse + 20, dout, dlse)
 
     def candidate(self, kernel: str, config: TileConfig) -> timing.Candidate:
         """One launch of one kernel; its tables are made here."""
@@ -59,16 +58,14 @@ class TimedKernels:
         from kernels.attention.triton.dq import query_gradient
         from kernels.attention.triton.forward import attention_forward
 
-        tokens = len(self.q)
+        q, k, v = self.saved[:3]
+        tokens = len(q)
         tiles = make_tiles(self.borders, self.borders, tokens, tokens, config)
-        q, k, v, dout, lse = self.q, self.k, self.v, self.dout, self.lse
         options = (config, self.scale, None, 0.0)
         calls: dict[str, timing.Candidate] = {
             "forward": lambda: attention_forward(q, k, v, tiles.rows, *options),
-            "dq": lambda: query_gradient(
-                q, k, v, self.out, lse, dout, self.dlse, tiles.rows, *options
-            ),
-            "dkdv": lambda: key_gradients(q, k, v, lse, self.delta, dout, tiles.columns, *options),
+            "dq": lambda: query_gradient(self.saved, tiles.rows, *options),
+            "dkdv": lambda: key_gradients(self.saved, self.delta, tiles.columns, *options),
         }
         return calls[kernel]
 

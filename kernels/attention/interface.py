@@ -119,9 +119,9 @@ def varlen_attention(
             CUDA, ``torch`` (SDPA per segment), ``reference`` (quadratic, every option, any dtype),
             or ``auto``: the first of these that can do what is asked. Only when asked for:
             ``triton`` (our kernels with every option, half precision on CUDA; deterministic),
-            ``gluon_split`` (warp-specialised kernels for sm_90 and head dimensions 64 and 128,
-            without window and softcap; deterministic), ``gluon`` (the same with a backward pass
-            that is faster on long segments and adds to dQ in any order), ``flash_attn`` (the
+            ``gluon_split`` (warp-specialised kernels for sm_90 and head dimensions 64, 96 and
+            128, without window and softcap; deterministic), ``gluon`` (the same with a backward
+            pass that is faster on long segments and adds to dQ in any order), ``flash_attn`` (the
             flash-attn package), ``flex`` (FlexAttention; no backward pass on a CPU).
             ``kernels/check`` says which of them are right on a GPU, and which is the fastest.
         tiles: of :func:`kernels.attention_tiles` for our own kernels, of ``document_block_mask``

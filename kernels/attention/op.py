@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..namespace import NAMESPACE
-from .tile_config import TileConfig, tile_config
+from .saved import Saved
+from .tile_config import TileConfig, split, tile_config
 from .tile_scheduler import Tiles, make_tiles
 
 OURS = ("triton", "gluon", "gluon_split")  # backends of :func:`kernels.varlen_attention`
@@ -121,15 +122,13 @@ def gluon_refusal(device: torch.device, head_dim: int) -> str | None:
     """Why the sm_90 kernels cannot run, or None."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return "it needs an sm_90 GPU (H100, H200)"
-    if head_dim not in (64, 128):
-        return f"it has head dimensions 64 and 128, not {head_dim}"
+    if head_dim not in (64, 96, 128):
+        return f"it has head dimensions 64, 96 and 128, not {head_dim}"
     return triton_refusal(device, head_dim)
 
 
 def triton_refusal(device: torch.device, head_dim: int) -> str | None:
     """Why the portable kernels cannot run, or None."""
-    from .triton.forward import split
-
     try:
         split(head_dim)
         tile_config(device, head_dim, 1, 1)
@@ -218,38 +217,16 @@ def attention_backward_op(
     from .triton.backward import attention_backward
 
     q, k, v, dout = (with_contiguous_heads(x) for x in (q, k, v, dout))
-    dlse = dlse.contiguous()
+    saved = Saved(q, k, v, out, lse, dout, dlse.contiguous())
     if backend != "triton" and len(q) and len(k):
         from .sm90.backward import attention_backward_sm90
 
-        return attention_backward_sm90(
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dout,
-            dlse,
-            row_tiles,
-            column_tiles,
-            scale,
-            multiprocessors(q.device),
-            backend == "gluon",
-        )
+        one_pass = backend == "gluon"
+        programs = multiprocessors(q.device)
+        return attention_backward_sm90(saved, row_tiles, column_tiles, scale, programs, one_pass)
+    tile_sizes = TileConfig(*config)
     return attention_backward(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dout,
-        dlse,
-        row_tiles,
-        column_tiles,
-        TileConfig(*config),
-        scale,
-        window or None,
-        softcap,
+        saved, row_tiles, column_tiles, tile_sizes, scale, window or None, softcap
     )
 
 

@@ -100,3 +100,19 @@ def read_configs() -> Configs:
     """The file's content."""
     content: Configs = json.loads(FILE.read_text())
     return content
+
+
+def split(size: int) -> dict[str, int]:
+    """The head dimension as one or two powers of two, each at least 16.
+
+    Raises:
+        ValueError: a head dimension that is no such sum.
+    """
+    first = 1 << (size.bit_length() - 1)
+    rest = size - first
+    if first < 16 or rest & (rest - 1) or 0 < rest < 16:
+        raise ValueError(
+            f"head dimension {size} is neither a power of two from 16 on nor the sum of two "
+            "(as 96 = 64 + 32)"
+        )
+    return {"D0": first, "D1": rest}

@@ -52,6 +52,7 @@ def note(self: Any, key: str, *arguments: Any, **options: Any) -> None:
 
 def launch_attention(tokens: int, segments: int, heads: tuple[int, int, int], gluon: bool) -> None:
     """Forward, dQ, and dK with dV, as one layer launches them."""
+    from kernels.attention.saved import Saved
     from kernels.attention.sm90 import backward, forward
     from kernels.attention.tile_config import TileConfig
     from kernels.attention.tile_scheduler import make_tiles
@@ -67,17 +68,16 @@ def launch_attention(tokens: int, segments: int, heads: tuple[int, int, int], gl
     rows, columns, _ = make_tiles(borders, borders, tokens, tokens, config)
     dout = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.zeros(query, tokens)
+    saved = Saved(q, k, v, dout, lse, dout, lse)
     if gluon:
         forward.attention_forward_sm90(q, k, v, rows, 0.125, 132)
         for one_pass in (False, True):
-            backward.attention_backward_sm90(
-                q, k, v, dout, lse, dout, lse, rows, columns, 0.125, 132, one_pass
-            )
+            backward.attention_backward_sm90(saved, rows, columns, 0.125, 132, one_pass)
         return
     options: Any = (config, 0.125, None, 0.0)
     triton_forward.attention_forward(q, k, v, rows, *options)
-    triton_dq.query_gradient(q, k, v, dout, lse, dout, lse, rows, *options)
-    triton_dkdv.key_gradients(q, k, v, lse, lse, dout, columns, *options)
+    triton_dq.query_gradient(saved, rows, *options)
+    triton_dkdv.key_gradients(saved, lse, columns, *options)
 
 
 def launch_loss(rows: int, vocabulary: int, chunk: int) -> None:
@@ -101,7 +101,7 @@ def launch_loss(rows: int, vocabulary: int, chunk: int) -> None:
 def main() -> None:
     driver.set_active(Driver())
     JITFunction._do_compile = note
-    for heads in ((12, 12, 64), (16, 8, 128)):
+    for heads in ((12, 12, 64), (16, 16, 96), (16, 8, 128)):
         for tokens, segments in ((4096, 3), (4096, 16), (4095, 7), (2000, 9), (65, 1)):
             for gluon in (False, True):
                 launch_attention(tokens, segments, heads, gluon)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .dkdv import HEAD_DIMS, key_gradients_sm90
-from .dq import query_gradient_sm90
-from .one_pass import gradients_sm90, key_gradients_of_eight_warps
+from ..saved import Saved
+from .dkdv import key_gradients_sm90
+from .dq import delta_sm90, query_gradient_sm90
 
 
 def attention_backward_sm90(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor,
+    saved: Saved,
     row_tiles: Tensor,
     column_tiles: Tensor,
     scale: float,
@@ -26,25 +21,22 @@ def attention_backward_sm90(
     """Gradients of q, k and v.
 
     Args:
-        q: ``[Tq, Hq, Dh]``, bfloat16 or float16, ``Dh`` 64 or 128, last dimension contiguous.
-        k: ``[Tk, Hkv, Dh]``.
-        v: ``[Tk, Hkv, Dh]``.
-        out: contiguous ``[Tq, Hq, Dh]`` of the forward pass.
-        lse: fp32 contiguous ``[Hq, Tq]`` of the forward pass.
-        dout: ``[Tq, Hq, Dh]``, last dimension contiguous.
-        dlse: fp32 contiguous ``[Hq, Tq]``.
+        saved: bfloat16 or float16, ``Dh`` 64, 96 or 128.
         row_tiles: ``Tiles.rows`` made with 128 rows.
         column_tiles: ``Tiles.columns`` made with 128 columns.
         scale: factor of the scores, positive.
         programs: programs to run, the GPU's multiprocessors.
-        one_pass: five products instead of seven, but ``4 Tq Hq Dh`` bytes more and dQ with other
-            bits in every run.
+        one_pass: five products instead of seven, but ``4 Tq Hq Dh`` bytes more and dQ summed in
+            any order, with other bits in every run.
 
     Returns:
         Gradients in the inputs' shapes and dtypes, contiguous.
     """
-    if one_pass:
-        return gradients_sm90(q, k, v, out, lse, dout, dlse, column_tiles, scale, programs)
-    dq, delta = query_gradient_sm90(q, k, v, out, lse, dout, dlse, row_tiles, scale, programs)
-    key_gradients = key_gradients_sm90 if q.shape[2] in HEAD_DIMS else key_gradients_of_eight_warps
-    return dq, *key_gradients(q, k, v, lse, delta, dout, column_tiles, scale, programs)
+    if not one_pass:
+        dq, delta = query_gradient_sm90(saved, row_tiles, scale, programs)
+        return dq, *key_gradients_sm90(saved, delta, column_tiles, scale, programs)
+    dq_sum = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
+    delta = delta_sm90(saved)
+    dk, dv = key_gradients_sm90(saved, delta, column_tiles, scale, programs, dq_sum)
+    dq = torch.empty_like(saved.q, memory_format=torch.contiguous_format)
+    return torch.mul(dq_sum, scale, out=dq), dk, dv

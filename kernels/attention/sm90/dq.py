@@ -3,11 +3,13 @@
 A persistent kernel over the row tiles of ``tile_scheduler``. Q and dO of a tile stay in shared
 memory while K and V stream by:
 
-    issue S = Q K^T;  issue dP = dO V^T;  wait S;  P;  wait dP;  dS;  issue dQ += dS K
+    wait S(i);  P;  wait dQ(i-1);  wait dP(i);  dS;  issue S(i+1) = Q K^T;  issue dQ += dS K;
+    issue dP(i+1) = dO V^T
 
-It also writes delta = sum(dO * O) - dLSE of its rows for the gradients of the keys. dQ is
-accumulated in fp32 registers and written once. K and V are read through ragged descriptors: rows
-behind the last visible key arrive as zeros.
+so that the exponentials of a step run during the last two products. It also writes delta =
+sum(dO * O) - dLSE of its rows for the gradients of the keys. dQ is accumulated in fp32 registers
+and written once. Everything streams through ragged descriptors: rows behind the last visible key
+arrive as zeros.
 """
 
 from __future__ import annotations
@@ -15,260 +17,299 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..tile_scheduler import FIELDS
-from .forward import (
-    CONSUMER_REGISTERS,
-    PRODUCER_REGISTERS,
-    RAGGED,
-    barriers,
-    descriptor,
-    ragged_descriptor,
-    tile_of,
-    turns_of,
-    used_tiles,
-    with_adjacent_heads,
-)
+from ..saved import Saved
+from ..tile_config import split
+from .forward import key_steps
 from .gluon_compat import (
     fence_async_shared,
     gl,
     gluon,
     mbarrier,
-    tma_load,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .pipeline import (
+    CONSUMER_REGISTERS,
+    accumulate,
+    descriptors,
+    entry,
+    expect,
+    fill,
+    finish,
+    load_rows,
+    make_ring,
+    matrix,
+    operands,
+    pair,
+    product,
+    rows_layout,
+    sizes,
+    store_rows,
+    sums_layout,
+    tile_of,
+    times,
+    turns_of,
+    walk_over,
+    with_adjacent_heads,
+    zeros,
+)
 
-BLOCK_N = {64: 128, 128: 64}  # keys a step
-STAGES = 2  # steps of K and of V in shared memory
-
-
-@gluon.jit
-def key_steps(end, BLOCK_N: gl.constexpr):
-    return (gl.maximum(end, 0) + BLOCK_N - 1) // BLOCK_N
+BLOCK_N = {64: 128, 96: 64, 128: 64}  # keys a step
+STAGES = 3  # steps of K and of V in shared memory; K is needed for two steps
+DELTA_ROWS = 64  # rows of a program of ``delta_kernel``
 
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, dout_desc, q_tile, dout_tile, k_ring, v_ring, q_full, q_empty, k_full,
-    k_empty, v_full, v_empty, tiles, tile_count, heads, GROUP: gl.constexpr, D: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr, RAGGED: gl.constexpr,
+    q_descs, k_descs, v_descs, dout_descs, q, dout, k, v, walk, GROUP: gl.constexpr,
+    D0: gl.constexpr, D1: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    FIELDS: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
-    """Copy every tile's Q and dO, then K and V from the segment's start to the diagonal."""
+    """Copy every tile's Q and dO, then its K and V from the diagonal backwards."""
     filled = 0  # steps copied so far
     done = 0  # query tiles so far
-    tile_count = used_tiles(tiles, tile_count, FIELDS)
-    for turn in range(turns_of(tile_count, heads)):
-        head, first, count, k_start, diagonal, _length = tile_of(
-            tiles, tile_count, heads, turn, FIELDS
-        )
+    for turn in range(turns_of(walk)):
+        head, first, count, k_start, diagonal, _length = tile_of(walk, turn, FIELDS)
         if count > 0:
-            mbarrier.wait(q_empty, (done & 1) ^ 1)
-            mbarrier.expect(q_full, 4 * q_desc.block_type.nbytes)
-            tma_load(q_desc, [first, head * D], q_full, q_tile.index(0))
-            tma_load(q_desc, [first + 64, head * D], q_full, q_tile.index(1))
-            tma_load(dout_desc, [first, head * D], q_full, dout_tile.index(0))
-            tma_load(dout_desc, [first + 64, head * D], q_full, dout_tile.index(1))
-            end = diagonal + count
-            steps = key_steps(end, BLOCK_N)
+            column = head * (D0 + D1)
+            mbarrier.wait(q.empty.index(0), (done & 1) ^ 1)
+            full = q.full.index(0)
+            expect(full, q_descs, 4)
+            for half in gl.static_range(2):
+                row, end = first + 64 * half, first + count
+                load_rows(q_descs, row, end, column, full, entry(q.tile, half), D0, RAGGED)
+                load_rows(dout_descs, row, end, column, full, entry(dout.tile, half), D0, RAGGED)
+            column = head // GROUP * (D0 + D1)
+            end = k_start + gl.maximum(diagonal + count, 0)
+            steps = key_steps(diagonal + count, BLOCK_N)
             for i in range(steps):
-                place = [RAGGED, k_start + end, RAGGED - end + i * BLOCK_N, head // GROUP * D]
-                stage = (filled + i) % STAGES
-                free = (((filled + i) // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), free)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma_load(k_desc, place, k_full.index(stage), k_ring.index(stage))
-                mbarrier.wait(v_empty.index(stage), free)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma_load(v_desc, place, v_full.index(stage), v_ring.index(stage))
+                row = k_start + (steps - 1 - i) * BLOCK_N
+                fill(k, k_descs, filled + i, row, end, column, D0, STAGES, RAGGED)
+                fill(v, v_descs, filled + i, row, end, column, D0, STAGES, RAGGED)
             filled += steps
             done += 1
 
 
 @gluon.jit
-def rows_of_softmax(
-    out, dout, dout_row, dout_head, lse, dlse, rows, inside, head, heads, tokens, D: gl.constexpr,
-    LAYOUT: gl.constexpr,
+def dot_of_rows(
+    out, dout, dout_row, first, inside, stride, ROWS: gl.constexpr, D: gl.constexpr,
+    TARGET: gl.constexpr,
 ):  # fmt: skip
-    """lse, delta = sum(dO * O) - dLSE and their place in ``[Hq, Tq]``, of rows of one head."""
-    columns = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    """sum(dO * O) of ``ROWS`` rows over one part of a head, fp32."""
+    layout: gl.constexpr = rows_layout(D, 4)
+    rows = (first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))).to(gl.int64)[:, None]
+    columns = gl.arange(0, D, layout=gl.SliceLayout(0, layout))[None, :]
+    mask = gl.convert_layout(inside, gl.SliceLayout(1, layout))[:, None]
+    o = gl.load(out + rows * stride + columns, mask=mask, other=0.0).to(gl.float32)
+    do = gl.load(dout + rows * dout_row + columns, mask=mask, other=0.0).to(gl.float32)
+    return gl.convert_layout(gl.sum(o * do, 1), TARGET)
+
+
+@gluon.jit
+def rows_of_softmax(
+    out, dout, dout_row, dout_head, lse, dlse, first, count, head, heads, tokens,
+    ROWS: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """lse, delta = sum(dO * O) - dLSE, their place in ``[Hq, Tq]`` and which exist, of rows of one
+    head from ``first`` on."""
+    rows = gl.arange(0, ROWS, layout=LAYOUT)
+    inside = rows < count
     head = head.to(gl.int64)
-    tokens_of = rows.to(gl.int64)
-    place = tokens_of[:, None] * (heads * D) + head * D + columns
-    dout_place = tokens_of[:, None] * dout_row + head * dout_head + columns
-    o = gl.load(out + place, mask=inside[:, None], other=0.0).to(gl.float32)
-    do = gl.load(dout + dout_place, mask=inside[:, None], other=0.0).to(gl.float32)
-    stats = head * tokens + tokens_of
+    out += head * (D0 + D1)
+    dout += head * dout_head
+    stride = heads * (D0 + D1)
+    delta = dot_of_rows(out, dout, dout_row, first, inside, stride, ROWS, D0, LAYOUT)
+    if D1 > 0:
+        delta += dot_of_rows(out + D0, dout + D0, dout_row, first, inside, stride, ROWS, D1, LAYOUT)
+    stats = head * tokens + first + rows
     row_lse = gl.load(lse + stats, mask=inside, other=0.0)
-    delta = gl.sum(o * do, 1) - gl.load(dlse + stats, mask=inside, other=0.0)
+    delta -= gl.load(dlse + stats, mask=inside, other=0.0)
     # A row that sees no key has no gradient, whatever came from above.
-    return row_lse, gl.where(row_lse == float("-inf"), 0.0, delta), stats
+    return row_lse, gl.where(row_lse == float("-inf"), 0.0, delta), stats, inside
 
 
 @gluon.jit
 def gradient_step(
-    q, dout, k_ring, v_ring, k_full, k_empty, v_full, v_empty, dq, lse_log2, delta, limit,
-    first_key, step, scale_log2, SCORES: gl.constexpr, WEIGHTS: gl.constexpr, D: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    q, dout, k, v, dq, ds, lse_log2, delta, limit, first_key, step, scale_log2, D0: gl.constexpr,
+    D1: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Add what ``BLOCK_N`` keys contribute to dQ / scale of 64 queries."""
+    """dS of ring entry ``step``, while that of entry ``step - 1`` is applied to its K."""
     stage = step % STAGES
-    turn = (step // STAGES) & 1
-    blank = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
-    mbarrier.wait(k_full.index(stage), turn)
-    k = k_ring.index(stage).reshape([BLOCK_N, D])
-    scores = warpgroup_mma(q, k.permute((1, 0)), blank, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(stage), turn)
-    v = v_ring.index(stage).reshape([BLOCK_N, D])
-    dp = warpgroup_mma(dout, v.permute((1, 0)), blank, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(1, deps=[scores])
+    before = (step - 1) % STAGES
+    blank = gl.zeros([64, BLOCK_N], gl.float32, layout=sums_layout(BLOCK_N, 4))
+    mbarrier.wait(k.full.index(stage), (step // STAGES) & 1)
+    scores = product(q, matrix(entry(k.tile, stage), BLOCK_N, D0, D1), blank, False)
+    if not FIRST:
+        dq = accumulate(ds, matrix(entry(k.tile, before), BLOCK_N, D0, D1), dq)
+    mbarrier.wait(v.full.index(stage), (step // STAGES) & 1)
+    dp = product(dout, matrix(entry(v.tile, stage), BLOCK_N, D0, D1), blank, False)
+    scores = warpgroup_mma_wait(len(q) if FIRST else 2 * len(q), deps=[scores])
     p = gl.exp2(scores * scale_log2 - lse_log2[:, None])
-    if MASKED:
-        keys = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
-        p = gl.where(keys[None, :] <= limit[:, None], p, 0.0)
+    if not FIRST:
+        dq, ds = finish(len(q), dq, ds)
+        mbarrier.arrive(k.empty.index(before))
     dp = warpgroup_mma_wait(0, deps=[dp])
-    mbarrier.arrive(v_empty.index(stage))
-    ds = gl.convert_layout((p * (dp - delta[:, None])).to(k_ring.dtype), WEIGHTS)
-    dq = warpgroup_mma(ds, k, dq, is_async=True)
-    dq, ds = warpgroup_mma_wait(0, deps=[dq, ds])
-    mbarrier.arrive(k_empty.index(stage))
-    return dq
+    mbarrier.arrive(v.empty.index(stage))
+    gradient = p * (dp - delta[:, None])
+    if MASKED:  # not P: where a row sees nothing, dP may be anything
+        layout: gl.constexpr = gl.SliceLayout(0, sums_layout(BLOCK_N, 4))
+        keys = first_key + gl.arange(0, BLOCK_N, layout=layout)
+        gradient = gl.where(keys[None, :] <= limit[:, None], gradient, 0.0)
+    return dq, operands(gradient.to(k.tile[0].dtype), D0, D1, 4)
 
 
 @gluon.jit
 def consume(
-    q_tile, dout_tile, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty, out,
-    dout, dout_row, dout_head, lse, dlse, delta, dq_out, tiles, tile_count, heads, tokens, scale,
-    scale_log2, HALF: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    FIELDS: gl.constexpr,
+    q, dout, k, v, o, do, dout_row, dout_head, lse, dlse, delta, dq_out, walk, tokens, scale,
+    scale_log2, HALF: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, FIELDS: gl.constexpr,
 ):  # fmt: skip
     """dQ of 64 rows of every tile of this program; the rest is the other consumer's."""
-    DTYPE: gl.constexpr = q_tile.dtype
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUT, k_width=2)
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    step = 0
-    done = 0
-    tile_count = used_tiles(tiles, tile_count, FIELDS)
-    for turn in range(turns_of(tile_count, heads)):
-        head, first, count, _k_start, diagonal, _length = tile_of(
-            tiles, tile_count, heads, turn, FIELDS
-        )
+    ROWS: gl.constexpr = gl.SliceLayout(1, sums_layout(BLOCK_N, 4))
+    q_rows = matrix(entry(q.tile, HALF), 64, D0, D1)
+    dout_rows = matrix(entry(dout.tile, HALF), 64, D0, D1)
+    step = 0  # ring entries consumed so far
+    done = 0  # query tiles so far
+    for turn in range(turns_of(walk)):
+        head, first, count, _k_start, diagonal, _length = tile_of(walk, turn, FIELDS)
         if count > 0:
-            rows = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORE))
-            inside = rows < count
-            row_lse, row_delta, stats = rows_of_softmax(
-                out, dout, dout_row, dout_head, lse, dlse, first + rows, inside, head, heads,
-                tokens, D, STORE,
+            begin = HALF * 64
+            row_lse, row_delta, stats, inside = rows_of_softmax(
+                o, do, dout_row, dout_head, lse, dlse, first + begin, count - begin, head,
+                walk.heads, tokens, 64, D0, D1, ROWS,
             )  # fmt: skip
             gl.store(delta + stats, row_delta, mask=inside)
-            row_delta = gl.convert_layout(row_delta, gl.SliceLayout(1, SCORES))
-            # 1.4427 is log2(e)
-            row_lse = gl.convert_layout(row_lse * 1.4426950408889634, gl.SliceLayout(1, SCORES))
-            limit = diagonal + HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+            row_lse *= 1.4426950408889634  # log2(e)
+            limit = diagonal + begin + gl.arange(0, 64, layout=ROWS)
             steps = key_steps(diagonal + count, BLOCK_N)
             # Steps whose last key the first row sees need no mask.
-            plain = gl.minimum(gl.maximum(diagonal + HALF * 64 + 1, 0) // BLOCK_N, steps)
-            dq = gl.zeros([64, D], gl.float32, layout=OUTPUT)
-            mbarrier.wait(q_full, done & 1)
-            for i in range(plain):
-                dq = gradient_step(
-                    q_tile.index(HALF), dout_tile.index(HALF), k_ring, v_ring, k_full, k_empty,
-                    v_full, v_empty, dq, row_lse, row_delta, limit, i * BLOCK_N, step + i,
-                    scale_log2, SCORES, WEIGHTS, D, BLOCK_N, STAGES, False,
+            plain = gl.minimum(gl.maximum(diagonal + begin + 1, 0) // BLOCK_N, steps - 1)
+            dq = zeros(64, D0, D1, 4)
+            mbarrier.wait(q.full.index(0), done & 1)
+            dq, ds = gradient_step(
+                q_rows, dout_rows, k, v, dq, (), row_lse, row_delta, limit, (steps - 1) * BLOCK_N,
+                step, scale_log2, D0, D1, BLOCK_N, STAGES, True, True,
+            )  # fmt: skip
+            for i in range(1, steps - plain):
+                dq, ds = gradient_step(
+                    q_rows, dout_rows, k, v, dq, ds, row_lse, row_delta, limit,
+                    (steps - 1 - i) * BLOCK_N, step + i, scale_log2, D0, D1, BLOCK_N, STAGES,
+                    False, True,
                 )  # fmt: skip
-            for i in range(plain, steps):
-                dq = gradient_step(
-                    q_tile.index(HALF), dout_tile.index(HALF), k_ring, v_ring, k_full, k_empty,
-                    v_full, v_empty, dq, row_lse, row_delta, limit, i * BLOCK_N, step + i,
-                    scale_log2, SCORES, WEIGHTS, D, BLOCK_N, STAGES, True,
+            for i in range(steps - plain, steps):
+                dq, ds = gradient_step(
+                    q_rows, dout_rows, k, v, dq, ds, row_lse, row_delta, limit,
+                    (steps - 1 - i) * BLOCK_N, step + i, scale_log2, D0, D1, BLOCK_N, STAGES,
+                    False, False,
                 )  # fmt: skip
-            mbarrier.arrive(q_empty)
+            mbarrier.arrive(q.empty.index(0))
             step += steps
+            last = (step - 1) % STAGES
+            keys = matrix(entry(k.tile, last), BLOCK_N, D0, D1)
+            dq, ds = finish(0, accumulate(ds, keys, dq), ds)
+            mbarrier.arrive(k.empty.index(last))
             done += 1
-            values = gl.convert_layout((dq * scale).to(DTYPE), STORE)
-            columns = head * D + gl.arange(0, D, layout=gl.SliceLayout(0, STORE))
-            place = (first + rows).to(gl.int64)[:, None] * (heads * D) + columns[None, :]
-            gl.store(dq_out + place, values, mask=inside[:, None])
+            store_rows(
+                dq_out, first + begin, count - begin, head, walk.heads, times(dq, scale), 64, D0,
+                D1, 4,
+            )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["tile_count", "tokens"])
+@gluon.jit(do_not_specialize=["capacity", "tokens"])
 def dq_sm90_kernel(
-    q_desc, k_desc, v_desc, dout_desc, out, dout, dout_row, dout_head, lse, dlse, delta, dq, tiles,
-    tile_count, heads, tokens, scale, scale_log2, GROUP: gl.constexpr, D: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr, RAGGED: gl.constexpr,
+    q_desc, q_rest, k_desc, k_rest, v_desc, v_rest, dout_desc, dout_rest, out, dout, dout_row,
+    dout_head, lse, dlse, delta, dq, tiles, capacity, heads, tokens, scale, scale_log2,
+    GROUP: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, FIELDS: gl.constexpr, RAGGED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Barriers and buffers; the work is in ``produce`` and ``consume``."""
-    DTYPE: gl.constexpr = q_desc.dtype
-    q_tile = gl.allocate_shared_memory(DTYPE, [2, 64, D], q_desc.layout)
-    dout_tile = gl.allocate_shared_memory(DTYPE, [2, 64, D], dout_desc.layout)
-    k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
-    v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
-    full, empty = barriers(1, 2)
-    q_full, q_empty = full.index(0), empty.index(0)
-    k_full, k_empty = barriers(STAGES, 2)
-    v_full, v_empty = barriers(STAGES, 2)
+    q_descs, k_descs = pair(q_desc, q_rest, D1), pair(k_desc, k_rest, D1)
+    v_descs, dout_descs = pair(v_desc, v_rest, D1), pair(dout_desc, dout_rest, D1)
+    # Both halves of Q and of dO come and go together.
+    q = make_ring(q_descs, 64, D0, D1, 2, 2)
+    do = make_ring(dout_descs, 64, D0, D1, 2, 2)
+    k = make_ring(k_descs, BLOCK_N, D0, D1, STAGES, 2)
+    v = make_ring(v_descs, BLOCK_N, D0, D1, STAGES, 2)
+    walk = walk_over(tiles, capacity, heads, FIELDS)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consume, (q_tile, dout_tile, k_ring, v_ring, q_full, q_empty, k_full, k_empty,
-                       v_full, v_empty, out, dout, dout_row, dout_head, lse, dlse, delta, dq,
-                       tiles, tile_count, heads, tokens, scale, scale_log2, 0, D, BLOCK_N, STAGES,
-                       FIELDS)),
-            (consume, (q_tile, dout_tile, k_ring, v_ring, q_full, q_empty, k_full, k_empty,
-                       v_full, v_empty, out, dout, dout_row, dout_head, lse, dlse, delta, dq,
-                       tiles, tile_count, heads, tokens, scale, scale_log2, 1, D, BLOCK_N, STAGES,
-                       FIELDS)),
-            (produce, (q_desc, k_desc, v_desc, dout_desc, q_tile, dout_tile, k_ring, v_ring,
-                       q_full, q_empty, k_full, k_empty, v_full, v_empty, tiles, tile_count,
-                       heads, GROUP, D, BLOCK_N, STAGES, FIELDS, RAGGED)),
+            (consume, (q, do, k, v, out, dout, dout_row, dout_head, lse, dlse, delta, dq, walk,
+                       tokens, scale, scale_log2, 0, D0, D1, BLOCK_N, STAGES, FIELDS)),
+            (consume, (q, do, k, v, out, dout, dout_row, dout_head, lse, dlse, delta, dq, walk,
+                       tokens, scale, scale_log2, 1, D0, D1, BLOCK_N, STAGES, FIELDS)),
+            (produce, (q_descs, k_descs, v_descs, dout_descs, q, do, k, v, walk, GROUP, D0, D1,
+                       BLOCK_N, STAGES, FIELDS, RAGGED)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
+@gluon.jit(do_not_specialize=["tokens"])
+def delta_kernel(
+    out, dout, dout_row, dout_head, lse, dlse, delta, heads, tokens, D0: gl.constexpr,
+    D1: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """delta of ``ROWS`` rows of one head."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, rows_layout(D0, 4))
+    head = gl.program_id(0) % heads
+    first = gl.program_id(0) // heads * ROWS
+    _, row_delta, stats, inside = rows_of_softmax(
+        out, dout, dout_row, dout_head, lse, dlse, first, tokens - first, head, heads, tokens,
+        ROWS, D0, D1, LAYOUT,
+    )  # fmt: skip
+    gl.store(delta + stats, row_delta, mask=inside)
+
+
+def delta_sm90(saved: Saved) -> Tensor:
+    """delta = sum(dO * O) - dLSE alone, fp32 ``[Hq, Tq]``."""
+    tokens, heads, size = saved.out.shape
+    delta = torch.empty_like(saved.lse)
+    delta_kernel[((tokens + DELTA_ROWS - 1) // DELTA_ROWS * heads,)](
+        saved.out,
+        saved.dout,
+        *saved.dout.stride()[:2],
+        saved.lse,
+        saved.dlse,
+        delta,
+        heads,
+        tokens,
+        **split(size),
+        ROWS=DELTA_ROWS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return delta
+
+
 def query_gradient_sm90(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor,
-    row_tiles: Tensor,
-    scale: float,
-    programs: int,
+    saved: Saved, row_tiles: Tensor, scale: float, programs: int
 ) -> tuple[Tensor, Tensor]:
     """dQ, and delta fp32 ``[Hq, Tq]``, which the gradients of the keys need.
 
     Args:
-        q: ``[Tq, Hq, Dh]``, bfloat16 or float16, ``Dh`` 64 or 128, last dimension contiguous.
-        k: ``[Tk, Hkv, Dh]``.
-        v: ``[Tk, Hkv, Dh]``.
-        out: contiguous ``[Tq, Hq, Dh]`` of the forward pass.
-        lse: fp32 contiguous ``[Hq, Tq]`` of the forward pass.
-        dout: ``[Tq, Hq, Dh]``.
-        dlse: fp32 contiguous ``[Hq, Tq]``.
+        saved: bfloat16 or float16, ``Dh`` 64, 96 or 128.
         row_tiles: ``Tiles.rows`` made with 128 rows.
         scale: factor of the scores, positive.
         programs: programs to run, the GPU's multiprocessors.
     """
-    dq, delta = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(lse)
-    q, k, v, dout = (with_adjacent_heads(x) for x in (q, k, v, dout))
+    dq = torch.empty_like(saved.q, memory_format=torch.contiguous_format)
+    delta = torch.empty_like(saved.lse)
+    q, k, v, dout = (with_adjacent_heads(x) for x in (saved.q, saved.k, saved.v, saved.dout))
     tokens, heads, size = q.shape
     block_n = BLOCK_N[size]
     dq_sm90_kernel[(programs,)](
-        descriptor(q, 64),
-        ragged_descriptor(k, block_n),
-        ragged_descriptor(v, block_n),
-        descriptor(dout, 64),
-        out,
+        *descriptors(q, 64),
+        *descriptors(k, block_n),
+        *descriptors(v, block_n),
+        *descriptors(dout, 64),
+        saved.out,
         dout,
         *dout.stride()[:2],
-        lse,
-        dlse,
+        saved.lse,
+        saved.dlse,
         delta,
         dq,
         row_tiles,
@@ -278,13 +319,10 @@ def query_gradient_sm90(
         scale,
         scale * 1.4426950408889634,
         GROUP=heads // k.shape[1],
-        D=size,
         BLOCK_N=block_n,
         STAGES=STAGES,
-        FIELDS=FIELDS,
-        RAGGED=RAGGED,
         CONSUMER_REGISTERS=CONSUMER_REGISTERS,
-        PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+        **sizes(size),
         num_warps=4,
         enable_fp_fusion=True,
     )

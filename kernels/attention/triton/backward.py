@@ -8,19 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..saved import Saved
 from ..tile_config import TileConfig
 from .dkdv import key_gradients
 from .dq import query_gradient
 
 
 def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor,
+    saved: Saved,
     row_tiles: Tensor,
     column_tiles: Tensor,
     config: TileConfig,
@@ -31,13 +26,7 @@ def attention_backward(
     """Gradients of q, k and v; bitwise the same in every run.
 
     Args:
-        q: ``[Tq, Hq, Dh]``, last dimension contiguous, as in the forward pass.
-        k: ``[Tk, Hkv, Dh]``.
-        v: ``[Tk, Hkv, Dh]``.
-        out: contiguous ``[Tq, Hq, Dh]``, the forward pass's output.
-        lse: fp32 contiguous ``[Hq, Tq]``, its log-sum-exp.
-        dout: ``[Tq, Hq, Dh]``, last dimension contiguous.
-        dlse: fp32 contiguous ``[Hq, Tq]``.
+        saved: of the forward pass.
         row_tiles: ``Tiles.rows``.
         column_tiles: ``Tiles.columns``.
         config: ``Tiles.config``.
@@ -48,8 +37,5 @@ def attention_backward(
     Returns:
         Gradients in the inputs' shapes and dtypes, contiguous.
     """
-    dq, delta = query_gradient(
-        q, k, v, out, lse, dout, dlse, row_tiles, config, scale, window, softcap
-    )
-    dk, dv = key_gradients(q, k, v, lse, delta, dout, column_tiles, config, scale, window, softcap)
-    return dq, dk, dv
+    dq, delta = query_gradient(saved, row_tiles, config, scale, window, softcap)
+    return dq, *key_gradients(saved, delta, column_tiles, config, scale, window, softcap)

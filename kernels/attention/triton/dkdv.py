@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..saved import Saved
 from ..tile_config import TileConfig
 from .dq import probabilities
 from .forward import (
@@ -191,12 +192,8 @@ def dkdv_kernel(
 
 
 def key_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
+    saved: Saved,
     delta: Tensor,
-    dout: Tensor,
     column_tiles: Tensor,
     config: TileConfig,
     scale: float,
@@ -204,6 +201,7 @@ def key_gradients(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """dK and dV."""
+    q, k, v, _out, lse, dout, _dlse = saved
     key_heads = k.shape[1]
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     dkdv_kernel[((len(column_tiles) - 1) * key_heads,)](

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..saved import Saved
 from ..tile_config import TileConfig
 from .forward import (
     LOG2E,
@@ -184,13 +185,7 @@ def dq_kernel(
 
 
 def query_gradient(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor,
+    saved: Saved,
     row_tiles: Tensor,
     config: TileConfig,
     scale: float,
@@ -198,6 +193,7 @@ def query_gradient(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """dQ, and delta fp32 ``[Hq, Tq]``, which the gradients of the keys need."""
+    q, k, v, out, lse, dout, dlse = saved
     heads = q.shape[1]
     dq, delta = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(lse)
     dq_kernel[((len(row_tiles) - 1) * heads,)](

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tile_config import TileConfig
+from ..tile_config import TileConfig, split
 from ..tile_scheduler import FIELDS
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -310,22 +310,6 @@ def attention_forward(
         num_stages=config.forward_stages,
     )
     return out, lse
-
-
-def split(size: int) -> dict[str, int]:
-    """The head dimension as one or two powers of two, each at least 16.
-
-    Raises:
-        ValueError: a head dimension that is no such sum.
-    """
-    first = 1 << (size.bit_length() - 1)
-    rest = size - first
-    if first < 16 or rest & (rest - 1) or 0 < rest < 16:
-        raise ValueError(
-            f"head dimension {size} is neither a power of two from 16 on nor the sum of two "
-            "(as 96 = 64 + 32)"
-        )
-    return {"D0": first, "D1": rest}
 
 
 def strides(*tensors: Tensor) -> list[int]:

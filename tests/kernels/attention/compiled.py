@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels.attention.sm90 import dkdv, dq, one_pass
+from kernels.attention.sm90 import dkdv, dq, pipeline
 from kernels.attention.sm90 import forward as sm90
-from kernels.attention.tile_config import TileConfig, config_for, find_entries, read_configs
+from kernels.attention.tile_config import (
+    TileConfig,
+    config_for,
+    find_entries,
+    read_configs,
+    split,
+)
 from kernels.attention.tile_scheduler import FIELDS
 from kernels.attention.triton.dkdv import dkdv_kernel
 from kernels.attention.triton.dq import dq_kernel
-from kernels.attention.triton.forward import forward_kernel, split
+from kernels.attention.triton.forward import forward_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {"lse": "*fp32", "dlse": "*fp32", "delta": "*fp32", "tiles": "*i32"}
@@ -85,53 +92,43 @@ def descriptor(*block: int, kind: Any = gl.bfloat16) -> str:
     return f"tensordesc<{kind.name}{[*block]},{layout!r}>"
 
 
-def one_pass_types(head_dim: int, with_dq: bool) -> dict[str, str]:
-    """Of the descriptors of ``one_pass_kernel``."""
-    queries = descriptor(1, 1, one_pass.BLOCK_M, head_dim)
-    keys = descriptor(1, 1, one_pass.BLOCK_N, head_dim)
-    dq = descriptor(1, 1, one_pass.BLOCK_M, head_dim, kind=gl.float32)
-    return {
-        "q_desc": queries,
-        "dout_desc": queries,
-        "k_desc": keys,
-        "v_desc": keys,
-        "dq_desc": dq if with_dq else keys,
-    }
+def parts(name: str, head_dim: int, rows: int, kind: Any = gl.bfloat16) -> dict[str, str]:
+    """The types of the two descriptors of one tensor."""
+    first, rest = split(head_dim).values()
+    block = partial(descriptor, 1, 1, rows, kind=kind)
+    return {f"{name}_desc": block(first), f"{name}_rest": block(rest or first)}
 
 
 def gluon_kernels(head_dim: int) -> list[tuple[Any, dict[str, Any], dict[str, str]]]:
-    """The kernels for sm_90 that exist for a head dimension: their constants and types."""
-    tile, step = descriptor(64, head_dim), descriptor(1, 1, dkdv.BLOCK_M, head_dim)
-    keys = descriptor(1, 1, dq.BLOCK_N[head_dim], head_dim)
+    """The kernels for sm_90: their constants and the types of their descriptors."""
+    step = sm90.BLOCK_N, dq.BLOCK_N[head_dim]
+    queries = parts("q", head_dim, 64) | parts("dout", head_dim, 64)
     found: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
         (
             sm90.forward_sm90_kernel,
-            {"BLOCK_N": sm90.BLOCK_N, "STAGES": sm90.STAGES[head_dim]},
-            {
-                "q_desc": tile,
-                "k_desc": descriptor(sm90.BLOCK_N, head_dim),
-                "v_desc": descriptor(1, 1, sm90.BLOCK_N, head_dim),
-            },
+            {"BLOCK_N": step[0], "STAGES": sm90.STAGES[head_dim]},
+            queries | parts("k", head_dim, step[0]) | parts("v", head_dim, step[0]),
         ),
         (
             dq.dq_sm90_kernel,
-            {"BLOCK_N": dq.BLOCK_N[head_dim], "STAGES": dq.STAGES},
-            {"q_desc": tile, "dout_desc": tile, "k_desc": keys, "v_desc": keys},
+            {"BLOCK_N": step[1], "STAGES": dq.STAGES},
+            queries | parts("k", head_dim, step[1]) | parts("v", head_dim, step[1]),
         ),
     ]
-    if head_dim in dkdv.HEAD_DIMS:
-        constants = {"BLOCK_M": dkdv.BLOCK_M, "STAGES": dkdv.STAGES}
-        types = {"q_desc": step, "dout_desc": step, "k_desc": tile, "v_desc": tile}
+    for with_dq in (False, True):
+        consumers = 1 if with_dq else dkdv.CONSUMERS[head_dim]
+        keys = dkdv.KEYS // consumers
+        constants = {
+            "CONSUMERS": consumers,
+            "BLOCK_M": dkdv.BLOCK_M,
+            "KEYS": keys,
+            "STAGES": dkdv.STAGES,
+            "WITH_DQ": with_dq,
+        }
+        target = parts("dq", head_dim, dkdv.BLOCK_M, gl.float32 if with_dq else gl.bfloat16)
+        types = queries | parts("k", head_dim, keys) | parts("v", head_dim, keys) | target
         found.append((dkdv.dkdv_sm90_kernel, constants, types))
-    sizes = {
-        "BLOCK_M": one_pass.BLOCK_M,
-        "BLOCK_N": one_pass.BLOCK_N,
-        "STAGES": one_pass.STAGES,
-    }
-    for with_dq in (False, True) if head_dim not in dkdv.HEAD_DIMS else (True,):
-        constants = sizes | {"WITH_DQ": with_dq}
-        found.append((one_pass.one_pass_kernel, constants, one_pass_types(head_dim, with_dq)))
-    found.append((one_pass.delta_kernel, {"ROWS": one_pass.DELTA_ROWS}, {}))
+    found.append((dq.delta_kernel, {"ROWS": dq.DELTA_ROWS}, {}))
     return found
 
 
@@ -141,11 +138,8 @@ def compile_gluon(
     """As :func:`compile_kernel`, with the registers that warps ask for and the waits."""
     constants = constants | {
         "GROUP": 2,
-        "D": head_dim,
-        "FIELDS": FIELDS,
-        "RAGGED": sm90.RAGGED,
-        "CONSUMER_REGISTERS": sm90.CONSUMER_REGISTERS,
-        "PRODUCER_REGISTERS": sm90.PRODUCER_REGISTERS,
+        "CONSUMER_REGISTERS": pipeline.CONSUMER_REGISTERS,
+        **pipeline.sizes(head_dim),
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = TYPES | types | {"scale_log2": "fp32"}
@@ -157,15 +151,20 @@ def compile_gluon(
     source = GluonASTSource(
         kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
-    warps = 8 if kernel is one_pass.one_pass_kernel else 4
+    warps = 8 // constants.get("CONSUMERS", 2)
     options = {"num_warps": warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)
     ptx = compiled.asm["ptx"]
-    return describe(kernel, compiled) | {
-        "waits": re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx),
-        "steps": step_loops(compiled.asm["cubin"]),
-        "setmaxnreg": sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
-    }
+    with_dq = {"kernel": f"{kernel.__name__} with dQ"} if constants.get("WITH_DQ") else {}
+    return (
+        describe(kernel, compiled)
+        | with_dq
+        | {
+            "waits": re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx),
+            "steps": step_loops(compiled.asm["cubin"]),
+            "setmaxnreg": sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", ptx)}),
+        }
+    )
 
 
 def dump(cubin: bytes, what: str) -> str:

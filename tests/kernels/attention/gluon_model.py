@@ -100,6 +100,7 @@ def check_fenced(operand: Shared) -> None:
 class Pointer:
     def __init__(self, data: Tensor, offset: Any = 0) -> None:
         self.data, self.offset = data, offset
+        self.dtype = SimpleNamespace(element_ty=data.dtype)
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.data, self.offset + offset)
@@ -203,8 +204,9 @@ class Product:
         for operand in self.operands:
             check_fenced(operand)
         self.issued = [x.data.clone() for x in self.operands]
+        acc = acc.result if isinstance(acc, Product) else acc  # products finish in order
         left = self.issued[0] if isinstance(a, Shared) else a
-        self.result = left.float() @ self.issued[-1].float() + (acc if use_acc else 0)
+        self.result: Tensor = left.float() @ self.issued[-1].float() + (acc if use_acc else 0)
         self.value: Tensor | None = None
 
     def finish(self) -> None:
@@ -214,7 +216,7 @@ class Product:
 
 
 def warpgroup_mma(
-    a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False
+    a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False
 ) -> Product:
     assert is_async
     issued = Product(a, b, acc, use_acc)
@@ -222,11 +224,11 @@ def warpgroup_mma(
     return issued
 
 
-def warpgroup_mma_wait(outstanding: int, deps: list[Any]) -> Any:
+def warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
     while len(pending.list) > outstanding:
         pending.list.pop(0).finish()
     values = [x.value if isinstance(x, Product) and x.value is not None else x for x in deps]
-    return values if len(values) > 1 else values[0]
+    return tuple(values) if len(values) > 1 else values[0]
 
 
 def fence_async_shared() -> None:
@@ -313,7 +315,7 @@ def jit(function: Any = None, **options: Any) -> Any:
     return Kernel if function is None else Kernel(function)
 
 
-gluon = SimpleNamespace(jit=jit)
+gluon = SimpleNamespace(jit=jit, constexpr_function=lambda function: function)
 mbarrier = SimpleNamespace(
     MBarrierLayout=lambda: BARRIER,
     init=start_barrier,

@@ -12,9 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import attention_tiles, varlen_attention
-from kernels.attention.tile_config import TileConfig, config_for, find_entries, read_configs
+from kernels.attention.tile_config import (
+    TileConfig,
+    config_for,
+    find_entries,
+    read_configs,
+    split,
+)
 from kernels.attention.tile_scheduler import make_tiles
-from kernels.attention.triton.forward import split
 from trainer.data.random_stream import random_windows
 
 REPOSITORY = Path(__file__).parents[3]
