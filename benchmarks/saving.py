@@ -5,7 +5,8 @@
 What is saved is what a run saves: weights and AdamW's two moments in fp32, 12 bytes a parameter, by
 FSDP's ranks side by side or by one process alone. ``blocked`` is how long training stands still for
 it; ``named`` is from the same start until the checkpoint is on the disk, hashed and has its name:
-that is the grace a run needs between a signal and its end. ``loaded`` is what a start spends on
+that is the grace a run needs between a signal and its end; ``cpu`` is what all processes computed
+meanwhile, which other work on the machine does not change. ``loaded`` is what a start spends on
 checking and reading it. Beside them what this disk and this processor give alone: a file of
 a gigabyte written and synced, and SHA-256 of it.
 """
@@ -51,11 +52,12 @@ def measure(name: str, folder: Path, rounds: int) -> None:
             optimizer.zero_grad(set_to_none=True)
         saver = Checkpointer(folder, wrapped, optimizers, None, ranks, keep=1)
         for step in range(1 + rounds):  # the first save makes the buffers
-            began = seconds_of_all(ranks)
+            began, computed = seconds_of_all(ranks), time.process_time()
             saver.save(Progress(step, "", "", 0.0))
             blocked = seconds_of_all(ranks)
             saver.finish()
             named = seconds_of_all(ranks)
+            cpu = sum(ranks.gather_on_hosts(time.process_time() - computed))
             checkpoint = newest_whole(folder, ranks)
             assert checkpoint is not None
             load_checkpoint(checkpoint, wrapped, optimizers, None, ranks)
@@ -67,6 +69,7 @@ def measure(name: str, folder: Path, rounds: int) -> None:
                     "bytes": sum(file.stat().st_size for file in files),
                     "blocked": blocked - began,
                     "named": named - began,
+                    "cpu": cpu,
                     "loaded": loaded - named,
                 }
                 print(json.dumps(row), flush=True)
@@ -95,7 +98,7 @@ def measured(name: str, ranks: int, folder: Path, rounds: int) -> dict[str, floa
     found = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     gigabytes = found["bytes"] / GIGABYTE
     return found | {
-        f"{key}_a_gigabyte": found[key] / gigabytes for key in ("blocked", "named", "loaded")
+        f"{key}_a_gigabyte": found[key] / gigabytes for key in ("blocked", "named", "cpu", "loaded")
     }
 
 

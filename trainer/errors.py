@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from trainer.logs import rank_prefix
+from trainer.plugins import SWEEP_FOLDER
 
 Result = TypeVar("Result")
 
@@ -62,7 +63,8 @@ def enter_job(patience: float = 60.0) -> None:
     """
     if not in_sweep():
         return
-    folder = Path(HydraConfig.get().runtime.cwd)
+    # submitit's jobs compose their config again, where Slurm started them.
+    folder = Path(os.environ.get(SWEEP_FOLDER) or HydraConfig.get().runtime.cwd)
     deadline = time.monotonic() + patience
     while not folder.is_dir():
         if time.monotonic() > deadline:

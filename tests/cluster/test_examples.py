@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import re
 import shlex
+import shutil
 import subprocess
 import threading
 import urllib.parse
@@ -167,10 +168,21 @@ def test_writers_of_which_one_loses_its_node_and_one_is_told_to_stop(
     slurm.start_node(str(node))
     ends = [session.ended for session in read_sessions(store)]
     assert sorted(ends) == ["", "ended", "ended", "stopped by SIGUSR2"]
-    run(slurm, clone, [*example("streams"), *new_corpus])
     told = status(slurm, clone)
     assert "100.0% done" in told
     assert "job" not in told
+
+    mine, alone = clone / "data" / "mine", clone / "data" / "alone"
+    shutil.copytree(mine, alone, ignore=shutil.ignore_patterns("streams", "tokens", "*.lock"))
+    said = run(slurm, clone, [*example("streams"), *new_corpus, "hydra.launcher.cpus_per_task=4"])
+    assert said.count("done   streams.writer=") == 4
+    run(slurm, clone, ["python", "generate.py", *new_corpus, "root=data/alone", "task=streams"])
+    for stream in ("real", "val", "simple-g4", "stitched-g4"):
+        assert contents(mine / "streams" / stream) == contents(alone / "streams" / stream)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+SWEEP_FOLDER = "MEGADOCS_SWEEP_FOLDER"  # variable of a sweep's jobs: where it was started
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]  # holds the packages trainer, gen and kernels
 
@@ -30,19 +31,23 @@ def discover_plugins() -> None:
 
 @contextlib.contextmanager
 def importable_in_jobs() -> Iterator[None]:
-    """What is started in this block can import this project and its plugins.
+    """What is started in this block can import this project and its plugins, and knows this folder.
 
     A job of submitit or Ray unpickles Hydra's state, which names both, before any of our code runs.
     """
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*job_path(), *([before] if before else [])])
+    inherited = os.environ.get("PYTHONPATH")
+    paths = [*job_path(), *([inherited] if inherited else [])]
+    added = {"PYTHONPATH": os.pathsep.join(paths), SWEEP_FOLDER: str(Path.cwd())}
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("PYTHONPATH", None)
-        else:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def job_path() -> list[str]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -167,7 +169,11 @@ def run_by_ray(
     references: list[Any] = []
     start = _core.launch_job_on_ray
 
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
     def remember(*arguments: Any) -> Any:
+        signal.signal(signal.SIGTERM, end)  # Ray's own, which is there now, aborts this process
         references.append(start(*arguments))
         return references[-1]
 
@@ -175,6 +181,7 @@ def run_by_ray(
     variable = "init.runtime_env.env_vars.PYTHONPATH"
     OmegaConf.update(launcher.ray_cfg, variable, os.environ["PYTHONPATH"], force_add=True)
     ends = []
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
         with replaced(_core, "launch_job_on_ray", remember), suppress(ray.exceptions.RayError):
             launcher.launch(jobs, initial_job_idx=first)
@@ -188,8 +195,11 @@ def run_by_ray(
     except BaseException:  # such as Ctrl-C: the tasks save before a Ray of ours ends with us
         for reference in references:
             ray.cancel(reference)
-        ray.wait(references, num_returns=len(references), timeout=SAVE_SECONDS)
+        if references:
+            ray.wait(references, num_returns=len(references), timeout=SAVE_SECONDS)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
     return ends
 
 
