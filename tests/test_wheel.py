@@ -189,6 +189,30 @@ def test_programs_run_from_an_empty_folder(
     assert sorted(path.name for path in work.iterdir()) == ["demo"]
 
 
+@pytest.mark.slow
+def test_a_sweep_of_submitit_and_the_launchers_presets(
+    installed: Environment, corpus_root: Path, tmp_path: Path
+) -> None:
+    """A job unpickles what the sweep was started with before any code of ours runs."""
+    megadocs = installed.folder / "bin" / "megadocs"
+    options = [*TRAINING, f"data.root={corpus_root}", "seed=0,1"]
+    local = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=30"]
+    swept = call(megadocs, "train", "--multirun", *local, *options, cwd=tmp_path)
+    assert sorted(re.findall(r"^done   (seed=\d): \d\.\d{4}$", swept, re.MULTILINE)) == [
+        "seed=0",
+        "seed=1",
+    ]
+    assert len(list((tmp_path / "demo" / "runs").glob("*/result.json"))) == 2
+    for program, launcher, target in (
+        ("train", "slurm", "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"),
+        ("train", "ray", "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"),
+        ("generate", "slurm", "hydra_plugins.hydra_submitit_launcher.submitit_launcher.Slurm"),
+    ):
+        preset = call(megadocs, program, f"launcher={launcher}", "--cfg", "hydra", cwd=tmp_path)
+        assert "mode: MULTIRUN" in preset
+        assert f"_target_: {target}" in preset
+
+
 def test_a_word_that_is_no_program(installed: Environment, tmp_path: Path) -> None:
     said = call(installed.folder / "bin" / "megadocs", "tran", cwd=tmp_path, check=False)
     assert "error: tran is no program of megadocs" in said
