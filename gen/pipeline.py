@@ -107,6 +107,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def run_task(config: GenerateConfig) -> None:
+    """Print or make what ``config.task`` asks for; checked before anything is written."""
     check_bounds(config)
     root = Path(config.root)
     if config.task == "status":

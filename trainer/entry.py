@@ -60,6 +60,7 @@ def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Call
         )(user_errors(composed))
 
         def start() -> Result:
+            """What ``python NAME.py ...`` calls."""
             sys.argv = spelled_out(sys.argv)
             user_errors(check_overrides)(name, sys.argv[1:])
             try:

@@ -29,6 +29,7 @@ class Slots:
         self.waiting: deque[asyncio.Future[None]] = deque()
 
     async def acquire(self) -> None:
+        """Wait for a slot, behind those that wait already; cancelled, none is taken."""
         if self.taken < self.limit and not self.waiting:
             self.taken += 1
             return
@@ -42,6 +43,7 @@ class Slots:
             raise
 
     def release(self) -> None:
+        """Give a slot back to whoever waits longest."""
         self.taken -= 1
         self.wake()
 
@@ -70,6 +72,7 @@ class Slots:
         self.wake()
 
     def wake(self) -> None:
+        """Give free slots to those that wait."""
         while self.waiting and self.taken < self.limit:
             turn = self.waiting.popleft()
             if not turn.done():

@@ -177,6 +177,7 @@ def read_huggingface(config: CorpusConfig) -> Iterator[Document]:
 
 
 def source_path(config: CorpusConfig) -> Path:
+    """``corpus.path``, which must exist."""
     if config.path is None:
         raise ValueError(f"corpus.format={config.format} needs corpus.path")
     path = Path(config.path)

@@ -85,6 +85,7 @@ class ZstdFrames(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        """Decompress the next bytes into ``buffer``; 0 at the end of the last frame."""
         while not self.output:
             if not self.input:
                 self.input = self.source.read(CHUNK)

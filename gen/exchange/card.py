@@ -83,6 +83,7 @@ def front_matter(parts: list[Part]) -> str:
 
 
 def counts_table(parts: list[Part]) -> str:
+    """Rows, generations and characters of every part and split, as Markdown."""
     lines = [
         "| config | split | rows | generations | characters |",
         "|---|---|--:|--:|--:|",
@@ -137,6 +138,7 @@ def licence_of(part: Part) -> str:
 
 
 def rebuild(stores: list[Part], held_out: float) -> str:
+    """The command that reads such a folder back."""
     methods = " ".join(f"import.methods.{part.name}={part.name}" for part in stores)
     return (
         "```bash\npython generate.py root=NEW corpus=import generator=import import=megadocs \\\n"

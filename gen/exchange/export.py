@@ -86,6 +86,7 @@ class Shards:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, row: dict[str, Any], size: int) -> None:
+        """Add a row of ``size`` bytes of text; full files are closed."""
         self.rows.append(row)
         self.written += size
         if len(self.rows) == BATCH_ROWS or self.written >= SHARD_BYTES:
@@ -94,6 +95,7 @@ class Shards:
             self.close()
 
     def flush(self) -> None:
+        """Write the rows that wait, to a new file where none is open."""
         if self.writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{self.split}-{self.files:05d}.parquet"

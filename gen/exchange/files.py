@@ -219,6 +219,7 @@ def damage(reason: str, path: str, error: Exception, where: str = "") -> Odd:
 def parquet_rows(
     path: str, columns: Sequence[str], groups: Sequence[int] | None
 ) -> Iterator[tuple[int, dict[str, Any] | Odd]]:
+    """Numbered rows of some row groups of a Parquet file; what is damaged counts its rows."""
     with open_file(path) as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
         present = [name for name in columns if name in parquet.schema_arrow.names]
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]

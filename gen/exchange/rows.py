@@ -55,6 +55,7 @@ def generation_layout(config: ImportConfig, columns: Sequence[str], where: str) 
     """
 
     def place(setting: str, column: str | None) -> Path | None:
+        """Where a column of the config lies in a row; None where none is named."""
         if column is None:
             return None
         path = path_of(column, columns)

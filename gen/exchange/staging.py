@@ -100,6 +100,7 @@ class Plan:
 
     @property
     def identity(self) -> str:
+        """Hash of what the staged files hold; another one reads again."""
         content = {
             "version": VERSION,
             "files": [asdict(file) for file in self.files],

@@ -11,6 +11,7 @@ import xllamacpp
 
 
 def main() -> None:
+    """Serve until the starter ends this process; the address is printed."""
     options = json.loads(sys.argv[1])
     parameters = xllamacpp.CommonParams()
     parameters.model.path = options["weights"]

@@ -16,6 +16,7 @@ GRACE = 20.0  # seconds between SIGTERM and SIGKILL
 
 
 def main() -> None:
+    """Run the command of the arguments; exit as it does, or once the starter is gone."""
     # Sent to the whole group, it is for the command. A handler, because an ignored signal would
     # stay ignored in the command.
     signal.signal(signal.SIGTERM, lambda *_: None)

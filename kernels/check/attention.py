@@ -50,6 +50,7 @@ class Pack(NamedTuple):
     tokens_k: int | None = None
 
     def to(self, device: torch.device) -> Pack:
+        """The same borders on ``device``."""
         keys = self.cu_seqlens_k
         return self._replace(
             cu_seqlens=self.cu_seqlens.to(device),

@@ -208,12 +208,14 @@ class BatchLoader:
         stopped = threading.Event()
 
         def offer(item: list[PackedBatch] | BaseException) -> None:
+            """Put ``item`` in the queue, unless the reader is told to end."""
             while not stopped.is_set():
                 with contextlib.suppress(queue.Full):
                     ready.put(item, timeout=0.1)
                     return
 
         def read_ahead() -> None:
+            """Read the steps in their order, a few ahead of the training."""
             try:
                 for step in self.steps:
                     if stopped.is_set():

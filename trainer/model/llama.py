@@ -112,6 +112,7 @@ class Attention(nn.Module):
         max_seqlen: int,
         tiles: Any = None,
     ) -> Tensor:
+        """``x [T, D]`` -> ``[T, D]``; ``cos``, ``sin`` ``[T, 1, Dh]`` are the rotary tables."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hq, Dh]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
@@ -131,6 +132,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x [T, D]`` -> ``[T, D]``."""
         projected: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return projected
 
@@ -155,6 +157,7 @@ class Block(nn.Module):
         max_seqlen: int,
         tiles: Any = None,
     ) -> Tensor:
+        """``x [T, D]`` -> ``[T, D]``; the other arguments are :class:`Attention`'s."""
         normed = self.input_layernorm(x)
         attended = self.self_attn(normed, cos, sin, cu_seqlens, max_seqlen, tiles)
         x = x + F.dropout(attended, self.dropout, self.training)

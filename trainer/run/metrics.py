@@ -40,6 +40,7 @@ class Meter:
         self.start_window()
 
     def start_window(self) -> None:
+        """Begin to count anew: no steps, no waiting, the clock at zero."""
         self.count = 0
         self.steps: list[int] = []
         self.losses: list[Tensor] = []

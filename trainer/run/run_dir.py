@@ -172,6 +172,7 @@ def differences(earlier: TrainConfig, config: TrainConfig) -> str:
     """What two configs learn differently, as ``key: old -> new``."""
 
     def flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+        """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
         items: dict[str, object] = {}
         for key, value in tree.items():
             if isinstance(value, dict):

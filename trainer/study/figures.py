@@ -58,6 +58,7 @@ def recipe_figures(study: Study) -> list[Drawing | Missing]:
 
 
 def describe_setting(study: Study) -> str:
+    """What the runs of the figures have in common, in words."""
     parameters, mask, context, tokens = study.main_setting
     return (
         f"{parameters:,} parameters, {tokens:,} real tokens, mask {mask}, context {context}; the "
@@ -88,6 +89,7 @@ def row(group: Group, name: str = "iid") -> dict[str, Any]:
 
 
 def draw_line(axes: Any, points: dict[float, Group], kind: str, name: str, label: str) -> None:
+    """Mean losses by ``x``, the spread over the seeds as error bars."""
     axes.errorbar(
         list(points),
         [group.mean(name) for group in points.values()],

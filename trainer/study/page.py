@@ -102,6 +102,7 @@ def write_drawing(drawing: Drawing, output: Path) -> bytes:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows as CSV; a column for every key that one of them has."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, names)

@@ -37,7 +37,11 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # one program a block of rows and share of TILES tiles of the vocabulary
+):
+    """Row maximum, sum of exponentials below it and target's logit of a part of the vocabulary.
+
+    One program a block of rows and share of TILES tiles; the outputs are fp32 ``[shares, N]``.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     share = tl.program_id(1)
     present = rows < N

@@ -73,7 +73,11 @@ def statistics_kernel(
     HAS_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK_V: tl.constexpr,
-):  # one program a row
+):
+    """Row maximum, sum of exponentials below it, target's logit and sum of all logits: ``[N]``.
+
+    One program a row of ``logits [N, V]``; bias and softcap are applied as they are read.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     m = -float("inf")
@@ -113,7 +117,11 @@ def gradient_kernel(
     HAS_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK_V: tl.constexpr,
-):  # one program a row and tile; even = smoothing / size of the whole vocabulary
+):
+    """Logits -> their gradient, in place; an ignored row gives zeros whatever it holds.
+
+    One program a row and tile; ``even`` is ``smoothing`` over the size of the whole vocabulary.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = columns < V

@@ -63,6 +63,7 @@ class GridSweeper(BasicSweeper):
 
 
 def sweep(sweeper: GridSweeper, arguments: list[str]) -> list[JobEnd]:
+    """Start what is missing, batch after batch; the errors of :meth:`GridSweeper.sweep`."""
     context, config, launcher = sweeper.hydra_context, sweeper.config, sweeper.launcher
     assert context is not None
     assert config is not None
