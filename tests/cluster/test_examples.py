@@ -37,7 +37,7 @@ FIND = {
     "torchrun.sbatch": {"conf/train/launcher/torchrun.sbatch"},
     "ray": {"train.py", "launcher=ray"},
     "corpus": {"generate.py", "task=corpus"},
-    "writers": {"generate.py", "launcher=slurm"},
+    "writers": {"generate.py", "launcher=slurm", "task=generate"},
     "writers by ray": {"generate.py", "launcher=ray"},
     "streams": {"generate.py", "task=streams"},
     "servers": {"generate.py", "generator=openai"},
@@ -199,11 +199,11 @@ def test_several_servers_for_one_client(slurm: Slurm, clone: Path, new_corpus: l
     with (
         embedded_server(config, clone / "server-1.log") as first,
         embedded_server(config, clone / "server-2.log") as second,
-        proxy_of({"node1:30000": first.url, "node2:30000": second.url}) as (proxy, asked),
+        proxy_of({"gpu-1:30000": first.url, "gpu-2:30000": second.url}) as (proxy, asked),
     ):
         there = {"HTTP_PROXY": proxy, "http_proxy": proxy, "no_proxy": ""}
         run(slurm, clone, [*example("servers"), *new_corpus, "generator.model=NAME"], there)
-    assert set(asked) == {"node1:30000", "node2:30000"}
+    assert set(asked) == {"gpu-1:30000", "gpu-2:30000"}
     assert "100.0% done" in status(slurm, clone)
 
 

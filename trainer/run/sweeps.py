@@ -169,8 +169,11 @@ def run_by_ray(
     references: list[Any] = []
     start = _core.launch_job_on_ray
 
+    told: list[int] = []
+
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
+        told.append(number)
+        raise KeyboardInterrupt  # of other exceptions Ray makes one of its own
 
     def remember(*arguments: Any) -> Any:
         signal.signal(signal.SIGTERM, end)  # Ray's own, which is there now, aborts this process
@@ -197,6 +200,8 @@ def run_by_ray(
             ray.cancel(reference)
         if references:
             ray.wait(references, num_returns=len(references), timeout=SAVE_SECONDS)
+        if told:
+            raise SystemExit(128 + told[0]) from None
         raise
     finally:
         signal.signal(signal.SIGTERM, terminated)
