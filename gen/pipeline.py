@@ -31,6 +31,7 @@ from gen.estimate import GenerateEstimate, estimate
 from gen.exchange.config import ImportConfig
 from gen.exchange.export import Export
 from gen.exchange.importing import Import
+from gen.exchange.upload import upload
 from gen.generations.job import run_job
 from gen.generations.sessions import Session
 from gen.generations.status import JOBS, status
@@ -63,6 +64,11 @@ class GenerateConfig:
         None,
         "Instead of a task: write documents, generations and megadocs of root to this new folder, "
         "as Parquet that datasets.load_dataset opens.",
+    )
+    upload: str | None = setting(
+        None,
+        "Instead of a task: send the streams and the tokenizer of root there (s3://..., gs://...), "
+        "where train.py data.root= reads them.",
     )
     corpus: CorpusConfig = group(CorpusConfig, "Where the real documents come from.")
     tokenizer: TokenizerConfig = group(TokenizerConfig, "What the streams are written with.")
@@ -116,6 +122,8 @@ def run_task(config: GenerateConfig) -> None:
     config.quality.check()
     if config.export is not None:
         return print(export_all(config, root, Path(config.export)))
+    if config.upload is not None:
+        return print(upload(root, config.upload))
     if config.task == "report":
         return print(quality_report(config, root))
     config.generator.check()

@@ -1,10 +1,12 @@
 """A real corpus folder, made once: real documents, a real model's generations, real shards."""
 
+import functools
 import logging.config
 import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,19 +106,53 @@ def corpus_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class ObjectStore:
+    """An S3 server on this machine with the bucket ``bucket``; what it holds outlives a restart."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        self.server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self.server.start()
+        _, self.port = self.server.get_host_and_port()
+
+    def stop(self) -> None:
+        self.server.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def check_credentials(self, after: str = "0") -> None:
+        """Deny every key after so many requests."""
+        plain = {"Content-Type": "text/plain"}
+        url = f"{self.url}/moto-api/reset-auth"
+        urllib.request.urlopen(urllib.request.Request(url, after.encode(), plain)).close()
+
+    def upload(self, file: Path, key: str) -> None:
+        self.client.upload_file(str(file), "bucket", key)
+
+    def delete(self, key: str) -> None:
+        self.client.delete_object(Bucket="bucket", Key=key)
+
+    @functools.cached_property
+    def client(self) -> Any:
+        return boto3.client("s3")
+
+
 @pytest.fixture
-def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client of an S3 server on this machine, which everything that speaks S3 is pointed to."""
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """A server that everything that speaks S3 is pointed to."""
+    store = ObjectStore()
     for name in ("AWS_ENDPOINT_URL", "S3_ENDPOINT_URL"):  # of AWS's libraries, and of streaming
-        monkeypatch.setenv(name, f"http://{host}:{port}")
+        monkeypatch.setenv(name, store.url)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="bucket")
-    yield client
-    client.close()
-    server.stop()
+    urllib.request.urlopen(f"{store.url}/moto-api/reset", data=b"").close()
+    store.client.create_bucket(Bucket="bucket")
+    yield store
+    store.check_credentials(after="inf")  # the setting is the process's
+    store.stop()

@@ -24,6 +24,7 @@ ORDER = (
     ("entry",),
     ("config",),
     ("pages",),
+    ("object_store",),
     ("errors",),
     ("slurm_jobs",),
     ("files", "logs", "plugins", "stop"),
@@ -44,6 +45,7 @@ ORDER_IN_GEN = (
 SHARED = (
     "trainer.data.format",
     "trainer.files",
+    "trainer.object_store",
     "trainer.pages",
     "trainer.errors",
     "trainer.slurm_jobs",

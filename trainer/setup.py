@@ -20,11 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from trainer.config.fields import size_in_bytes
 from trainer.config.schema import ActivationCheckpointing, Averaging, Parallel, TrainConfig
 from trainer.data.batches import BatchLoader, PackedBatch
 from trainer.data.mds import MegadocStream, check_same_tokenizer
 from trainer.data.packing import pack_whole
 from trainer.data.plan import Plan, Source
+from trainer.data.remote import tokenizer_folder
 from trainer.model.llama import Llama
 from trainer.optim.averaging import WeightAverage
 from trainer.optim.bad_steps import StepGuard
@@ -118,6 +120,8 @@ def build_run(
     # The data: streams, and a plan that says which document is read when.
     streams = open_streams(config)
     validation = open_stream(config, config.data.validation)
+    for stream in (*streams, validation):
+        cleanup.callback(stream.close)
     check_same_tokenizer([*streams, validation])
     for stream in (*streams, validation):
         check_unchanged(stream, inputs)
@@ -177,7 +181,7 @@ def build_model(
     kernels = choose_kernels(config, partial(first_batch, config, plan, streams, ranks), ranks)
     model = Llama(config.model, config.seed, compute_dtype(config.runtime, ranks.device), kernels)
     if config.initial_weights is not None and not checkpoints(folder):
-        tokenizer = Path(config.data.root) / "tokenizer" / "tokenizer.json"
+        tokenizer = tokenizer_folder(config.data.root, config.data.cache) / "tokenizer.json"
         load_hugging_face(model, Path(config.initial_weights), tokenizer)
     model.to(ranks.device)
     prepare_blocks(model, config, ranks)
@@ -189,12 +193,13 @@ def open_streams(config: TrainConfig) -> list[MegadocStream]:
     names = [config.recipe.real_stream]
     if config.recipe.synthetic:
         names.append(config.recipe.synthetic)
-    return [open_stream(config, name) for name in names]
+    return [open_stream(config, name, as_needed=True) for name in names]
 
 
-def open_stream(config: TrainConfig, name: str) -> MegadocStream:
-    """A stream of the corpus folder by its name."""
-    return MegadocStream(stream_path(config, name), cache=config.data.cache)
+def open_stream(config: TrainConfig, name: str, as_needed: bool = False) -> MegadocStream:
+    """A stream of the corpus folder by its name; a remote one as a whole, or as it is needed."""
+    limit = size_in_bytes(config.data.cache_limit, "data.cache_limit")
+    return MegadocStream(stream_path(config, name), config.data.cache, limit, as_needed)
 
 
 def check_unchanged(stream: MegadocStream, inputs: Mapping[str, str]) -> None:
@@ -272,7 +277,8 @@ def first_batch(
     config: TrainConfig, plan: Plan, streams: list[MegadocStream], ranks: Ranks
 ) -> PackedBatch:
     """A micro-batch of the first step."""
-    return batches(config, plan, streams, ranks, 0, 1).read(0)[0]
+    loader = batches(config, plan, streams, ranks, 0, 1)
+    return loader.read(loader.windows(0))[0]
 
 
 def model_vocabulary(config: TrainConfig, stream: MegadocStream) -> int:

@@ -28,6 +28,7 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 
 from gen.corpus.files import CHUNK, HIDDEN, ZstdFrames
+from trainer.object_store import filesystem, first_line, is_remote
 
 BATCH_ROWS = 256
 PARQUET = (".parquet",)
@@ -40,8 +41,6 @@ LINES = tuple(
 ENDINGS = (*PARQUET, *ARROW, *LINES)
 BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")  # of datasets, no rows
 READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException)
-# Object stores that pyarrow reads itself, and options: it would try Google's for 15 minutes.
-ARROW_SPEAKS = {"s3": "", "gs": "?retry_limit_seconds=60"}
 
 
 @dataclass(frozen=True)
@@ -59,23 +58,6 @@ class Odd:
 
     reason: str
     detail: str
-
-
-def filesystem(where: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URI, and the path in it.
-
-    Raises:
-        ValueError: the protocol is unknown, or needs a package that is not installed.
-    """
-    protocol, separator, rest = where.partition("://")
-    if separator and protocol in ARROW_SPEAKS:
-        base = protocol + separator + rest.split("/", 1)[0] + ARROW_SPEAKS[protocol]
-        return ArrowFSWrapper(arrow_fs.FileSystem.from_uri(base)[0]), rest
-    try:
-        system, path = fsspec.core.url_to_fs(where)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"import.path={where} cannot be reached: {error}") from error
-    return system, path
 
 
 def find_files(where: str, setting: str) -> list[SourceFile]:
@@ -208,7 +190,7 @@ def damage(reason: str, path: str, error: Exception, where: str = "") -> Odd:
     Raises:
         OSError: a file elsewhere did not come; that is no damage, and its rows must not be missed.
     """
-    if "://" in path and isinstance(error, OSError):
+    if is_remote(path) and isinstance(error, OSError):
         raise OSError(
             f"{path} cannot be read: {first_line(error)}. Run the same command to go on. If the "
             "file itself is damaged, import a local copy: what is around the damage is read"
@@ -311,7 +293,3 @@ def parsed(line: bytes) -> dict[str, Any] | Odd:
     except (ValueError, RecursionError) as error:
         return Odd("broken_row", f"not JSON: {error}")
     return row if isinstance(row, dict) else Odd("broken_row", f"no object: {str(row)[:60]!r}")
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

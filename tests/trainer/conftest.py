@@ -25,12 +25,13 @@ def write_stream(
     members_are_documents: bool = True,
     *,
     shift: int = 0,
-    **changes: object,
+    shard_bytes: int = 1 << 26,
+    **changes: Any,
 ) -> MegadocStream:
     """Write a stream: token p of sample s is 1 + (31 s + p + shift) % 96, the last is EOS."""
     name = folder.name
     content = ContentHash(str(changes.get("tokenizer_sha256", "f" * 64)), members_are_documents)
-    with MDSWriter(out=str(folder), columns=COLUMNS) as writer:
+    with MDSWriter(out=str(folder), columns=COLUMNS, size_limit=shard_bytes) as writer:
         for index, lengths in enumerate(members):
             size = sum(lengths)
             tokens = 1 + (31 * index + shift + np.arange(size)) % (VOCABULARY - 1)
@@ -77,7 +78,7 @@ def make_stream(tmp_path: Path) -> StreamMaker:
         *,
         root: Path = tmp_path,
         shift: int = 0,
-        **changes: object,
+        **changes: Any,
     ) -> MegadocStream:
         folder = root / "streams" / name
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, run_script, wait_until
+from gen.exchange.upload import upload
+from tests.conftest import REPOSITORY, ObjectStore, run_script, wait_until
 from trainer.config.schema import (
     AttentionBackend,
     Averaging,
@@ -40,6 +42,7 @@ from trainer.evaluation.losses import Scores, evaluate_model
 from trainer.loop import train
 from trainer.parallel.ranks import Ranks
 from trainer.run.checkpoint import load_model
+from trainer.run.export import export_run
 from trainer.run.inputs import run_dir_of
 from trainer.run.kernel_choice import check_kernels
 from trainer.run.progress import checkpoints, read_progress
@@ -258,6 +261,28 @@ def test_every_way_to_optimise_learns_and_resumes_to_the_bit(
         shutil.rmtree(newer)
     assert train(settings) == loss
     assert all(torch.equal(value, final[name]) for name, value in weights(run).items())
+
+
+def test_training_from_a_bucket_is_training_from_the_folder(
+    corpus_root: Path, tmp_path: Path, object_store: ObjectStore
+) -> None:
+    """The corpus is sent there, read as it is needed in a small cache, and exported from there."""
+    told = run_script("generate.py", f"root={corpus_root}", "upload=s3://bucket/corpus").stdout
+    assert "streams/stitched-g2: 0." in told
+    again = upload(corpus_root, "s3://bucket/corpus/")
+    assert "streams/stitched-g2: is there already" in again
+    here = config(corpus_root, tmp_path / "here")
+    there = config(corpus_root, tmp_path / "there")
+    there.data.root, there.data.cache = "s3://bucket/corpus", str(tmp_path / "cache")
+    there.data.cache_limit = "1mb"
+    assert train(there) == train(here)
+    run = run_dir_of(there)
+    assert run.name == run_dir_of(here).name
+    export_run(run, tmp_path / "exported")
+    assert (tmp_path / "exported" / "tokenizer.json").exists()
+    there.data.cache = None
+    with pytest.raises(ValueError, match=r"s3://bucket/corpus/.* is remote: set data\.cache"):
+        train(replace(there, seed=1))
 
 
 def evaluate_run(run: Path, settings: TrainConfig) -> float:

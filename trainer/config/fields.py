@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -92,6 +93,21 @@ def group(schema: type, meaning: str) -> Any:
 def required_list(meaning: str) -> Any:
     """A list without a default: Hydra asks for it where it is missing."""
     return field(default_factory=lambda: MISSING, metadata={"meaning": meaning})
+
+
+def size_in_bytes(text: str | None, name: str) -> int | None:
+    """``200gb``, ``1.5 TB`` or a number as bytes, in powers of ten; None stays None.
+
+    Raises:
+        ValueError: it is no size; names the setting.
+    """
+    if text is None:
+        return None
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", str(text).strip().lower())
+    if found is None or found[2] not in units:
+        raise ValueError(f"{name}={text} is no size; write it as 500mb, 200gb or 2tb")
+    return int(float(found[1]) * units[found[2]])
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trainer.config.estimate import TrainEstimate
-from trainer.config.fields import check_bounds, group, setting
+from trainer.config.fields import check_bounds, group, setting, size_in_bytes
 from trainer.config.renamed import translated
 
 VERSION = 2  # of the keys that decide what is learnt; part of the hash
@@ -73,6 +73,11 @@ class DataConfig:
     order_seed: int = setting(42, "Seed of the order of the documents.", at_least=0, at_most=10**18)
     cache: str | None = setting(
         None, "Local folder for the shards of a remote root; needed only then."
+    )
+    cache_limit: str | None = setting(
+        None,
+        "What the shards of all streams may take in cache, such as 200gb; what does not fit is "
+        "read sample by sample. null: what the disk holds.",
     )
 
 
@@ -415,6 +420,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is read or written."""
         check_bounds(self)
+        size_in_bytes(self.data.cache_limit, "data.cache_limit")
         self.model.check()
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
             raise ValueError(
@@ -459,7 +465,7 @@ class TrainConfig:
             science.pop(key)
         science["recipe"]["generations"] = self.recipe.used_generations
         science["recipe"].pop("max_generations")
-        for key in ("micro_batch_size", "cache", "root"):
+        for key in ("micro_batch_size", "cache", "cache_limit", "root"):
             science["data"].pop(key)
         science["version"] = VERSION
         return science

@@ -19,6 +19,7 @@ import dataclasses
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,6 +37,7 @@ from trainer.data.plan import Plan, rank_windows
 NO_TARGET = -100
 ON_HOST = ("target_documents", "target_positions")
 PREFETCHED_STEPS = 4
+EXPECTED_STEPS = 8  # further, for which samples of a remote stream are on their way
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,23 @@ class BatchLoader:
         self.waited = 0.0
         self.micro_batch_size = check_batch(plan.batch_size, world_size, micro_batch_size)
 
-    def read(self, step: int) -> list[PackedBatch]:
-        """This rank's micro-batches of one step."""
-        windows = rank_windows(self.plan.windows(step), self.rank, self.world_size)
+    def windows(self, step: int) -> list[Window]:
+        """This rank's windows of one step."""
+        return rank_windows(self.plan.windows(step), self.rank, self.world_size)
+
+    def windows_ahead(self) -> Iterator[list[Window]]:
+        """This rank's windows of every step; their documents are asked for some steps before."""
+        coming: deque[list[Window]] = deque()
+        for step in self.steps:
+            coming.append(self.windows(step))
+            for window in coming[-1]:
+                self.streams[window.source].expect(window.documents)
+            if len(coming) > EXPECTED_STEPS:
+                yield coming.popleft()
+        yield from coming
+
+    def read(self, windows: list[Window]) -> list[PackedBatch]:
+        """Micro-batches of a step's windows."""
         return [
             collate(
                 windows[first : first + self.micro_batch_size],
@@ -217,10 +233,10 @@ class BatchLoader:
         def read_ahead() -> None:
             """Read the steps in their order, a few ahead of the training."""
             try:
-                for step in self.steps:
+                for windows in self.windows_ahead():
                     if stopped.is_set():
                         return
-                    offer(self.read(step))
+                    offer(self.read(windows))
             except BaseException as error:  # shown where the batch is wanted
                 offer(error)
 

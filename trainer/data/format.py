@@ -143,8 +143,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is not a finished stream (no {MANIFEST}). Finished ones beside it: "
             f"{', '.join(known) or 'none'}. Build it with generate.py"
         )
+    return parse_manifest(file.read_bytes(), file, folder)
+
+
+def parse_manifest(written: bytes, file: Path | str, folder: Path | str) -> dict[str, Any]:
+    """The bytes of a manifest; ``file`` and ``folder`` are where they come from, for errors.
+
+    Raises:
+        DamagedStreamError: they are damaged, or those of an older version.
+    """
     try:
-        content: dict[str, Any] = json.loads(file.read_bytes())
+        content: dict[str, Any] = json.loads(written)
         told = content.get(SEAL)
     except (ValueError, AttributeError) as error:
         raise DamagedStreamError(f"{file} is damaged ({error}); {build_again(folder)}") from error
@@ -204,7 +213,7 @@ def verify(folder: Path, manifest: dict[str, Any], remedy: str | None = None) ->
         note.write_text(state)
 
 
-def build_again(folder: Path) -> str:
+def build_again(folder: Path | str) -> str:
     """What to do about a stream that cannot be used."""
     return f"build {folder} again with generate.py (of a remote stream: delete that local copy)"
 

@@ -7,7 +7,7 @@ mosaicml-streaming gives the format and the downloads; the order of reading is t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer import object_store
 from trainer.data.format import (
     MANIFEST,
     DamagedStreamError,
     build_again,
+    parse_manifest,
     read_manifest,
     verify,
 )
-from trainer.files import only_one
+from trainer.data.remote import CacheFolder, RemoteShards, Shard, bring_all
+from trainer.files import SEAL, only_one, replace_file
+from trainer.object_store import is_remote
 
 if TYPE_CHECKING:
     from streaming import LocalDataset
-    from streaming.base.storage.download import CloudDownloader
 
 
 NO_DEFAULT = (MISSING, MISSING)  # of a dataclass's field
@@ -87,19 +90,39 @@ class MegadocStream:
     """A stream folder written by ``gen/megadocs/streams.py``, read by index.
 
     Args:
-        path: the folder, or a remote one (``s3://``, ...) that mosaicml-streaming can reach.
-        cache: local folder for a remote stream; needed only then.
+        path: the folder, or a remote one (``s3://``, ...) that fsspec or pyarrow can reach.
+        cache: local folder for the shards of remote streams; needed only for those.
+        cache_limit: bytes that the shards of all streams may take there; None: what the disk holds.
+        as_needed: read what is asked for of a remote stream, and not all of it before the first
+            sample (``trainer/data/remote.py``).
 
     Raises:
         FileNotFoundError: the folder holds no finished stream.
+        OSError: a remote one cannot be reached, or is denied.
         ValueError: shards, lengths and manifest do not fit together; names the file.
     """
 
-    def __init__(self, path: str | Path, cache: str | None = None) -> None:
-        if "://" in str(path):
-            path = download_stream(str(path), cache)
-        self.path = Path(path)
-        content = read_manifest(self.path)
+    def __init__(
+        self,
+        path: str | Path,
+        cache: str | None = None,
+        cache_limit: int | None = None,
+        as_needed: bool = False,
+    ) -> None:
+        self.remote: RemoteShards | None = None
+        self.held: CacheFolder | None = None
+        if is_remote(path):
+            self.held, content = open_remote(str(path), cache, cache_limit)
+            self.path = self.held.path
+            shards = remote_shards(self.path, content)
+            if as_needed:
+                self.remote = RemoteShards(str(path), self.held, shards)
+                content = {**content, "files": small_files(content)}
+            else:
+                bring_all(str(path), self.held, shards)
+        else:
+            self.path = Path(path)
+            content = read_manifest(self.path)
         self.manifest = StreamManifest.of(content, self.path)
         verify(self.path, content)
         self.lengths: NDArray[np.int64] = np.load(self.path / "lengths.npy").astype(np.int64)  # [N]
@@ -126,16 +149,40 @@ class MegadocStream:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def close(self) -> None:
+        """Of a remote stream: end what still comes of it, and let the cache evict it."""
+        if self.remote is not None:
+            self.remote.close()
+        elif self.held is not None:
+            self.held.release()
+
+    def expect(self, documents: Iterable[int]) -> None:
+        """Of a remote stream: begin to read samples that will be asked for soon."""
+        if self.remote is not None:
+            self.remote.expect(self.dataset.spanner[int(index)] for index in documents)
+
+    def read_row(self, index: int) -> dict[str, Any]:
+        """The columns of sample ``index``."""
+        if self.remote is None:
+            row: dict[str, Any] = self.dataset[index]
+            return row
+        shard, place = self.dataset.spanner[index]
+        decode: Callable[[bytes], dict[str, Any]] = self.dataset.shards[shard].decode_sample
+        return decode(self.remote.sample(shard, place))
+
     def __getitem__(self, index: int) -> Sample:
         """Read sample ``index`` from its shard.
 
         Raises:
+            OSError: a remote shard cannot be reached.
             ValueError: the shard is corrupted or holds token ids outside the vocabulary.
         """
         try:
-            row = self.dataset[index]
+            row = self.read_row(index)
             tokens = row["tokens"].astype(np.int64)
             member_ends = row["member_ends"].astype(np.int64)
+        except (OSError, DamagedStreamError):
+            raise
         except Exception as error:  # whatever the decoder stumbles over
             raise ValueError(
                 f"{self.shard_of(index)} is corrupted at sample {index}: {error!r}; "
@@ -169,39 +216,73 @@ def open_shards(path: Path) -> LocalDataset:
     return LocalDataset(str(path))
 
 
-def read_stream_manifest(path: str | Path, cache: str | None = None) -> StreamManifest:
+def read_stream_manifest(path: str | Path) -> StreamManifest:
     """The manifest of a stream without its shards; of a remote one, what lies there now."""
-    if "://" not in str(path):
+    if not is_remote(path):
         return StreamManifest.of(read_manifest(Path(path)), Path(path))
-    from streaming.base.storage.download import CloudDownloader
-
-    local = cache_folder(str(path), cache) / "newest"
-    local.mkdir(parents=True, exist_ok=True)
-    with only_one(local / "download.lock"):
-        (local / MANIFEST).unlink(missing_ok=True)
-        CloudDownloader.get(str(path)).download(f"{path}/{MANIFEST}", str(local / MANIFEST))
-        return StreamManifest.of(read_manifest(local), local)
+    return StreamManifest.of(remote_manifest(str(path))[0], Path(path))
 
 
-def cache_folder(remote: str, cache: str | None) -> Path:
-    """Where a remote stream lies on this machine."""
+def remote_manifest(remote: str) -> tuple[dict[str, Any], bytes]:
+    """The manifest of a remote stream as it lies there now, parsed and as bytes.
+
+    Raises:
+        FileNotFoundError: there is no finished stream.
+        OSError: it cannot be reached, or is denied.
+        DamagedStreamError: it is damaged, or that of an older version.
+    """
+    try:
+        written = object_store.read(f"{remote}/{MANIFEST}")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{remote} is not a finished stream (no {MANIFEST}). Build it with generate.py and "
+            "upload its folder"
+        ) from error
+    return parse_manifest(written, f"{remote}/{MANIFEST}", remote), written
+
+
+def open_remote(
+    remote: str, cache: str | None, limit: int | None
+) -> tuple[CacheFolder, dict[str, Any]]:
+    """The place of a remote stream in the cache, with all of it but its shards, and its manifest.
+
+    The place is named by content: a stream that was built again is another one.
+
+    Raises:
+        ValueError: there is no cache.
+    """
     if cache is None:
         raise ValueError(f"{remote} is remote: set data.cache to a local folder for its shards")
-    return Path(cache) / remote.split("://", 1)[1]
+    manifest, written = remote_manifest(remote)
+    below = f"{remote.split('://', 1)[1]}/{manifest[SEAL][:16]}"
+    folder = CacheFolder(Path(cache), below, limit)
+    with only_one(folder.path / "download.lock"):  # the ranks and runs of a machine share it
+        if not (folder.path / MANIFEST).exists():
+            for name in small_files(manifest):
+                with replace_file(folder.path / name) as unfinished:
+                    object_store.copy(f"{remote}/{name}", unfinished)
+            with replace_file(folder.path / MANIFEST) as unfinished:
+                unfinished.write_bytes(written)
+    return folder, manifest
 
 
-def check_same_manifest(downloader: CloudDownloader, remote: str, local: Path) -> None:
-    """Raise ValueError where ``local`` holds a stream that ``remote`` has since replaced."""
-    kept, newest = local / "manifest.json", local / "manifest.json.newest"
-    if not kept.exists():
-        return
-    newest.unlink(missing_ok=True)
-    downloader.download(f"{remote}/manifest.json", str(newest))
-    if newest.read_bytes() != kept.read_bytes():
-        raise ValueError(
-            f"{remote} was built again since it was downloaded to {local}; delete that folder, or "
-            "set data.cache to another"
+def small_files(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a stream's files besides its shards."""
+    return {name: said for name, said in manifest["files"].items() if not name.endswith(".mds")}
+
+
+def remote_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
+    """All shards of a stream, in their order."""
+    index = json.loads((folder / "index.json").read_text())["shards"]
+    return [
+        Shard(
+            entry["raw_data"]["basename"],
+            entry["samples"],
+            entry["raw_data"]["bytes"],
+            manifest["files"][entry["raw_data"]["basename"]]["sha256"],
         )
+        for entry in index
+    ]
 
 
 def shard_files(path: Path) -> list[dict[str, Any]]:
@@ -220,24 +301,3 @@ def check_same_tokenizer(streams: Sequence[MegadocStream]) -> None:
                 f"({other.manifest.tokenizer_sha256[:12]}) than {first.path} "
                 f"({first.manifest.tokenizer_sha256[:12]}); build both again with one tokenizer"
             )
-
-
-def download_stream(remote: str, cache: str | None) -> Path:
-    """Bring a remote stream into ``cache`` and return its local folder."""
-    local = cache_folder(remote, cache)
-    from streaming.base.storage.download import CloudDownloader
-
-    local.mkdir(parents=True, exist_ok=True)
-    downloader = CloudDownloader.get(remote)
-
-    def fetch(name: str) -> None:
-        downloader.download(f"{remote}/{name}", str(local / name))
-
-    with only_one(local / "download.lock"):  # the ranks and runs of a machine share its cache
-        check_same_manifest(downloader, remote, local)
-        for name in ("index.json", "lengths.npy", "member_lengths.npy"):
-            fetch(name)
-        for shard in shard_files(local):
-            fetch(shard["basename"])
-        fetch("manifest.json")  # last: a folder without it is unfinished
-    return local

@@ -68,7 +68,7 @@ def check_early(config: EvaluateConfig) -> None:
     """Raise ValueError or OSError for what would end the evaluation after its work is done."""
     first = load_config(newest_checkpoint(config.runs[0]).parent.parent / "config.yaml")
     for name in (config.validation or first.data.validation, *config.sets):
-        read_stream_manifest(held_out_path(first, name), first.data.cache)
+        read_stream_manifest(held_out_path(first, name))
     if config.tasks:
         check_tasks(config.tasks, config.task_folder)
     if config.output and Path(config.output).is_dir():

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.config.evaluate import Mean
+from trainer.config.fields import size_in_bytes
 from trainer.config.schema import TrainConfig
 from trainer.data.batches import NO_TARGET
 from trainer.data.mds import MegadocStream
@@ -57,7 +58,11 @@ def evaluate_ensemble(
         if first is None:
             first = config
             name = validation or config.data.validation
-            stream = MegadocStream(held_out_path(config, name), config.data.cache)
+            stream = MegadocStream(
+                held_out_path(config, name),
+                config.data.cache,
+                size_in_bytes(config.data.cache_limit, "data.cache_limit"),
+            )
         assert stream is not None
         check_comparable(runs[0], first, run, config)
         check_tokenizer(run, stream)

@@ -9,6 +9,7 @@ from trainer.config.schema import TrainConfig
 from trainer.data.batches import check_batch
 from trainer.data.mds import MegadocStream
 from trainer.data.plan import Plan
+from trainer.data.remote import tokenizer_folder
 from trainer.parallel.ranks import Ranks
 from trainer.run.distillation import check_teachers
 from trainer.run.export import check_hugging_face
@@ -32,7 +33,7 @@ def check_early(config: TrainConfig, stream: MegadocStream, run_dir: Path, ranks
     check_writable(run_dir)
     check_teachers(config.distillation.teachers, stream)
     if config.initial_weights is not None and not checkpoints(run_dir):
-        tokenizer = Path(data.root) / "tokenizer" / "tokenizer.json"
+        tokenizer = tokenizer_folder(data.root, data.cache) / "tokenizer.json"
         check_hugging_face(config.model, Path(config.initial_weights), tokenizer)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from trainer.config.schema import ModelConfig, TrainConfig
+from trainer.data.remote import tokenizer_folder
 from trainer.files import read_sealed, replace_folder
 from trainer.model.llama import Llama
 from trainer.run.checkpoint import load_model
@@ -33,7 +34,7 @@ def export_run(run: str | Path, folder: Path) -> None:
     check_export(folder)
     trained = read_progress(newest_checkpoint(run)).tokenizer_sha256
     model, config = load_model(run)
-    tokenizer = Path(config.data.root) / "tokenizer"
+    tokenizer = tokenizer_folder(config.data.root, config.data.cache)
     if not (tokenizer / "manifest.json").exists():
         raise FileNotFoundError(
             f"{tokenizer} holds no tokenizer: {run} was trained with data.root={config.data.root}; "

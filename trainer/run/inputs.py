@@ -25,7 +25,7 @@ def read_inputs(config: TrainConfig) -> dict[str, str]:
     """
     names = [config.recipe.real_stream, config.recipe.synthetic, config.data.validation]
     inputs = {
-        name: read_stream_manifest(stream_path(config, name), config.data.cache).content_sha256
+        name: read_stream_manifest(stream_path(config, name)).content_sha256
         for name in names
         if name
     }

@@ -27,7 +27,7 @@ from gen.generations.status import status
 from gen.generations.store import GenerationStore
 from gen.quality.gates import QualityConfig, ReportConfig
 from gen.quality.report import write_quality_report
-from tests.conftest import REPOSITORY, run_script
+from tests.conftest import REPOSITORY, ObjectStore, run_script
 from tests.gen.exchange.conftest import RunImport, with_datatrove
 
 FINEPHRASE = Path(__file__).with_name("finephrase")
@@ -188,10 +188,10 @@ def test_files_of_a_server_are_read_as_those_of_a_folder(tmp_path: Path) -> None
 
 
 def test_files_in_an_object_store_are_read_as_those_of_a_folder(
-    tmp_path: Path, object_store: Any, run_import: RunImport
+    tmp_path: Path, object_store: ObjectStore, run_import: RunImport
 ) -> None:
     for file in write_rows(ROWS, tmp_path / "files", "parquet").iterdir():
-        object_store.upload_file(str(file), "bucket", f"rephrases/{file.name}")
+        object_store.upload(file, f"rephrases/{file.name}")
     record = run_import("s3://bucket/rephrases")
     assert keys_and_texts(tmp_path / "root") == expected(ROWS)
     names = [f"s3://bucket/rephrases/part-{part}.parquet" for part in range(2)]
@@ -204,28 +204,32 @@ def test_files_in_an_object_store_are_read_as_those_of_a_folder(
     shutil.rmtree(tmp_path / "root")
     with pytest.raises(FileNotFoundError, match=r"import.path=s3://bucket/nothing holds no file"):
         run_import("s3://bucket/nothing")
-    body = (tmp_path / "files" / "part-1.parquet").read_bytes()[:-200]
-    object_store.put_object(Bucket="bucket", Key="rephrases/part-1.parquet", Body=body)
+    cut = tmp_path / "files" / "part-1.parquet"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    object_store.upload(cut, "rephrases/part-1.parquet")
     record = run_import("s3://bucket/rephrases")
     assert record["rephrase"]["left_out"]["unreadable_file"] == 1
 
 
 def test_an_object_that_does_not_come_stops_the_import_and_loses_no_row(
-    tmp_path: Path, object_store: Any, run_import: RunImport, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    object_store: ObjectStore,
+    run_import: RunImport,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files = sorted(write_rows(ROWS, tmp_path / "files", "parquet").iterdir())
     for file in files:
-        object_store.upload_file(str(file), "bucket", file.name)
+        object_store.upload(file, file.name)
 
     def read_when_it_is_gone(path: str, *arguments: Any) -> Iterator[Any]:
-        object_store.delete_object(Bucket="bucket", Key=files[1].name)
+        object_store.delete(files[1].name)
         return read_rows(path, *arguments)
 
     with monkeypatch.context() as gone:
         gone.setattr(staging, "read_rows", read_when_it_is_gone)
         with pytest.raises(OSError, match=r"same command to go on"):
             run_import("s3://bucket", processes=1)
-    object_store.upload_file(str(files[1]), "bucket", files[1].name)
+    object_store.upload(files[1], files[1].name)
     run_import("s3://bucket", processes=1)
     assert keys_and_texts(tmp_path / "root") == expected(ROWS)
 

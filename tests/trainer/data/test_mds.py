@@ -3,8 +3,6 @@
 import json
 import random
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 
 from tests.trainer.conftest import StreamMaker
 from trainer.data import format as stream_files
-from trainer.data.mds import MegadocStream, check_same_tokenizer, download_stream
+from trainer.data.mds import MegadocStream, check_same_tokenizer
 from trainer.files import sha256
 
 
@@ -154,35 +152,6 @@ def test_streams_of_different_tokenizers_do_not_mix(make_stream: StreamMaker) ->
     check_same_tokenizer([one, one])
     with pytest.raises(ValueError, match=r"simple-g1 was written with another tokenizer"):
         check_same_tokenizer([one, other])
-
-
-def test_a_remote_stream_needs_a_cache(make_stream: StreamMaker, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"set data\.cache"):
-        download_stream("s3://bucket/streams/real", None)
-
-
-def test_processes_that_share_a_cache_download_every_file_once(
-    make_stream: StreamMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = make_stream("real", [[30]] * 5).path
-    fetched = []
-
-    class Store:
-        def download(self, remote: str, local: str) -> None:
-            if not Path(local).exists():
-                time.sleep(0.02)
-                shutil.copy(store / Path(remote).name, local)
-                fetched.append(Path(remote).name)
-
-    monkeypatch.setattr("streaming.base.storage.download.CloudDownloader.get", lambda _: Store())
-    with ThreadPoolExecutor(4) as ranks:
-        folders = ranks.map(download_stream, ["s3://bucket/real"] * 4, [str(tmp_path)] * 4)
-    assert {len(MegadocStream(folder)) for folder in folders} == {5}
-    files = [name for name in fetched if name != "manifest.json"]
-    assert len(files) == len(set(files)) == 4
-    (store / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"s3://bucket/real was built again since"):
-        download_stream("s3://bucket/real", str(tmp_path))
 
 
 def test_the_real_writer_and_this_reader_agree(corpus_root: Path) -> None:
