@@ -6,43 +6,47 @@
 power law, 3 to 8 sizes of corpus, one to three seeds with normal noise, in a third of the studies
 one loss that is off by 5 to 20 times the noise. For each the 95 % intervals of the curve and of a
 recipe's data efficiency are asked for, and whether the planted value lies inside. One core is
-enough.
+enough. What was found is kept beside the result as it is found, so a call that was ended goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
 from benchmarks.timing import arguments, write_results
+from trainer.files import sha256
+from trainer.study import laws, scaling_laws
 from trainer.study.laws import POWER
 from trainer.study.scaling_laws import Points, data_efficiency, fit_law
 
 LARGEST = 1.6e9  # tokens of the largest planted corpus
 
 
-def exact_laws(count: int) -> dict[str, float]:
-    """The worst relative error over random laws whose values are given exactly."""
-    generator = np.random.default_rng(0)
-    worst = 0.0
-    for _ in range(count):
-        asymptote, exponent = generator.uniform(0.5, 3.5), generator.uniform(0.1, 1.5)
-        scale = 10 ** generator.uniform(0, 9)
-        amplitude = generator.uniform(0.05, 2.0) * scale**exponent
-        x = scale * np.array([1.0, 2.0, 4.0, 8.0, 16.0])
-        values = np.array([amplitude, asymptote, exponent])
-        losses = POWER.predict(values, x[:, None])
-        found = fit_law(POWER, Points(x, losses[:, None]), replicates=0).values
-        worst = max(worst, float(np.abs(found / values - 1)[1:].max()))
-    return {"laws": count, "worst_relative_error_of_B_and_C": worst}
+def exact_law(number: int) -> float:
+    """The worst relative error of B and C of a random law whose values are given exactly."""
+    generator = np.random.default_rng((0, number))
+    asymptote, exponent = generator.uniform(0.5, 3.5), generator.uniform(0.1, 1.5)
+    scale = 10 ** generator.uniform(0, 9)
+    amplitude = generator.uniform(0.05, 2.0) * scale**exponent
+    x = scale * np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    values = np.array([amplitude, asymptote, exponent])
+    losses = POWER.predict(values, x[:, None])
+    found = fit_law(POWER, Points(x, losses[:, None]), replicates=0).values
+    return float(np.abs(found / values - 1)[1:].max())
 
 
-def planted_study(generator: np.random.Generator) -> dict[str, Any]:
+def planted_study(number: int) -> dict[str, Any]:
     """One study and which of its intervals hold the planted value; None where there is none."""
+    generator = np.random.default_rng((1, number))
     points, seeds = int(generator.integers(3, 9)), int(generator.integers(1, 4))
     exponent, asymptote = generator.uniform(0.15, 0.6), generator.uniform(1.0, 3.0)
     x = LARGEST / 2.0 ** np.arange(points)[::-1]
@@ -97,23 +101,40 @@ def coverage(studies: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def kept(file: Path, count: int, work: Callable[[int], Any]) -> list[Any]:
+    """``work`` of 0 to ``count - 1``; what an earlier call has found is read from ``file``."""
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    with file.open("a") as lines:
+        for number in range(len(found), count):
+            found.append(work(number))
+            print(json.dumps(found[-1]), file=lines, flush=True)
+    return found[:count]
+
+
+def version() -> str:
+    """Changes with the code that fits and the code that plants."""
+    sources = [Path(str(module.__file__)) for module in (laws, scaling_laws)] + [Path(__file__)]
+    return hashlib.sha256("".join(map(sha256, sources)).encode()).hexdigest()[:8]
+
+
 def main() -> None:
     parser = arguments(str(__doc__).splitlines()[0], "law-coverage")
     parser.add_argument("--laws", type=int, default=10_000)
     parser.add_argument("--studies", type=int, default=1_000)
     options = parser.parse_args()
-    began = time.monotonic()
-    exact = exact_laws(options.laws)
+    began = time.process_time()
+    parts = options.output.with_suffix("")  # files beside the result, of this version of the code
+    errors = kept(parts.with_suffix(f".{version()}.laws"), options.laws, exact_law)
+    exact = {"laws": len(errors), "worst_relative_error_of_B_and_C": max(errors)}
     print(exact)
-    generator = np.random.default_rng(1)
-    studies = [planted_study(generator) for _ in range(options.studies)]
+    studies = kept(parts.with_suffix(f".{version()}.studies"), options.studies, planted_study)
     found = coverage(studies)
     print(tabulate([{"interval": name, **row} for name, row in found.items()], "keys", "plain"))
     results = {
         "exact": exact,
         "intervals_of_95_percent": found,
         "without_interval": sum(study["curve"] is None for study in studies),
-        "seconds": round(time.monotonic() - began),
+        "cpu_seconds_of_this_call": round(time.process_time() - began),
     }
     command = f"python -m benchmarks.law_coverage --laws {options.laws} --studies {options.studies}"
     write_results(options.output, command, results)

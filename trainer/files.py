@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
+
+Content = TypeVar("Content")
+logger = logging.getLogger(__name__)
 
 SEAL = "content_seal"  # key of a JSON object's own hash
 BLOCK = 1 << 22  # bytes hashed at a time
@@ -90,8 +94,11 @@ def write_json(path: Path, content: object) -> None:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = "") -> Any:
     """A JSON file.
+
+    Args:
+        remedy: what to do where it is damaged, for the message.
 
     Raises:
         DamagedFileError: it is no JSON.
@@ -99,11 +106,26 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise DamagedFileError(f"{path} is damaged: {error}") from error
+        raise DamagedFileError(damaged(path, str(error), remedy)) from error
+
+
+def damaged(path: Path, problem: str, remedy: str) -> str:
+    return f"{path} is damaged: {problem}" + (f"; {remedy}" if remedy else "")
 
 
 class DamagedFileError(ValueError):
     """A file is not what was written; the message names it."""
+
+
+def optional(path: Path, read: Callable[[Path], Content]) -> Content | None:
+    """What a file holds that others can do without; damage is said and costs nothing else."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except DamagedFileError as error:
+        logger.warning(f"{error}; it is left out")
+        return None
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
@@ -111,18 +133,40 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     write_json(path, content | {SEAL: hash_of(content)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path, remedy: str = "") -> dict[str, Any]:
     """What :func:`write_sealed` wrote, without the hash; of older versions without one.
+
+    Args:
+        remedy: what to do where it is damaged, for the message.
 
     Raises:
         DamagedFileError: it is no JSON object, or not the one that was written.
     """
-    content = read_json(path)
+    content = read_json(path, remedy)
     if not isinstance(content, dict):
-        raise DamagedFileError(f"{path} is damaged: it holds {str(content)[:40]}")
+        raise DamagedFileError(damaged(path, f"it holds {str(content)[:40]}", remedy))
     if content.pop(SEAL, None) not in (None, hash_of(content)):
-        raise DamagedFileError(f"{path} is damaged: it was changed after it was written")
+        raise DamagedFileError(damaged(path, "it was changed after it was written", remedy))
     return content
+
+
+def hash_file(path: Path) -> Path:
+    """Beside a file: its SHA-256, as ``sha256sum -c`` reads it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def write_hash(path: Path, content: Path) -> None:
+    """Write the hash of ``content``, which ``path`` will hold: before ``path`` is there."""
+    with replace_file(hash_file(path)) as unfinished:
+        unfinished.write_text(f"{sha256(content)}  {path.name}\n")
+
+
+def read_hash(path: Path) -> str | None:
+    """What :func:`write_hash` wrote about a file; None where older versions wrote the file."""
+    try:
+        return hash_file(path).read_bytes()[:64].decode("ascii", "replace")
+    except FileNotFoundError:
+        return None
 
 
 def hash_of(content: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from trainer.parallel.context_parallel import split_batch
 from trainer.parallel.ranks import Ranks, choose_device, join_ranks, last_backward
 from trainer.run.checkpoint import Checkpointer
 from trainer.run.distillation import Teachers
-from trainer.run.inputs import read_inputs, run_dir_of
+from trainer.run.inputs import learnt_hash, read_inputs, run_dir_of
 from trainer.run.kernel_choice import check_kernels
 from trainer.run.metrics import Meter
 from trainer.run.run_dir import finished_loss
@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> float:
             saver,
         ):
             meter = Meter(run.config, ranks, run.plan, run.streams, first)
-            if cadence.evaluates(first) and not any_rank_evaluated(run):
+            if cadence.evaluates(first) and not any_rank_evaluated(run, first):
                 evaluate(run, first, saver, tracker, meter)  # stopped between saving and this
             for step, micro_batches in loader:
                 rate = set_schedules(
@@ -102,7 +102,8 @@ def train(config: TrainConfig) -> float:
             saver.finish()
             with run.average.in_place() if run.average else contextlib.nullcontext():
                 scores = evaluate_model(run.model, run.validation, run.config.data, ranks)
-            tracker.log(steps, scores.metrics())
+            if first < steps or not any_rank_evaluated(run, steps):  # stopped before the result
+                tracker.log(steps, scores.metrics())
         if not math.isfinite(scores.loss["iid"]):
             raise NonFiniteLossError(
                 f"the validation loss after the last step is {scores.loss['iid']}; "
@@ -152,9 +153,9 @@ class Cadence:
         return 0 < done < self.steps and done % self.evaluate_every == 0
 
 
-def any_rank_evaluated(run: Run) -> bool:
-    """Whether the metrics hold the evaluation that was due where the attempt before stopped."""
-    found = run.ranks.is_main and was_evaluated(run.folder, run.before.step)
+def any_rank_evaluated(run: Run, step: int) -> bool:
+    """Whether the metrics hold an attempt's evaluation after ``step`` steps."""
+    found = run.ranks.is_main and was_evaluated(run.folder, step)
     return run.ranks.sum_on_hosts(found) > 0
 
 
@@ -238,6 +239,7 @@ def write_result(run: Run, scores: Scores) -> None:
         "recipe": to_dict(run.config)["recipe"],
         "seed": run.config.seed,
         "inputs": run.inputs,
+        "identity": learnt_hash(run.config, run.inputs),
         "steps": run.steps,
         "parameters": run.config.model.parameter_count(),
         "seconds": run.seconds,

@@ -37,7 +37,7 @@ from trainer.run.checkpoint import Checkpointer, load_checkpoint, newest_whole
 from trainer.run.distillation import Teachers
 from trainer.run.early import check_early, describe_overlap, describe_reading
 from trainer.run.export import load_hugging_face
-from trainer.run.inputs import changed_inputs, stream_path
+from trainer.run.inputs import changed_inputs, learnt_hash, stream_path
 from trainer.run.kernel_choice import choose_kernels, compute_dtype
 from trainer.run.progress import Progress, checkpoints, read_progress
 from trainer.run.run_dir import check_progress, claimed
@@ -82,6 +82,7 @@ class Run:
             self.seconds,
             **self.guard.state(),
             inputs=self.inputs,
+            identity=learnt_hash(self.config, self.inputs),
         )
 
     def checkpointer(self) -> Checkpointer:
@@ -146,7 +147,7 @@ def build_run(
     if config.optimizer.averaging is not Averaging.none:
         average = WeightAverage(wrapped, config.optimizer, steps)
     teachers = Teachers(config.distillation, ranks) if config.distillation.teachers else None
-    before = resume(folder, wrapped, optimizers, average, plan, streams[0], inputs, ranks)
+    before = resume(config, folder, wrapped, optimizers, average, plan, streams[0], inputs, ranks)
     if ranks.is_main:
         check_progress(folder, before.step)
     return Run(
@@ -308,6 +309,7 @@ def prepare_blocks(model: Llama, config: TrainConfig, ranks: Ranks) -> None:
 
 
 def resume(
+    config: TrainConfig,
     run_dir: Path,
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
@@ -331,6 +333,11 @@ def resume(
         raise ValueError(
             f"{newest} was trained on other data than is there now ({changed}): streams under "
             f"{stream.path.parent} have changed since; use another name=... or rebuild the old ones"
+        )
+    if progress.identity not in ("", learnt_hash(config, inputs)):
+        raise ValueError(
+            f"{newest} was trained with another config, and the config.yaml that could say which "
+            "is gone; use another name=..."
         )
     if progress.plan_hash != plan.hash():
         raise ValueError(

@@ -288,9 +288,10 @@ def current_manifest(
     """
     if not (folder / "manifest.json").exists():
         return None
-    manifest = read_sealed(folder / "manifest.json")
+    again = f"delete {folder} and run the same command again"
+    manifest = read_sealed(folder / "manifest.json", again)
     if "files" in manifest:
-        verify(folder, manifest, f"delete {folder} and run the same command again")
+        verify(folder, manifest, again)
     manifest["config"]["path"] = spelled_out(manifest["config"]["path"])
     if manifest["config"] == wanted and manifest["source"] == fingerprint(config):
         return manifest

@@ -51,7 +51,7 @@ def build_tokenizer(
     """
     folder = root / "tokenizer"
     if (folder / "manifest.json").exists():
-        found = read_sealed(folder / "manifest.json")["config"]
+        found = read_sealed(folder / "manifest.json", start_over(root))["config"]
         if found != asdict(config):
             raise ValueError(
                 f"{folder} holds another tokenizer ({found}) than asked for ({asdict(config)}); "
@@ -98,17 +98,24 @@ def load_tokenizer(root: Path) -> tuple[Tokenizer, TokenizerManifest]:
 
     Text that looks like a special token is encoded as ordinary text.
     """
-    content = read_sealed(root / "tokenizer" / "manifest.json")
+    content = read_sealed(root / "tokenizer" / "manifest.json", start_over(root))
     content.pop("config")
     file = root / "tokenizer" / "tokenizer.json"
     if not file.exists() or sha256(file) != content["sha256"]:
         raise DamagedFileError(
-            f"{file} is missing or not the one that was written: put the old one back, or delete "
-            f"{file.parent} and {root / 'streams'} to start over with a new one"
+            f"{file} is missing or not the one that was written; {start_over(root)}"
         )
     tokenizer = plain(Tokenizer.from_file(str(file)))
     content["vocab_size"] = vocabulary_size(tokenizer)
     return tokenizer, TokenizerManifest(**content)
+
+
+def start_over(root: Path) -> str:
+    """What to do about a damaged tokenizer."""
+    return (
+        f"put the old one back, or delete {root / 'tokenizer'} and {root / 'streams'} to start "
+        "over with a new one"
+    )
 
 
 def plain(tokenizer: Tokenizer) -> Tokenizer:

@@ -28,7 +28,7 @@ from gen.corpus.near_duplicates import left_out
 from gen.corpus.tokenizer import TokenizerManifest
 from gen.exchange.card import Part, write_card
 from gen.exchange.join import MEMORY
-from gen.generations.store import IMPORT_RECORD, SCHEMA, GenerationStore
+from gen.generations.store import SCHEMA, GenerationStore
 from gen.megadocs.assembly import Megadoc, with_texts
 from gen.megadocs.config import StreamConfig
 from gen.megadocs.selection import choose_generations
@@ -177,9 +177,9 @@ class Export:
     def export_store(self, store: GenerationStore, folder: Path) -> Part:
         """Every document with its generations of one method."""
         name = store.folder.name
-        part = Part(name, read_json(store.folder / "manifest.json"), store.imported)
+        part = Part(name, store.settings(), store.imported)
         with connect(folder) as connection:
-            connection.register("generations", ds.dataset(store.parts(), schema=SCHEMA))
+            connection.register("generations", ds.dataset(store.verified_parts(), schema=SCHEMA))
             document_keys(connection, self.root)
             for split, called in SPLITS.items():
                 shards = Shards(folder / name, called, ROWS)
@@ -195,7 +195,7 @@ class Export:
         table = quality_table(store, self.train, self.documents_hash, self.quality.processes)
         if store.imported:
             (folder / "provenance").mkdir(exist_ok=True)
-            record = read_json(store.folder / IMPORT_RECORD)
+            record = store.import_record()
             write_json(folder / "provenance" / f"{name}.json", record)
         if table.num_rows:
             failed = gates(columns_of(table), self.quality)

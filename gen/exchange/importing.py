@@ -22,7 +22,7 @@ from gen.exchange.config import ImportConfig
 from gen.exchange.join import Joined, Joiner
 from gen.exchange.staging import Stage, make_plan
 from gen.generations.store import IMPORT_RECORD, GenerationStore, drop_leftovers
-from trainer.files import read_json, write_json
+from trainer.files import write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ class Import:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self, method: str) -> dict[str, Any]:
-        path = self.store(method).folder / IMPORT_RECORD
-        return read_json(path) if path.exists() else {}
+        store = self.store(method)
+        return store.import_record() if store.imported else {}
 
     def read_documents(self) -> Iterator[Document]:
         """Documents from the files of this import."""
@@ -139,7 +139,7 @@ class Import:
                 "created_at": self.began,
             }
             joined = joiner.join(method, store, row, key)
-            write_json(store.folder / IMPORT_RECORD, self.new_record(method, joined, key))
+            write_sealed(store.folder / IMPORT_RECORD, self.new_record(method, joined, key))
 
     def new_record(self, method: str, joined: Joined, key: str) -> dict[str, Any]:
         """Where every part came from, and what was left out and why."""

@@ -295,4 +295,4 @@ def drop_other_parts(store: GenerationStore, key: str) -> None:
     for path in store.folder.glob("part-*.parquet"):
         metadata = pq.read_schema(path).metadata or {}
         if metadata.get(b"import") != key.encode() or numbers_of(path)[0] != WRITER:
-            path.unlink()
+            store.drop(path)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer.files import read_json, write_json
+from trainer.files import optional, read_sealed, write_sealed
 
 Key = tuple[str, int]  # document id and index
 NOT_TRIED = "not tried"
@@ -36,7 +36,7 @@ class Failures:
     def save(self) -> None:
         """Write the file where something was added since."""
         if len(self.found) > self.saved:
-            write_json(self.path, {"failures": [asdict(failure) for failure in self.found]})
+            write_sealed(self.path, {"failures": [asdict(failure) for failure in self.found]})
             self.saved = len(self.found)
 
     def describe(self) -> str:
@@ -58,10 +58,9 @@ def failures_path(folder: Path, writer: int) -> Path:
 
 
 def read_failures(path: Path) -> list[Failure]:
-    """Those of one writer's latest job; none where all succeeded."""
-    if not path.exists():
-        return []
-    return [Failure(**entry) for entry in read_json(path).get("failures", [])]
+    """Those of one writer's latest job; none where all succeeded, or the file is damaged."""
+    content = optional(path, read_sealed) or {}
+    return [Failure(**entry) for entry in content.get("failures", [])]
 
 
 def all_failures(folder: Path) -> dict[Key, Failure]:

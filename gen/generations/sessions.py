@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from trainer.files import read_json, write_json
+from trainer.files import optional, read_sealed, write_sealed
 
 
 @dataclass
@@ -51,13 +51,14 @@ class Session:
         self.now = time.time()
         folder = store_folder / "sessions"
         folder.mkdir(exist_ok=True)
-        write_json(folder / f"{self.began:.3f}-{self.writer:03d}.json", asdict(self))
+        write_sealed(folder / f"{self.began:.3f}-{self.writer:03d}.json", asdict(self))
 
 
 def read_sessions(store_folder: Path) -> list[Session]:
-    """All sessions of a store, oldest first."""
-    paths = (store_folder / "sessions").glob("*.json")
-    return sorted((Session(**read_json(path)) for path in paths), key=lambda one: one.began)
+    """All sessions of a store, oldest first; a damaged one is said and left out."""
+    paths = sorted((store_folder / "sessions").glob("*.json"))
+    found = [content for path in paths if (content := optional(path, read_sealed)) is not None]
+    return sorted((Session(**content) for content in found), key=lambda one: one.began)
 
 
 def latest_of_writers(sessions: list[Session]) -> list[Session]:

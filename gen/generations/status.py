@@ -12,8 +12,7 @@ import pyarrow.compute as pc
 
 from gen.generations.failures import describe_reasons, failures_path, read_failures
 from gen.generations.sessions import Session, latest_of_writers, read_sessions
-from gen.generations.store import IMPORT_RECORD, GenerationStore
-from trainer.files import read_json
+from gen.generations.store import GenerationStore
 from trainer.slurm_jobs import describe_job
 
 ACTIVE = 120.0  # seconds since its last part after which a session no longer counts as running
@@ -55,7 +54,7 @@ def store_status(store: GenerationStore) -> str:
         f"{cut / table.num_rows:.0%} cut off by their length limit"
     ]
     if store.imported:
-        lines.append(f"  {imported(read_json(store.folder / IMPORT_RECORD))}")
+        lines.append(f"  {imported(store.import_record())}")
     if latest:
         lines.append(f"  {progress(done, expected, failed, latest)}")
         if done < expected:

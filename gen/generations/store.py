@@ -1,6 +1,7 @@
 """Generations on disk: append-only Parquet parts, each complete or not there.
 
-A part is written under a temporary name, synced and renamed; many small ones are merged. The keys
+A part is written under a temporary name, synced and renamed, its SHA-256 beside it (Parquet's own
+checksums leave out what tells where everything is); many small ones are merged. The keys
 that are present are the state of a job, so it resumes by asking what is missing. Rows of one key
 can be written only once: a lock keeps a second writer out, and several writers (one per node) share
 a store by owning disjoint documents.
@@ -25,7 +26,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gen.corpus.documents import Document
-from trainer.files import only_one, read_json, replace_file, write_json
+from trainer.data.format import damaged_files
+from trainer.files import (
+    hash_file,
+    only_one,
+    read_hash,
+    read_sealed,
+    replace_file,
+    write_hash,
+    write_sealed,
+)
 
 SCHEMA = pa.schema(
     [
@@ -100,7 +110,7 @@ class GenerationStore:
     @property
     def imported_generations(self) -> int:
         """The largest G of a document, as an import counted it."""
-        largest: int = read_json(self.folder / IMPORT_RECORD)["largest_g"]
+        largest: int = self.import_record()["largest_g"]
         return largest
 
     def claim(self, settings: dict[str, Any]) -> None:
@@ -114,9 +124,9 @@ class GenerationStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / "manifest.json"
         if not manifest.exists():
-            write_json(manifest, settings)
+            write_sealed(manifest, settings)
             return
-        found = {**ADDED_SETTINGS, **read_json(manifest)}
+        found = {**ADDED_SETTINGS, **self.settings()}
         settings = {**ADDED_SETTINGS, **settings}
         different = [
             f"{key}: {difference(found[key], settings.get(key))}"
@@ -129,6 +139,26 @@ class GenerationStore:
                 "Generations of one method must be alike: use the old settings, another root=..., "
                 "or delete that folder"
             )
+
+    def settings(self) -> dict[str, Any]:
+        """What the store was written with.
+
+        Raises:
+            ValueError: that file is damaged.
+        """
+        return read_sealed(
+            self.folder / "manifest.json",
+            "delete it and run generate.py again with the settings of the generations that are "
+            "there: it is written anew",
+        )
+
+    def import_record(self) -> dict[str, Any]:
+        """What an import wrote when it ended.
+
+        Raises:
+            ValueError: that file is damaged.
+        """
+        return read_sealed(self.folder / IMPORT_RECORD, "delete it and run the same import again")
 
     @contextlib.contextmanager
     def lock(self, writer: int, writers: int) -> Iterator[None]:
@@ -172,16 +202,39 @@ class GenerationStore:
         return kept
 
     def require_parts(self) -> list[Path]:
-        """The parts of a store that is not empty.
+        """The verified parts of a store that is not empty.
 
         Raises:
-            FileNotFoundError: nothing was generated yet.
+            FileNotFoundError: nothing was generated yet, or a part was merged meanwhile.
+            ValueError: a part is corrupted.
         """
-        if not (parts := self.parts()):
+        self.require_some()
+        return self.verified_parts()
+
+    def require_some(self) -> None:
+        """Raise FileNotFoundError where nothing was generated yet."""
+        if not self.parts():
             raise FileNotFoundError(
                 f"{self.folder} holds no generations; make them with generate.py first"
             )
+
+    def verified_parts(self) -> list[Path]:
+        """:meth:`parts`, each compared with its hash, once on this machine.
+
+        Raises:
+            ValueError: one is not what was written.
+        """
+        parts = self.parts()
+        told = {part.name: read_hash(part) for part in parts}
+        known = {name: expected for name, expected in told.items() if expected is not None}
+        for name in damaged_files(self.folder, known) if known else ():
+            raise corrupted(self.folder / name, "it is not what was written")
         return parts
+
+    def drop(self, part: Path) -> None:
+        """Delete a part and its hash."""
+        part.unlink()
+        hash_file(part).unlink(missing_ok=True)
 
     def append(self, rows: list[Generation], writer: int) -> None:
         """Write ``rows`` as a new part and sync it to the disk.
@@ -214,6 +267,7 @@ class GenerationStore:
                     unfinished, schema, compression="zstd", write_page_checksum=True
                 ) as writer:
                     yield writer
+                write_hash(path, unfinished)
             except OSError as error:
                 raise OSError(
                     f"could not write a part of {self.folder}: {error}; what was written before "
@@ -230,15 +284,16 @@ class GenerationStore:
         current = [path for path in self.parts() if path.name.startswith(prefix)]
         replaced = set(self.folder.glob(f"{prefix}*.parquet")) - set(current)
         for path in replaced:  # left by a merge that was killed
-            path.unlink()
+            self.drop(path)
         small = [path for path in current if "-" not in path.stem.removeprefix(prefix)]
         if len(small) < count:
             return
+        self.verified_parts()
         table = pa.concat_tables([read_part(path, None) for path in small])
         first, last = numbers_of(small[0])[1], numbers_of(small[-1])[2]
         self.write_part(self.folder / f"{prefix}{first:06d}-{last:06d}.parquet", table)
         for path in small:
-            path.unlink()
+            self.drop(path)
 
     def done(self, documents: Sequence[Document]) -> list[set[int]]:
         """Indices that are present of each document, made from the text it has now."""
@@ -259,16 +314,17 @@ class GenerationStore:
             FileNotFoundError: nothing was generated yet.
             ValueError: a part is corrupted.
         """
-        self.require_parts()
+        self.require_some()
         while True:
             with contextlib.suppress(FileNotFoundError):  # merged since it was listed
-                return pa.concat_tables([read_part(part, columns) for part in self.parts()])
+                parts = self.verified_parts()
+                return pa.concat_tables([read_part(part, columns) for part in parts])
 
     def fingerprint(self) -> str:
         """Changes when generations are added, not when parts are merged."""
         rows: dict[int, int] = defaultdict(int)
         times: dict[int, set[float]] = defaultdict(set)
-        for part in self.parts():
+        for part in self.verified_parts():
             writer, footer = numbers_of(part)[0], pq.read_metadata(part)
             rows[writer] += footer.num_rows
             for group in range(footer.num_row_groups):
@@ -346,9 +402,10 @@ def batches_of(part: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
         raise corrupted(part, error) from error
 
 
-def corrupted(part: Path, error: Exception) -> ValueError:
+def corrupted(part: Path, problem: object) -> ValueError:
+    """What is wrong with a part, and what to do."""
     return ValueError(
-        f"{part} is corrupted ({error}); delete it and run generate.py again, which makes only "
+        f"{part} is corrupted ({problem}); delete it and run generate.py again, which makes only "
         "what is missing"
     )
 

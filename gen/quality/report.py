@@ -29,7 +29,6 @@ from gen.quality.gates import (
     select,
 )
 from gen.quality.table import columns_of, quality_table
-from trainer.files import read_json
 from trainer.pages import embedded, png_of, write_page
 
 OPENING = 8  # words; how often generations open alike shows a collapsed template
@@ -73,7 +72,7 @@ def write_quality_report(
     judged = judge(store, documents, documents_hash, quality)
     head, *rows = gate_rows(judged, quality)
     told = advice(judged.selection.failed, judged.table.num_rows)
-    settings = read_json(store.folder / "manifest.json")
+    settings = store.settings()
     write_page(
         path,
         Path(__file__).with_suffix(".html"),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, fields
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from gen.corpus.documents import Document
 from gen.generations.by_document import TEXT_COLUMNS
 from gen.generations.store import GenerationStore, places_of
 from gen.quality.gates import Measures, measure
-from trainer.files import only_one, replace_file
+from trainer.data.format import damaged_files
+from trainer.files import only_one, read_hash, replace_file, write_hash
 
 VERSION = 1  # of the measures; a change measures again
 ROWS_A_PROCESS = 5000  # fewer are measured before another process has started
@@ -53,7 +55,7 @@ def quality_table(
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     path = store.folder / "quality.parquet"
     with only_one(store.folder / "quality.lock"):  # several writers may build the streams
-        if path.exists():
+        if path.exists() and is_whole(path):
             with contextlib.suppress(pa.ArrowException, OSError):  # damaged: measured again
                 schema = pq.read_schema(path)
                 if (schema.metadata or {}).get(b"key") == key.encode():
@@ -62,7 +64,14 @@ def quality_table(
         table = table.replace_schema_metadata({"key": key})
         with replace_file(path) as unfinished:
             pq.write_table(table, unfinished, compression="zstd", write_page_checksum=True)
+            write_hash(path, unfinished)
         return table
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is what its hash says; one of an older version has none."""
+    told = read_hash(path)
+    return told is None or not damaged_files(path.parent, {path.name: told})
 
 
 def measure_all(

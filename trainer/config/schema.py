@@ -467,6 +467,9 @@ class TrainConfig:
         science["recipe"].pop("max_generations")
         for key in ("micro_batch_size", "cache", "cache_limit", "root"):
             science["data"].pop(key)
+        # What they hold is among the inputs.
+        science["initial_weights"] = self.initial_weights is not None or None
+        science["distillation"]["teachers"] = [None] * len(self.distillation.teachers)
         science["version"] = VERSION
         return science
 
@@ -510,7 +513,10 @@ def load_config(path: Path) -> TrainConfig:
         stored = translated(OmegaConf.to_container(OmegaConf.load(path)))
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), stored)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no config of this program, or damaged: {error}") from None
+        raise ValueError(
+            f"{path} is no config of this program, or damaged ({error}); where train.py wrote it, "
+            "delete it and start the same command again: it is written anew"
+        ) from None
     config = OmegaConf.to_object(merged)
     assert isinstance(config, TrainConfig)
     return config

@@ -170,8 +170,6 @@ def parse_manifest(written: bytes, file: Path | str, folder: Path | str) -> dict
 def verify(folder: Path, manifest: dict[str, Any], remedy: str | None = None) -> None:
     """Compare every file with the manifest, once on this machine until a file is written again.
 
-    What was verified is remembered beside the temporary files, by path, size and time of change.
-
     Args:
         folder: that the files lie in.
         manifest: its ``files`` are what :func:`describe` gave.
@@ -190,38 +188,67 @@ def verify(folder: Path, manifest: dict[str, Any], remedy: str | None = None) ->
                 f"{file} {state}, {MANIFEST} says {expected['bytes']}: it was truncated or "
                 f"changed; {remedy}"
             )
+    hashes = {name: expected["sha256"] for name, expected in manifest["files"].items()}
+    for name, found_hash in damaged_files(folder, hashes).items():
+        raise DamagedStreamError(
+            f"{folder / name} is damaged: its SHA-256 is {found_hash[:12]}, {MANIFEST} says "
+            f"{hashes[name][:12]}; {remedy}"
+        )
+
+
+def damaged_files(folder: Path, hashes: dict[str, str]) -> dict[str, str]:
+    """Files whose SHA-256 is another than ``hashes`` says, with what it is; both by name.
+
+    Raises:
+        FileNotFoundError: one is not there.
+    """
+    found = remembered_hashes(folder, list(hashes))
+    return {name: own for name, own in found.items() if own != hashes[name]}
+
+
+def remembered_hashes(folder: Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of files, by name; each is read once on this machine until it is written again.
+
+    What was found is remembered beside the temporary files, by path, size and time of change.
+
+    Raises:
+        FileNotFoundError: one is not there.
+    """
     memory = Path(tempfile.gettempdir()) / f"megadocs-verified-{os.getuid()}"
     memory.mkdir(mode=0o700, exist_ok=True)
     note = memory / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
     with only_one(note.with_suffix(".lock")):  # the ranks of a machine read the files once
-        state = fingerprint(folder, manifest)
-        if note.exists() and note.read_text() == state:
-            return
-        total = sum(expected["bytes"] for expected in manifest["files"].values())
-        if total > SAID:
-            logger.info(f"verifying {total / 1e9:.0f} GB of {folder}, once on this machine")
-        with ThreadPoolExecutor() as pool:
-            found_hashes = pool.map(sha256, [folder / name for name in manifest["files"]])
-            for (name, expected), found_hash in zip(
-                manifest["files"].items(), found_hashes, strict=True
-            ):
-                if found_hash != expected["sha256"]:
-                    raise DamagedStreamError(
-                        f"{folder / name} is damaged: its SHA-256 is {found_hash[:12]}, {MANIFEST} "
-                        f"says {expected['sha256'][:12]}; {remedy}"
-                    )
-        note.write_text(state)
+        known = known_hashes(note.read_bytes() if note.exists() else b"")
+        states = {name: state_of(folder / name) for name in names}
+        unknown = [name for name in names if known.get(name, [])[:-1] != states[name]]
+        if unknown:
+            total = sum(states[name][0] for name in unknown)
+            if total > SAID:
+                logger.info(f"verifying {total / 1e9:.0f} GB of {folder}, once on this machine")
+            with ThreadPoolExecutor() as pool:
+                found = pool.map(sha256, [folder / name for name in unknown])
+                for name, own in zip(unknown, found, strict=True):
+                    known[name] = [*states[name], own]
+            kept = {name: state for name, state in known.items() if (folder / name).exists()}
+            note.write_text(json.dumps(kept))
+        return {name: known[name][-1] for name in names}
+
+
+def known_hashes(text: bytes) -> dict[str, list[Any]]:
+    """What a note of :func:`remembered_hashes` holds; nothing where it is damaged itself."""
+    try:
+        known = json.loads(text)
+    except ValueError:
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def state_of(file: Path) -> list[int]:
+    """Changes when a file is written again."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def build_again(folder: Path | str) -> str:
     """What to do about a stream that cannot be used."""
     return f"build {folder} again with generate.py (of a remote stream: delete that local copy)"
-
-
-def fingerprint(folder: Path, manifest: dict[str, Any]) -> str:
-    """Changes when a file of the folder is written again."""
-    states = []
-    for name, expected in manifest["files"].items():
-        stat = (folder / name).stat()
-        states.append([name, expected["sha256"], stat.st_size, stat.st_mtime_ns, stat.st_ino])
-    return json.dumps(states)

@@ -13,7 +13,7 @@ from trainer.config.schema import load_config
 from trainer.data.mds import read_stream_manifest
 from trainer.evaluation.downstream import SETS, TASKS, check_tasks, evaluate_tasks, keep_scores
 from trainer.evaluation.ensemble import evaluate_ensemble, held_out_path
-from trainer.files import write_json
+from trainer.files import write_sealed
 from trainer.run.export import export_run
 from trainer.run.progress import newest_checkpoint
 
@@ -109,4 +109,4 @@ def write_scores(
     if config.output:
         ensemble = {"members": config.runs, "mean": config.mean.value, "sizes": sizes}
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.output), scores | (ensemble if len(sizes) > 1 else {}))
+        write_sealed(Path(config.output), scores | (ensemble if len(sizes) > 1 else {}))

@@ -16,6 +16,7 @@ from trainer.data.remote import tokenizer_folder
 from trainer.files import read_sealed, replace_folder
 from trainer.model.llama import Llama
 from trainer.run.checkpoint import load_model
+from trainer.run.inputs import weight_files
 from trainer.run.progress import newest_checkpoint, read_progress
 
 SHARD_BYTES = 4 << 30
@@ -191,23 +192,6 @@ def load_hugging_face(model: Llama, folder: Path, tokenizer: Path) -> None:
                 "must be those that config.json describes"
             )
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder that belong together: those of the index, or the one.
-
-    Raises:
-        FileNotFoundError: there are none, or one of the index is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = [folder / "model.safetensors"]
-    if missing := [file.name for file in files if not file.exists()]:
-        raise FileNotFoundError(f"initial_weights={folder} lacks {', '.join(missing)}")
-    return files
 
 
 def llama_shape(content: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.schema import TrainConfig, load_config
+from trainer.data.format import remembered_hashes
 from trainer.data.mds import read_stream_manifest
 from trainer.run.progress import newest_checkpoint, read_progress
 
 
 def read_inputs(config: TrainConfig) -> dict[str, str]:
-    """Content hashes, by name, of all streams of a run, and the identities of its teachers.
+    """Content hashes, by name, of what a run reads: streams, teachers, the weights it starts from.
 
     Raises:
-        FileNotFoundError: a stream is not there, or a teacher has no checkpoint.
+        FileNotFoundError: a stream or the weights are not there, or a teacher has no checkpoint.
         ValueError: a manifest is damaged, or of an older version.
     """
     names = [config.recipe.real_stream, config.recipe.synthetic, config.data.validation]
@@ -31,7 +33,37 @@ def read_inputs(config: TrainConfig) -> dict[str, str]:
     }
     for place, teacher in enumerate(config.distillation.teachers):
         inputs[f"distillation.teachers[{place}]"] = checkpoint_identity(teacher)
+    if config.initial_weights is not None:
+        inputs["initial_weights"] = weights_identity(Path(config.initial_weights))
     return inputs
+
+
+def weights_identity(folder: Path) -> str:
+    """Hash of a Llama folder's weights; the folder may lie anywhere.
+
+    Raises:
+        FileNotFoundError: weights are missing.
+    """
+    names = [file.name for file in weight_files(folder)]
+    hashes = remembered_hashes(folder, names)
+    return hashlib.sha256("".join(hashes[name] for name in names).encode()).hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder that belong together: those of the index, or the one.
+
+    Raises:
+        FileNotFoundError: there are none, or one of the index is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise FileNotFoundError(f"initial_weights={folder} lacks {', '.join(missing)}")
+    return files
 
 
 def stream_path(config: TrainConfig, name: str) -> str:
@@ -55,6 +87,14 @@ def changed_inputs(earlier: Mapping[str, str], now: Mapping[str, str]) -> str:
         for name in {**earlier, **now}
         if earlier.get(name) != now.get(name)
     )
+
+
+def learnt_hash(config: TrainConfig, inputs: Mapping[str, str]) -> str:
+    """What a result and a checkpoint say of themselves, should their config be lost.
+
+    The same before and after the streams are open, which tell the vocabulary.
+    """
+    return replace(config, model=replace(config.model, vocab_size=0)).science_hash(inputs)
 
 
 def run_dir_of(config: TrainConfig, inputs: Mapping[str, str] | None = None) -> Path:

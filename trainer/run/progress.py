@@ -24,6 +24,7 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0  # up to this step
     inputs: dict[str, str] = field(default_factory=dict)  # content hashes of what was read
+    identity: str = ""  # of what is learnt; empty in those of older versions
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the checkpoint's other files
 
 

@@ -12,8 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.schema import TrainConfig, load_config, save_config
-from trainer.files import only_one, read_sealed, replace_file
-from trainer.run.inputs import changed_inputs, read_inputs, run_dir_of
+from trainer.data.mds import read_stream_manifest
+from trainer.files import only_one, optional, read_sealed, replace_file
+from trainer.run.inputs import (
+    changed_inputs,
+    learnt_hash,
+    read_inputs,
+    run_dir_of,
+    stream_path,
+)
 from trainer.run.progress import checkpoints
 from trainer.slurm_jobs import describe_job, starts_in_vain
 
@@ -74,10 +81,9 @@ def this_process() -> dict[str, str]:
 
 def trained_elsewhere(run_dir: Path) -> str:
     """Why a run is not trained twice at once, and what to do."""
-    try:
-        other = json.loads((run_dir / "process.json").read_text())
-    except (OSError, ValueError):  # it has not written yet who it is
-        other = {"host": "another host", "process": "?", "job": ""}
+    other = {"host": "another host", "process": "?", "job": ""}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # it has not written yet who it is
+        other |= json.loads((run_dir / "process.json").read_bytes())
     who = f"process {other['process']} on {other['host']}"
     if other["job"] and other["job"] == os.environ.get("SLURM_JOB_ID"):
         return (
@@ -138,7 +144,32 @@ def finished_loss(config: TrainConfig, inputs: Mapping[str, str] | None = None) 
             f"{run_dir} was trained on other data than is there now ({changed}); choose another "
             "name=... or delete that folder"
         )
+    if not (run_dir / "config.yaml").exists():
+        restore_config(run_dir, config, inputs, result.get("identity"))
     return loss
+
+
+def restore_config(
+    run_dir: Path, config: TrainConfig, inputs: Mapping[str, str], identity: str | None
+) -> None:
+    """Write the ``config.yaml`` of a finished run that has lost it.
+
+    Args:
+        identity: what the result says was learnt; None: an older version wrote it.
+
+    Raises:
+        ValueError: that is another experiment, or it is not known which.
+    """
+    if identity != learnt_hash(config, inputs):
+        raise ValueError(
+            f"{run_dir} holds a result but no config.yaml, and it is not the result of this config "
+            "or does not say of which; choose another name=... or delete that folder"
+        )
+    stream = stream_path(config, config.recipe.real_stream)
+    vocabulary = (
+        config.model.vocab_size or read_stream_manifest(stream, config.data.cache).vocab_size
+    )
+    record_config(run_dir, replace(config, model=replace(config.model, vocab_size=vocabulary)))
 
 
 def check_same_config(run_dir: Path, config: TrainConfig) -> None:

@@ -7,7 +7,6 @@ every job is waited for, and what became of it is said.
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import time
@@ -22,7 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from trainer.files import replace_file
+from trainer.files import read_sealed, replace_file
 from trainer.plugins import importable_in_jobs
 from trainer.slurm_jobs import ENDED, slurm_states
 
@@ -212,7 +211,7 @@ def write_results(output: Path) -> None:
     """``results.csv``: one row for every finished run below ``output``."""
     rows = []
     for path in sorted(output.glob("*/result.json")):
-        result = json.loads(path.read_text())
+        result = read_sealed(path)
         rows.append(
             {
                 "run": path.parent.name,

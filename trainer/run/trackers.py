@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from trainer.config.schema import TrackingConfig, TrainConfig, to_dict
-from trainer.files import replace_file
+from trainer.files import replace_file, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Tracker:
         """Begin to write, after what an earlier attempt wrote up to ``start_step``."""
         forget_after(run_dir / "metrics.jsonl", start_step)
         self.jsonl = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
+        write_sealed(run_dir / "environment.json", environment())
         if config.tracking.tensorboard:
             self.writers.append(TensorBoard(run_dir, start_step))
         for module, project in (
@@ -147,22 +147,22 @@ def forget_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the process was killed in the middle of this line
+            done = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # killed in the middle of this line, or damaged
             continue
-        if record["step"] <= step:
+        if done <= step:
             kept.append(line)
     with replace_file(path) as unfinished:  # a kill must not cost the history
-        unfinished.write_text("".join(line + "\n" for line in kept))
+        unfinished.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
 def was_evaluated(run_dir: Path, step: int) -> bool:
     """Whether ``metrics.jsonl`` holds the evaluation after ``step`` steps."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return any(f'"step": {step}, "eval/' in line for line in lines)
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return any(f'"step": {step}, "eval/'.encode() in line for line in lines)
 
 
 def environment() -> dict[str, str]:

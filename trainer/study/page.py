@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from trainer.data.format import VARIANTS
+from trainer.files import optional, read_sealed
 from trainer.pages import png_of
 
 matplotlib.use("agg")
@@ -112,7 +112,5 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def environment_line(run: Path) -> str:
     """What a run was made with."""
-    path = run / "environment.json"
-    if not path.exists():
-        return ""
-    return ", ".join(f"{name} {value}" for name, value in json.loads(path.read_text()).items())
+    found = optional(run / "environment.json", read_sealed) or {}
+    return ", ".join(f"{name} {value}" for name, value in found.items())

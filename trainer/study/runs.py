@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -24,7 +24,7 @@ from yaml import YAMLError
 from trainer.config.schema import TrainConfig, load_config
 from trainer.data.format import real_document_of
 from trainer.evaluation import downstream
-from trainer.files import DamagedFileError, read_sealed, sha256
+from trainer.files import DamagedFileError, optional, read_sealed, sha256
 from trainer.model.flops import training_flops
 from trainer.run.run_dir import JOB, state
 
@@ -267,7 +267,8 @@ def read_study(folder: Path) -> Study:
     runs, unfinished = read_runs(folder)
     check_comparable(runs)
     ensembles = read_ensembles(folder, runs[0])
-    certificates = [json.loads(path.read_text()) for path in sorted(folder.rglob("star/*.json"))]
+    stars = [optional(path, read_sealed) for path in sorted(folder.rglob("star/*.json"))]
+    certificates = [certificate for certificate in stars if certificate is not None]
     return Study(folder, runs, unfinished, ensembles, certificates)
 
 
@@ -316,25 +317,14 @@ def metrics_of(path: Path, expected: str | None) -> list[dict[str, float]]:
         DamagedFileError: it is not what the run wrote.
     """
     if expected and sha256(path) != expected:
-        raise DamagedFileError(f"{path} was changed after the run ended")
+        raise DamagedFileError(
+            f"{path} was changed after the run ended: for its curves delete {path.parent} and "
+            "train it again"
+        )
     try:
         return [json.loads(line) for line in path.read_bytes().splitlines()]
     except ValueError as error:
         raise DamagedFileError(f"{path} is damaged: {error}") from error
-
-
-Content = TypeVar("Content")
-
-
-def optional(path: Path, read: Callable[[Path], Content]) -> Content | None:
-    """What a file holds that the report can do without; damage is said and costs nothing else."""
-    if not path.exists():
-        return None
-    try:
-        return read(path)
-    except DamagedFileError as error:
-        logger.warning(f"{error}; it is left out")
-        return None
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
@@ -392,7 +382,9 @@ def read_ensembles(folder: Path, first: Run) -> list[Ensemble]:
     """Ensembles that ``evaluate.py output=<folder>/ensembles/NAME.json`` scored."""
     found = []
     for path in sorted(folder.rglob("ensembles/*.json")):
-        content = json.loads(path.read_text())
+        content = optional(path, read_sealed)
+        if content is None:
+            continue
         if "members" not in content:
             raise ValueError(f"{path} is no ensemble: evaluate.py wrote it for one run; move it")
         losses = [size["loss"]["iid"] for size in content["sizes"]]

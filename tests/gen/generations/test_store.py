@@ -14,6 +14,7 @@ import pytest
 from gen.corpus.documents import Document
 from gen.generations.store import Generation, GenerationStore, owns
 from gen.prompts import MethodConfig, sibling_seed
+from trainer.files import hash_file
 
 DOCUMENTS = [Document(name, "A text.") for name in "abc"]
 
@@ -60,6 +61,7 @@ def test_what_an_older_version_wrote_can_be_gone_on_with(tmp_path: Path) -> None
     store.append([row("a", 0)], 0)
     (part,) = store.parts()
     pq.write_table(pq.read_table(part).drop_columns("text_hash"), part)
+    hash_file(part).unlink()
     store.append([replace(row("a", 1), text_hash=DOCUMENTS[0].text_hash)], 0)
     assert store.done(DOCUMENTS) == [{0, 1}, set(), set()]
     store.merge(0, 2)
@@ -117,7 +119,7 @@ def test_a_merge_that_was_killed_repeats_nothing(tmp_path: Path, deleted: int) -
     assert len(store.parts()) == 1
     store.append([row("a", 4)], 0)
     store.merge(0, 4)
-    assert sorted(path.name for path in tmp_path.glob("part-*")) == [
+    assert sorted(path.name for path in tmp_path.glob("part-*.parquet")) == [
         "part-000-000000-000003.parquet",
         "part-000-000004.parquet",
     ]

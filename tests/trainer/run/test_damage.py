@@ -1,4 +1,4 @@
-"""One flipped bit in any file of a run is found or harmless; an older checkpoint steps in."""
+"""A damaged checkpoint is named and the one before steps in; optional files cost themselves."""
 
 import json
 import random
@@ -16,18 +16,13 @@ from trainer.run.checkpoint import load_model
 from trainer.run.inputs import run_dir_of
 from trainer.run.progress import checkpoints, read_progress
 from trainer.study.report import write_report
-from trainer.study.runs import read_study
-
-FLIPS = 100
 
 
-def flip(file: Path, generator: random.Random) -> bytes:
-    """Turn one bit of a file around; returns what it was."""
-    intact = file.read_bytes()
-    damaged = bytearray(intact)
+def flip(file: Path, generator: random.Random) -> None:
+    """Turn one bit of a file around."""
+    damaged = bytearray(file.read_bytes())
     damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
     file.write_bytes(damaged)
-    return intact
 
 
 @pytest.fixture
@@ -35,44 +30,6 @@ def run(configured: Configure) -> Path:  # noqa: F811
     config = configured(**{"checkpoint.count": 2})
     train(config)
     return run_dir_of(config)
-
-
-def content_of(run: Path) -> list[object]:
-    """All that evaluation, export and report take from a run, and what was said about it."""
-    model, config = load_model(run)
-    (found,) = read_study(run.parent).runs
-    weights = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
-    return [weights, config, found.config, found.result, found.metrics]
-
-
-def test_a_flipped_bit_in_a_finished_run_is_found_or_harmless(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    newest = checkpoints(run)[-1]
-    files = [run / name for name in ("config.yaml", "result.json", "metrics.jsonl")]
-    files += [file for file in newest.iterdir() if file.is_file()]
-    whole = content_of(run)
-    generator = random.Random(0)
-    found = harmless = 0
-    for _ in range(FLIPS):
-        file = generator.choice(files)
-        intact = flip(file, generator)
-        capsys.readouterr()
-        try:
-            now = content_of(run)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-        else:
-            problem = capsys.readouterr().err
-        if problem:
-            assert file.name in problem or run.name in problem
-            found += 1
-        else:
-            assert now == whole
-            harmless += 1
-        file.write_bytes(intact)
-    assert found + harmless == FLIPS
-    assert found > 0.9 * FLIPS
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

@@ -1,13 +1,15 @@
 """A run is what it read: streams built again are other data, the same streams elsewhere are not."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.trainer.conftest import StreamMaker
+from tests.trainer.conftest import EOS, VOCABULARY, StreamMaker
 from trainer.config.schema import (
     DataConfig,
     ModelConfig,
@@ -17,6 +19,8 @@ from trainer.config.schema import (
     TrainConfig,
 )
 from trainer.loop import train
+from trainer.model.llama import Llama
+from trainer.run.export import hugging_face_config, save_shards
 from trainer.run.inputs import run_dir_of
 from trainer.run.run_dir import finished_loss
 from trainer.study.report import write_report
@@ -84,6 +88,56 @@ def test_streams_built_again_are_other_data(
         train(named)
     for name in ("real", "val"):
         make_stream(name, LENGTHS)
+    assert train(named) == loss
+
+
+def write_weights(folder: Path, config: TrainConfig, seed: int) -> str:
+    """A Llama folder that fits the streams' vocabulary."""
+    model = replace(config.model, vocab_size=VOCABULARY)
+    content = hugging_face_config(replace(config, model=model), EOS)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(content))
+    save_shards(Llama(model, seed, torch.float32).state_dict(), folder)
+    return str(folder)
+
+
+def test_other_weights_in_the_same_folder_are_another_run(
+    settings: TrainConfig, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llama"
+    settings = replace(settings, initial_weights=write_weights(folder, settings, 1))
+    named = replace(settings, name="mine")
+    loss, before = train(settings), run_dir_of(settings)
+    train(named)
+    shutil.move(folder, tmp_path / "moved")
+    moved = replace(settings, initial_weights=str(tmp_path / "moved"))
+    assert run_dir_of(moved) == before
+    assert train(moved) == loss
+    write_weights(folder, settings, 2)
+    assert run_dir_of(settings) != before
+    with pytest.raises(ValueError, match=r"other data .*\(initial_weights: \w{12} -> \w{12}\)"):
+        train(named)
+    assert train(settings) != loss
+
+
+def test_a_lost_config_is_written_again_for_the_same_experiment_alone(
+    settings: TrainConfig,
+) -> None:
+    named = replace(settings, name="mine")
+    loss = train(named)
+    config = run_dir_of(named) / "config.yaml"
+    content = config.read_bytes()
+    config.unlink()
+    other = replace(named, recipe=replace(named.recipe, learning_rate=0.1))
+    with pytest.raises(ValueError, match=r"no config\.yaml, and it is not the result of this"):
+        train(other)
+    assert train(named) == loss
+    assert config.read_bytes() == content
+    config.unlink()
+    (config.parent / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"was trained with another config"):
+        train(other)
+    config.unlink()
     assert train(named) == loss
 
 

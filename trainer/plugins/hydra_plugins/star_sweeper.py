@@ -24,7 +24,7 @@ from hydra_plugins.grid_sweeper import run_missing
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.schema import TrainConfig
-from trainer.files import write_json
+from trainer.files import write_sealed
 from trainer.run.inputs import run_dir_of
 from trainer.run.run_dir import finished_loss
 from trainer.run.sweeps import write_results
@@ -196,7 +196,7 @@ class StarSweeper(Sweeper):
         folder = Path(self.master.hydra.sweep.dir) / "star"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{study.name()}.json"
-        write_json(path, content)
+        write_sealed(path, content)
         print(f"\n{' '.join(study.overrides)}\n{certificate}\ncertificate: {path}", flush=True)
         return content
 
