@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,9 +92,10 @@ def run(folder: Path) -> object:
 
 
 @pytest.fixture
-def finished(user: User, undisturbed: Undisturbed) -> Path:
+def finished(undisturbed: Undisturbed, tmp_path: Path) -> Path:
     """The study with what an evaluation and a search leave beside it."""
-    root = undisturbed.root
+    root = tmp_path / "root"
+    shutil.copytree(undisturbed.root, root)
     runs = [str(folder.parent) for folder in sorted((root / "runs").glob("*/result.json"))]
     evaluate(EvaluateConfig(runs=runs[:1], sets=["simple-g2"]))
     evaluate(EvaluateConfig(runs=runs, output=str(root / "runs" / "ensembles" / "both.json")))

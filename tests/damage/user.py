@@ -32,7 +32,8 @@ class User:
             assert seconds is not None, "the study hangs"
             process.kill()
             process.join()
-        assert "Traceback" not in self.said.read_text()
+        said = self.said.read_text()
+        assert "Traceback" not in said, said[-2000:]
         return process.exitcode
 
     def error(self) -> str:
