@@ -145,7 +145,14 @@ def read_sealed(path: Path, remedy: str = "") -> dict[str, Any]:
     content = read_json(path, remedy)
     if not isinstance(content, dict):
         raise DamagedFileError(damaged(path, f"it holds {str(content)[:40]}", remedy))
-    if content.pop(SEAL, None) not in (None, hash_of(content)):
+    told = content.pop(SEAL, None)
+    # Without a seal an older version wrote it, unless what is damaged is the name of the seal.
+    misnamed = told is None and any(
+        content[key] == hash_of({name: content[name] for name in content if name != key})
+        for key in content
+        if len(key) == len(SEAL)
+    )
+    if misnamed or told not in (None, hash_of(content)):
         raise DamagedFileError(damaged(path, "it was changed after it was written", remedy))
     return content
 
@@ -167,6 +174,12 @@ def read_hash(path: Path) -> str | None:
         return hash_file(path).read_bytes()[:64].decode("ascii", "replace")
     except FileNotFoundError:
         return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is what the hash beside it says; one without a hash is of an older version."""
+    told = read_hash(path)
+    return told is None or sha256(path) == told
 
 
 def hash_of(content: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gen.generations.store import batches_of
 from gen.megadocs.tokens import as_keys, key_of, keys_of_column
-from trainer.files import replace_file
+from trainer.files import is_whole, replace_file, write_hash
 
 SCHEMA = pa.schema([("high", pa.uint64()), ("low", pa.uint64())])
 
@@ -34,7 +34,7 @@ def keys_of_part(part: Path, kept: Path) -> NDArray[np.uint64]:
     state = f"{stat.st_size}/{stat.st_mtime_ns}".encode()
     with contextlib.suppress(pa.ArrowException, OSError):  # damaged or not there: made again
         table = pq.read_table(kept, schema=SCHEMA, page_checksum_verification=True)
-        if (pq.read_schema(kept).metadata or {}).get(b"part") == state:
+        if is_whole(kept) and (pq.read_schema(kept).metadata or {}).get(b"part") == state:
             halves: list[NDArray[np.uint64]] = [table[name].to_numpy() for name in SCHEMA.names]
             return np.stack(halves, axis=1)
     found = [
@@ -50,6 +50,7 @@ def keys_of_part(part: Path, kept: Path) -> NDArray[np.uint64]:
             compression="none",
             write_page_checksum=True,
         )
+        write_hash(kept, unfinished)
     return keys
 
 

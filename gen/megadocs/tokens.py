@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gen.corpus.tokenizer import encode, plain
-from trainer.files import replace_file
+from trainer.files import hash_file, is_whole, replace_file, sha256, write_hash
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +112,14 @@ class TokenStore:
         self.folder = root / "tokens" / (f"{name}-starts" if starts else name)
         self.starts = starts
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "tokenizer.json").exists():
+        kept = self.folder / "tokenizer.json"
+        if not kept.exists() or sha256(kept)[: len(name)] != name:
             if Tokenizer.from_str(content).to_str() != content:
                 raise ValueError(
                     "the tokenizer is another one when it is loaded from its own JSON; save it "
                     "with tokenizers, load that file and save it again"
                 )
-            with replace_file(self.folder / "tokenizer.json") as unfinished:
+            with replace_file(kept) as unfinished:
                 unfinished.write_text(content)
         self.parts: list[Path] = []  # files of ids
         self.load()
@@ -131,6 +132,8 @@ class TokenStore:
             ids = path.with_suffix(".ids")
             try:
                 table = pq.read_table(path, schema=KEYS, page_checksum_verification=True)
+                if not is_whole(path):
+                    raise OSError(f"{path.name} is not what was written")
                 counts = table["count"].to_numpy().astype(np.int64)
                 if not ids.exists() or ids.stat().st_size != 4 * counts.sum():
                     raise OSError(f"{ids.name} is missing or cut off")
@@ -216,7 +219,9 @@ class IdReader:
 def remove_part(ids: Path, problem: str) -> None:
     """Take a damaged part away, its keys first."""
     logger.warning(f"{ids} is damaged ({problem}): its texts are tokenized again")
-    ids.with_suffix(".keys").unlink(missing_ok=True)
+    keys = ids.with_suffix(".keys")
+    for path in (keys, hash_file(keys)):
+        path.unlink(missing_ok=True)
     ids.unlink(missing_ok=True)
 
 
@@ -259,6 +264,7 @@ def add_part(folder: Path, texts: Sequence[str]) -> None:
             compression="none",
             write_page_checksum=True,
         )
+        write_hash(folder / f"{name}.keys", unfinished)
 
 
 def starts_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

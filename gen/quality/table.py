@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, fields
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,7 @@ from gen.corpus.documents import Document
 from gen.generations.by_document import TEXT_COLUMNS
 from gen.generations.store import GenerationStore, places_of
 from gen.quality.gates import Measures, measure
-from trainer.data.format import damaged_files
-from trainer.files import only_one, read_hash, replace_file, write_hash
+from trainer.files import is_whole, only_one, replace_file, write_hash
 
 VERSION = 1  # of the measures; a change measures again
 ROWS_A_PROCESS = 5000  # fewer are measured before another process has started
@@ -66,12 +64,6 @@ def quality_table(
             pq.write_table(table, unfinished, compression="zstd", write_page_checksum=True)
             write_hash(path, unfinished)
         return table
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file is what its hash says; one of an older version has none."""
-    told = read_hash(path)
-    return told is None or not damaged_files(path.parent, {path.name: told})
 
 
 def measure_all(

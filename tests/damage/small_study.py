@@ -11,6 +11,7 @@ import csv
 import hashlib
 import http.server
 import json
+import logging.config
 import os
 import random
 import sys
@@ -23,7 +24,7 @@ import torch
 
 from gen.corpus.documents import CorpusConfig
 from gen.corpus.tokenizer import TokenizerConfig
-from gen.megadocs.streams import StreamConfig
+from gen.megadocs.config import StreamConfig
 from gen.pipeline import GenerateConfig, generate
 from gen.prompts import MethodConfig
 from gen.serving.servers import GeneratorConfig
@@ -37,6 +38,7 @@ from trainer.config.schema import (
     TrainConfig,
 )
 from trainer.errors import user_errors
+from trainer.logs import LOGGING
 from trainer.loop import train
 from trainer.study.report import write_report
 
@@ -99,6 +101,17 @@ def corpus_config(source: Path) -> CorpusConfig:
     return CorpusConfig("jsonl", str(source), id_column="id", held_out=0.3)
 
 
+def generate_config(source: Path, root: Path, url: str) -> GenerateConfig:
+    return GenerateConfig(
+        root=str(root),
+        corpus=corpus_config(source),
+        tokenizer=TokenizerConfig(vocab_size=300),
+        method=MethodConfig(prompt="{text}", generations=2, max_tokens=200),
+        generator=GeneratorConfig("openai", model="rewriter", urls=[url], flush_seconds=0.02),
+        streams=StreamConfig(generations=[2]),
+    )
+
+
 def study(source: Path, root: Path, url: str) -> str:
     """Everything that is missing below ``root``, and the report's table.
 
@@ -108,16 +121,7 @@ def study(source: Path, root: Path, url: str) -> str:
         url: of the server that writes.
     """
     torch.set_num_threads(1)
-    generate(
-        GenerateConfig(
-            root=str(root),
-            corpus=corpus_config(source),
-            tokenizer=TokenizerConfig(vocab_size=300),
-            method=MethodConfig(prompt="{text}", generations=2, max_tokens=200),
-            generator=GeneratorConfig("openai", model="rewriter", urls=[url], flush_seconds=0.02),
-            streams=StreamConfig(generations=[2]),
-        )
-    )
+    generate(generate_config(source, root, url))
     for recipe in (REAL, STITCHED):
         train(
             TrainConfig(
@@ -164,4 +168,5 @@ def as_a_user(source: Path, root: Path, url: str, said: Path, file_limit: int | 
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    logging.config.dictConfig(LOGGING)
     user_errors(lambda: print(study(source, root, url)))()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from gen.generations.failures import all_failures
 from gen.generations.sessions import read_sessions
 from gen.generations.status import status
 from gen.generations.store import GenerationStore
+from gen.pipeline import generate
 from gen.quality.table import quality_table
-from tests.damage.small_study import corpus_config
+from tests.damage.small_study import corpus_config, generate_config
 from tests.damage.user import Undisturbed, User
 from trainer.config.evaluate import EvaluateConfig
 from trainer.data.mds import MegadocStream
@@ -34,7 +37,6 @@ from trainer.study.runs import read_study
 FLIPS = 500
 # They say who is at work and what it does; nothing is read from them once it has ended.
 UNREAD = ("*.lock", "process.json")
-MADE_AGAIN = ("quality.parquet", "quality.parquet.sha256")  # from the generations, where damaged
 
 Reader = Callable[[], object]
 
@@ -79,6 +81,14 @@ def stream(folder: Path) -> object:
     ]
 
 
+def tokens(root: Path, source: Path) -> object:
+    """A stream that is built of them."""
+    folder = root / "streams" / "stitched-g2"
+    shutil.rmtree(folder)
+    generate(replace(generate_config(source, root, "http://nobody"), task="streams"))
+    return stream(folder)
+
+
 def run(folder: Path) -> object:
     """All that evaluation, export and report take from a run."""
     for checkpoint in checkpoints(folder):
@@ -112,6 +122,7 @@ def readers(root: Path, source: Path) -> Iterator[tuple[Path, Reader]]:
     by_folder: dict[Path, Reader] = {
         root / "documents": functools.partial(documents, root, source),
         root / "tokenizer": functools.partial(tokenizer, root),
+        root / "tokens": functools.partial(tokens, root, source),
         root / "generations": functools.partial(generations, root, train),
         one_run: functools.partial(run, one_run),
         root / "runs" / "ensembles": functools.partial(run, one_run),
@@ -128,7 +139,7 @@ def readers(root: Path, source: Path) -> Iterator[tuple[Path, Reader]]:
 
 
 def test_a_flipped_bit_in_any_file_is_found_or_harmless(
-    finished: Path, user: User, capsys: pytest.CaptureFixture[str]
+    finished: Path, user: User, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = list(readers(finished, user.source))
     kinds = {path.suffix for path, _ in files}
@@ -138,30 +149,39 @@ def test_a_flipped_bit_in_any_file_is_found_or_harmless(
     outcomes: Counter[str] = Counter()
     for _ in range(FLIPS):
         file, reader = generator.choice(files)
-        intact = {path: path.read_bytes() for path in (file, *siblings(file))}
+        intact = files_of(file.parent)
         damaged = bytearray(intact[file])
         damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
         file.write_bytes(damaged)
-        capsys.readouterr()
+        caplog.clear()
         try:
             now = reader()
         except (ValueError, OSError) as error:
             said = str(error)
         else:
-            said = capsys.readouterr().out
+            warnings = [one for one in caplog.records if one.levelno >= logging.WARNING]
+            said = "\n".join(one.getMessage() for one in warnings)
             if not said:
                 assert now == whole[reader], f"{file} was believed"
         outcomes["found" if said else "harmless"] += 1
         if said:
             named = {file.name, file.name.removesuffix(".sha256"), file.parent.name}
             assert any(name in said for name in named), f"{file}: {said}"
-        for path, content in intact.items():
-            path.write_bytes(content)
+        restore(file.parent, intact)
     assert outcomes.total() == FLIPS
     # Harmless is what is made again, and another way to write the same JSON.
     assert outcomes["found"] > 0.9 * FLIPS, outcomes
 
 
-def siblings(file: Path) -> list[Path]:
-    """What is written again with a file where that is damaged."""
-    return [file.with_name(name) for name in MADE_AGAIN] if file.name in MADE_AGAIN else []
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def restore(folder: Path, intact: dict[Path, bytes]) -> None:
+    """Undo the damage, and what was written again because of it."""
+    now = files_of(folder)
+    for path in now.keys() - intact.keys():
+        path.unlink()
+    for path, content in intact.items():
+        if now.get(path) != content:
+            path.write_bytes(content)

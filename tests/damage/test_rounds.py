@@ -3,7 +3,7 @@
 ``--damage-rounds 100`` runs more rounds than `make test` does. A round starts from a finished
 study, of which a part may be taken away so that there is work to do; it is disturbed once, and then
 a user starts the same command again, and does what the last error said, until it ends well; and
-what a caution said, where something is missing from the report.
+what a warning said, where something is missing from the report.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def test_a_disturbed_study_ends_as_the_undisturbed_one(
         else:
             user.start(root, file_limit=generator.randrange(1 << 16))
         disk.make_room()
-        while user.start(root) != 0 or (user.caution() and outcome(root) != undisturbed.outcome):
-            history.append(user.error() or user.caution())
+        while user.start(root) != 0 or (user.warning() and outcome(root) != undisturbed.outcome):
+            history.append(user.error() or user.warning())
             assert len(history) < ATTEMPTS, history
             follow(history[-1], root)
         assert outcome(root) == undisturbed.outcome, history

@@ -40,9 +40,9 @@ class User:
         """What ended the last start."""
         return self.said.read_text().partition("error: ")[2].strip()
 
-    def caution(self) -> str:
+    def warning(self) -> str:
         """What was left out of a report."""
-        return self.said.read_text().partition("caution: ")[2].partition("\n")[0]
+        return self.said.read_text().partition("warning: ")[2].partition("\n")[0]
 
 
 @dataclass
