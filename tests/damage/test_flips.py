@@ -71,11 +71,12 @@ def generations(root: Path, train: list[Any]) -> object:
 def stream(folder: Path) -> object:
     opened = MegadocStream(folder)
     samples = [opened[place] for place in range(len(opened))]
-    arrays = [[one.tokens, one.member_ends, one.member_kinds] for one in samples]
     return [
         opened.manifest,
         [one.id for one in samples],
-        [array.tolist() for sample in arrays for array in sample],
+        [one.tokens.tolist() for one in samples],
+        [one.member_ends.tolist() for one in samples],
+        [one.member_kinds.tolist() for one in samples],
         opened.lengths.tolist(),
         opened.member_lengths.tolist(),
     ]
@@ -163,14 +164,21 @@ def test_a_flipped_bit_in_any_file_is_found_or_harmless(
             said = "\n".join(one.getMessage() for one in warnings)
             if not said:
                 assert now == whole[reader], f"{file} was believed"
-        outcomes["found" if said else "harmless"] += 1
+        kept = "made again" if is_made_again(file) else "kept"
+        outcomes[f"{kept}, {'found' if said else 'harmless'}"] += 1
         if said:
             named = {file.name, file.name.removesuffix(".sha256"), file.parent.name}
             assert any(name in said for name in named), f"{file}: {said}"
         restore(file.parent, intact)
     assert outcomes.total() == FLIPS
-    # Harmless is what is made again, and another way to write the same JSON.
-    assert outcomes["found"] > 0.9 * FLIPS, outcomes
+    # Harmless beside what is made again: another way to write the same JSON.
+    assert outcomes["kept, harmless"] <= 0.02 * outcomes["kept, found"], outcomes
+    assert outcomes["kept, found"] > 0.6 * FLIPS, outcomes
+
+
+def is_made_again(file: Path) -> bool:
+    """Whether a file only keeps what follows from others, and is written anew where it is damaged."""
+    return "tokens" in file.parts or file.name.startswith("quality.parquet")
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:

@@ -16,6 +16,7 @@ from gen.generations.store import GenerationStore
 from gen.megadocs.tokens import IdReader, TokenStore, add_part, as_keys, key_of
 from tests.gen.megadocs.test_encoding import TEXTS, TOKENIZERS, byte_level, llama_2
 from tests.gen.megadocs.test_streams import DOCUMENTS, build, fill
+from trainer.files import write_hash
 
 
 @pytest.fixture
@@ -117,6 +118,7 @@ def test_texts_that_changed_are_tokenized_again(root: Path) -> None:
     texts = [text.as_py().upper() for text in table["text"]]
     place = table.schema.get_field_index("text")
     pq.write_table(table.set_column(place, "text", pa.array(texts, pa.large_string())), part)
+    write_hash(part, part)
     manifest = build(root, "simple", real_document="absent")
     tokenizer, _ = build_tokenizer(TokenizerConfig(vocab_size=320), root, [])
     dataset = LocalDataset(str(root / "streams" / manifest["name"]))
