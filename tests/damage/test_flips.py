@@ -177,7 +177,7 @@ def test_a_flipped_bit_in_any_file_is_found_or_harmless(
 
 
 def is_made_again(file: Path) -> bool:
-    """Whether a file only keeps what follows from others, and is written anew where it is damaged."""
+    """Whether a file keeps what follows from others, and is written anew where damaged."""
     return "tokens" in file.parts or file.name.startswith("quality.parquet")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trainer.config.schema import TrainConfig, load_config, save_config
 from trainer.data.mds import read_stream_manifest
-from trainer.files import only_one, optional, read_sealed, replace_file
+from trainer.files import only_one, read_sealed, replace_file
 from trainer.run.inputs import (
     changed_inputs,
     learnt_hash,
