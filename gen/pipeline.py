@@ -117,29 +117,34 @@ def run_task(config: GenerateConfig) -> None:
     check_bounds(config)
     root = Path(config.root)
     if config.task == "status":
-        return print("\n".join(filter(None, [status(root), streams_status(root)])))
+        print("\n".join(filter(None, [status(root), streams_status(root)])))
+        return
     config.method.check()
     config.quality.check()
     if config.export is not None:
-        return print(export_all(config, root, Path(config.export)))
+        print(export_all(config, root, Path(config.export)))
+        return
     if config.upload is not None:
-        return print(upload(root, config.upload))
+        print(upload(root, config.upload))
+        return
     if config.task == "report":
-        return print(quality_report(config, root))
+        print(quality_report(config, root))
+        return
     config.generator.check()
     config.streams.check()
     if config.generator.kind == "import":
-        return import_and_build(config, root)
+        import_and_build(config, root)
+        return
     with only_one(root / "corpus.lock"):  # several nodes may begin with a new corpus at once
         corpus = prepare_corpus(config, root)
     if config.estimate.enabled:
         arguments = (config.method, config.generator, config.estimate)
-        return print(estimate(*arguments, corpus.train, corpus.tokenizer, root))
+        print(estimate(*arguments, corpus.train, corpus.tokenizer, root))
+        return
     if config.task in ("all", "generate"):
         generate_missing(config, corpus, root)
     if config.task in ("all", "streams", "corpus"):
         build_streams(config, corpus, root)
-    return None
 
 
 def generate_missing(config: GenerateConfig, corpus: Corpus, root: Path) -> None:

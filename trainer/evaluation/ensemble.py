@@ -27,11 +27,6 @@ from trainer.run.progress import newest_checkpoint, read_progress
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time
 
 
-def evaluate_runs(runs: Sequence[str | Path], validation: str | None = None) -> Scores:
-    """Score one run, or the mean of logits of several; see :func:`evaluate_ensemble`."""
-    return evaluate_ensemble(runs, validation)[-1]
-
-
 @torch.no_grad()
 def evaluate_ensemble(
     runs: Sequence[str | Path], validation: str | None = None, mean: Mean = Mean.logits

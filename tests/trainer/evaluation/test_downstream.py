@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import run_script
 from tests.trainer.test_loop import config
 from trainer.evaluation.downstream import evaluate_tasks
-from trainer.evaluation.ensemble import evaluate_runs
+from trainer.evaluation.ensemble import evaluate_ensemble
 from trainer.loop import train
 from trainer.run.inputs import run_dir_of
 
@@ -28,11 +28,11 @@ def test_sets_and_members(corpus_root: Path, run: Path, tmp_path: Path) -> None:
     printed = run_script("evaluate.py", *arguments).stdout
     scores = json.loads(output.read_text())
     assert f"{other}: {scores['sets'][str(other)]['loss']['iid']:.4f}" in printed
-    stitched = evaluate_runs([run], "stitched-g2")
+    stitched = evaluate_ensemble([run], "stitched-g2")[-1]
     assert scores["sets"]["stitched-g2"] == stitched.to_dict()
     assert set(stitched.loss_by_kind) == {"real", "rephrase"}
     assert stitched.kind_loss.sum() == pytest.approx(stitched.document_loss.sum())
-    real = evaluate_runs([run], "real")
+    real = evaluate_ensemble([run], "real")[-1]
     assert not real.has_members
     # a real member's tokens are those of the document, bar the first, which may not be a target
     assert abs(stitched.kind_tokens[0] - real.stream.manifest.tokens) <= len(real.stream)

@@ -25,7 +25,6 @@ from trainer.config.schema import (
 from trainer.data.mds import MegadocStream
 from trainer.evaluation.ensemble import (
     evaluate_ensemble,
-    evaluate_runs,
     mean_logit_losses,
     mean_probability_losses,
 )
@@ -85,7 +84,7 @@ def test_losses_equal_a_loop_over_whole_documents(runs: Path, corpus_root: Path)
     text = config_path.read_text()
     unsealed = text.partition("\n")[2]
     config_path.write_text(unsealed.replace("context_length: 64", "context_length: 4096"))
-    scores = evaluate_runs([runs / "a"])
+    scores = evaluate_ensemble([runs / "a"])[-1]
     config_path.write_text(text)
     flat = torch.cat(expected)
     assert scores.loss["iid"] == pytest.approx(float(flat.detach().mean()), abs=1e-5)
@@ -156,7 +155,7 @@ def test_small_chunks_and_impossible_targets(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_size_of_an_ensemble_is_scored(runs: Path) -> None:
-    single = [evaluate_runs([runs / name]).loss["iid"] for name in ("a", "b")]
+    single = [evaluate_ensemble([runs / name])[-1].loss["iid"] for name in ("a", "b")]
     for mean in Mean:
         one, two = evaluate_ensemble([runs / "a", runs / "b"], mean=mean)
         assert one.loss["iid"] == pytest.approx(single[0], abs=1e-6)
@@ -174,7 +173,7 @@ def test_members_that_differ_are_refused(runs: Path, tmp_path: Path) -> None:
     try:
         (runs / "b" / "config.yaml").write_text(changed)
         with pytest.raises(ValueError, match=r"data\.mask"):
-            evaluate_runs([runs / "a", runs / "b"])
+            evaluate_ensemble([runs / "a", runs / "b"])
     finally:
         (runs / "b" / "config.yaml").write_text(text)
     progress = newest_checkpoint(runs / "b") / "progress.json"
@@ -183,7 +182,7 @@ def test_members_that_differ_are_refused(runs: Path, tmp_path: Path) -> None:
     try:
         progress.write_text(json.dumps(json.loads(text) | other))
         with pytest.raises(ValueError, match="trained with the tokenizer 000000000000"):
-            evaluate_runs([runs / "b"])
+            evaluate_ensemble([runs / "b"])
         with pytest.raises(ValueError, match="trained with the tokenizer 000000000000"):
             export_run(runs / "b", tmp_path / "out")
     finally:
