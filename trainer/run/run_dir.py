@@ -166,9 +166,7 @@ def restore_config(
             "or does not say of which; choose another name=... or delete that folder"
         )
     stream = stream_path(config, config.recipe.real_stream)
-    vocabulary = (
-        config.model.vocab_size or read_stream_manifest(stream, config.data.cache).vocab_size
-    )
+    vocabulary = config.model.vocab_size or read_stream_manifest(stream).vocab_size
     record_config(run_dir, replace(config, model=replace(config.model, vocab_size=vocabulary)))
 
 
