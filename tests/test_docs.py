@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import evaluate
@@ -71,10 +72,17 @@ def compose(script: str, arguments: list[str]) -> None:
     if "--help" in overrides:
         return
     if len(overrides) < len(arguments) or any(o.startswith("launcher=") for o in overrides):
-        # A job of the sweep: the first value of each.
-        overrides = [re.sub(r"=([^\[,]+),.*", r"=\1", override) for override in overrides]
+        overrides = [first_job(override) for override in overrides]
     with hydra.initialize_config_dir(str(CONF / name), version_base="1.3"):
         OmegaConf.to_object(hydra.compose("config", overrides))
+
+
+def first_job(override: str) -> str:
+    """An override as the first job of a sweep has it."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return override
+    return f"{parsed.get_key_element()}={next(parsed.sweep_string_iterator())}"
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
