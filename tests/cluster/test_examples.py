@@ -138,6 +138,7 @@ def test_writers_of_which_one_loses_its_node_and_one_is_told_to_stop(
     slurm: Slurm, clone: Path, new_corpus: list[str]
 ) -> None:
     sizes = ["hydra.launcher.gpus_per_node=1", "hydra.launcher.cpus_per_task=10"]  # a node each
+    new_corpus = [*new_corpus, "method.generations=24"]  # so many that both are met at work
     store = clone / "data" / "mine" / "generations" / "rephrase"
     with subprocess.Popen(
         [*example("writers"), *new_corpus, *sizes, "generator.flush_seconds=1"],
@@ -177,7 +178,7 @@ def test_writers_of_which_one_loses_its_node_and_one_is_told_to_stop(
     said = run(slurm, clone, [*example("streams"), *new_corpus, "hydra.launcher.cpus_per_task=4"])
     assert said.count("done   streams.writer=") == 4
     run(slurm, clone, ["python", "generate.py", *new_corpus, "root=data/alone", "task=streams"])
-    for stream in ("real", "val", "simple-g4", "stitched-g4"):
+    for stream in ("real", "val", "simple-g24", "stitched-g24"):
         assert contents(mine / "streams" / stream) == contents(alone / "streams" / stream)
 
 
