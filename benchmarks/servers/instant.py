@@ -1,6 +1,6 @@
 """A server that answers every request at once with the same text: what is left is our client.
 
-    python -m benchmarks.instant_server 31700 &
+    python -m benchmarks.servers.instant 31700 &
     python -m benchmarks.generation --url http://127.0.0.1:31700 --model instant --fixed \\
         --documents 256 --generations 32 --words 120 --concurrency 256
 """
