@@ -1,6 +1,7 @@
 """Six kinds of tokenizer: every member of every stream decodes to its text, byte for byte."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from tokenizers import (
 )
 
 from gen.corpus.documents import Document
-from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer, train_bpe
+from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer, encode, plain, train_bpe
 from gen.generations.store import Generation, GenerationStore
 from gen.megadocs.config import StreamConfig
+from gen.megadocs.encoding import Encoding
 from gen.megadocs.streams import build_stream
 from gen.quality.gates import QualityConfig
 from trainer.data.format import REAL, THOUGHT
@@ -177,3 +179,19 @@ def test_every_member_decodes_to_its_text(
 
 def rewrite(text: str, index: int) -> str:
     return f"{index}: {text[::-1]}"
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_a_separator_that_names_a_special_token_is_that_token(
+    make: Callable[[], Tokenizer],
+) -> None:
+    tokenizer = plain(make())
+    eos = tokenizer.token_to_id("</s>")
+    encoding = Encoding(tokenizer, eos, "</s>", "<t>", "</s>", members_are_documents=True)
+    assert encoding.between == [eos]
+    assert encoding.closing == [eos]
+    assert encoding.opening != [eos]
+    # In a document the same letters are text, and decode to themselves.
+    (ids,) = encode(tokenizer, ["a </s> b"])
+    assert eos not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a </s> b"

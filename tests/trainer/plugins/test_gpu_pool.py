@@ -11,6 +11,16 @@ import psutil
 import pytest
 
 from tests.conftest import REPOSITORY, run_script, wait_until
+from tests.trainer.conftest import StreamMaker
+from trainer.config.schema import (
+    DataConfig,
+    ModelConfig,
+    RecipeConfig,
+    RuntimeConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from trainer.loop import train
 
 SWEEP = [
     "--multirun",
@@ -75,6 +85,28 @@ def test_jobs_get_the_gpus_this_process_may_use(
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert list(plugin.GpuPoolLauncher(2, []).slots.queue) == slots
+
+
+def test_the_pool_takes_no_loss_of_streams_that_were_built_again(
+    plugin: Any, make_stream: StreamMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin.GpuPoolLauncher, "start", lambda *_: 0)  # it ends and trains nothing
+    for name in ("real", "val"):
+        make_stream(name, [[12]] * 4)
+    config = TrainConfig(
+        data=DataConfig(str(tmp_path), context_length=16, batch_size=2),
+        recipe=RecipeConfig(epochs=1),
+        model=ModelConfig(16, 32, 1, 2, 1),
+        tracking=TrackingConfig(tensorboard=False),
+        runtime=RuntimeConfig(num_threads=1),
+        output=str(tmp_path / "runs"),
+    )
+    loss = train(config)
+    pool = plugin.GpuPoolLauncher(1, ["cpu"])
+    assert pool.train(config, []) == loss
+    make_stream("real", [[12]] * 4, shift=1)
+    with pytest.raises(RuntimeError, match="ended with status 0 before its result"):
+        pool.train(config, [])
 
 
 @pytest.mark.slow

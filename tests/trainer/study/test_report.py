@@ -475,3 +475,15 @@ def test_several_styles_stand_beside_one_style_of_as_many_tokens(tmp_path: Path)
         row for row in drawing.rows if row["kind"] == "stitched-faq" and row["generations"] == 8
     ]
     assert several["loss_minus_its"] == pytest.approx(several["loss"] - single["loss"])
+
+
+def test_the_rate_of_near_duplicates_stands_beside_the_loss(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "runs", "real", 0, 4.0)
+    result = json.loads((run / "result.json").read_text())
+    said = "12.5% of the held-out documents have a near-duplicate in training"
+    for share, shown in ((0.125, True), (None, False)):
+        result["evaluation"]["near_duplicates"] = share
+        (run / "result.json").write_text(json.dumps(result))
+        text, page = write_report(tmp_path / "runs", tmp_path / "report")
+        assert (said in text) is shown
+        assert (said in page.read_text()) is shown

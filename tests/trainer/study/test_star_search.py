@@ -11,9 +11,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from tests.conftest import run_script
 from tests.trainer.config.test_schema import CONF
+from tests.trainer.conftest import StreamMaker
+from trainer.loop import train
 from trainer.study.star_search import Grid, Place, StarSearch
 
 AXES: dict[str, list[float]] = {
@@ -133,6 +136,30 @@ def test_what_is_no_axis_makes_searches_of_their_own() -> None:
         assert moved.overrides == ["recipe=simple"]
         (real,) = sweeper_for("sweep=star_real").studies(["recipe=real"])
         assert len(real.search.wanted) == 7  # the paper's count for real only
+
+
+def test_a_search_takes_no_loss_of_streams_that_were_built_again(
+    make_stream: StreamMaker, tmp_path: Path
+) -> None:
+    job = [
+        *("recipe=real", "recipe.epochs=1.0", f"data.root={tmp_path}", f"output={tmp_path}/runs"),
+        *("data.context_length=16", "data.batch_size=2", "model=tiny", "runtime.num_threads=1"),
+        *("tracking.tensorboard=false", "checkpoint.count=1", "tracking.num_evaluations=1"),
+    ]
+    for name in ("real", "val"):
+        make_stream(name, [[12]] * 4)
+    with initialize_config_dir(CONF, version_base="1.3"):
+        sweeper = sweeper_for("sweep=star_real")
+        assert sweeper.outcome(job) is None
+        loss = train(OmegaConf.to_object(sweeper.compose(job)))
+        assert sweeper.outcome(job) == loss
+        make_stream("real", [[12]] * 4, shift=1)
+        assert sweeper.outcome(job) is None
+        named = [*job, "name=mine"]  # its folder stays the same
+        train(OmegaConf.to_object(sweeper.compose(named)))
+        make_stream("real", [[12]] * 4, shift=2)
+        with pytest.raises(ValueError, match="other data"):
+            sweeper.outcome(named)
 
 
 @pytest.mark.slow
