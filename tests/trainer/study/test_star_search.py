@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from tests.conftest import run_script
 from tests.trainer.config.test_schema import CONF
 from tests.trainer.conftest import StreamMaker
+from trainer.config.schema import TrainConfig
 from trainer.loop import train
 from trainer.study.star_search import Grid, Place, StarSearch
 
@@ -138,6 +139,12 @@ def test_what_is_no_axis_makes_searches_of_their_own() -> None:
         assert len(real.search.wanted) == 7  # the paper's count for real only
 
 
+def run_of(sweeper: Any, overrides: list[str]) -> TrainConfig:
+    config = OmegaConf.to_object(sweeper.compose(overrides))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
 def test_a_search_takes_no_loss_of_streams_that_were_built_again(
     make_stream: StreamMaker, tmp_path: Path
 ) -> None:
@@ -151,12 +158,12 @@ def test_a_search_takes_no_loss_of_streams_that_were_built_again(
     with initialize_config_dir(CONF, version_base="1.3"):
         sweeper = sweeper_for("sweep=star_real")
         assert sweeper.outcome(job) is None
-        loss = train(OmegaConf.to_object(sweeper.compose(job)))
+        loss = train(run_of(sweeper, job))
         assert sweeper.outcome(job) == loss
         make_stream("real", [[12]] * 4, shift=1)
         assert sweeper.outcome(job) is None
         named = [*job, "name=mine"]  # its folder stays the same
-        train(OmegaConf.to_object(sweeper.compose(named)))
+        train(run_of(sweeper, named))
         make_stream("real", [[12]] * 4, shift=2)
         with pytest.raises(ValueError, match="other data"):
             sweeper.outcome(named)
