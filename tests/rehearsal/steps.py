@@ -29,6 +29,7 @@ from benchmarks.train_step import model_config
 from tests.rehearsal import fake_cuda  # noqa: F401  must come first
 from trainer.config.schema import (
     ActivationCheckpointing,
+    AttentionBackend,
     DataConfig,
     Parallel,
     RuntimeConfig,
@@ -153,8 +154,9 @@ def eager(
     peak = tracker.get_tracker_snapshot("peak")
     [found] = [snapshot for device, snapshot in peak.items() if device.type == "cuda"]
     total = next(size for kind, size in found.items() if "Total" in str(kind))
+    runtime = RuntimeConfig(compile=False, attention_backend=AttentionBackend(attention))
     config = TrainConfig(
-        data=DataConfig(context_length=context), model=model.config, runtime=RuntimeConfig()
+        data=DataConfig(context_length=context), model=model.config, runtime=runtime
     )
     return {"peak": total, "estimate": step_bytes(config, tokens, 1, chosen)}
 

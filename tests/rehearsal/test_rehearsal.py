@@ -90,7 +90,7 @@ def check(found: dict[str, Any]) -> None:
     _, _, _, attention, mode, way, *_ = found["case"].split(",")
     if way == "eager":
         # The loss's own chunks are inside one operator, which a fake step does not enter.
-        assert found["estimate"] >= 0.9 * (found["peak"] + fast_bytes(VOCABULARY)), found
+        assert found["estimate"] >= found["peak"] + fast_bytes(VOCABULARY), found
         return
     assert found["breaks"] == 0, found
     assert 1 <= found["graphs"] <= 4, found

@@ -16,7 +16,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from kernels.cross_entropy.interface import fast_bytes
-from trainer.config.schema import ActivationCheckpointing, Averaging, LossMemory, TrainConfig
+from trainer.config.schema import (
+    ActivationCheckpointing,
+    AttentionBackend,
+    Averaging,
+    LossMemory,
+    TrainConfig,
+)
 from trainer.model.llama import Llama
 
 # Operators whose results a selective block keeps, by name: ours, PyTorch's, flash-attn's.
@@ -88,6 +94,9 @@ def step_bytes(config: TrainConfig, tokens: int, shards: int, mode: ActivationCh
     # Inputs of norms (2), their outputs (2), queries and attention's output; keys and values; the
     # three products of the feed-forward block.
     block = 2 * (6 * width + 2 * kv_width + 3 * model.intermediate_size)
+    if config.runtime.compile is False:
+        # The activation function's result too, and what libraries read of q, k and v.
+        block += 2 * (model.intermediate_size + width + 2 * kv_width)
     kept = {
         ActivationCheckpointing.none: block,
         ActivationCheckpointing.selective: 2 * 2 * width,
@@ -100,6 +109,10 @@ def step_bytes(config: TrainConfig, tokens: int, shards: int, mode: ActivationCh
     working = block + 2 * gathered  # of one block
     if mode is ActivationCheckpointing.none:
         kept, working = kept + gathered, gathered
+    # The backward pass of gluon sums dQ in fp32; only the GPU says what auto is.
+    backend = config.runtime.attention_backend
+    if backend in (AttentionBackend.auto, AttentionBackend.gluon):
+        working += 4 * width
     activations = tokens * (model.num_layers * kept + working + 4 * 2 * width)
     head = 2 * 4 * model.vocab_size * width  # fp32 gradient of the head and its copy
     lean = config.runtime.loss_memory is LossMemory.lean

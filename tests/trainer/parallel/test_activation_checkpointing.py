@@ -8,6 +8,7 @@ import torch
 
 from trainer.config.schema import (
     ActivationCheckpointing,
+    AttentionBackend,
     Averaging,
     DataConfig,
     DistillationConfig,
@@ -90,3 +91,16 @@ def test_the_estimate_says_what_fits_where() -> None:
     )
     weights = 4 * M300.parameter_count()
     assert [other - plain for other in others] == [weights, 2 * weights]
+
+
+def test_the_estimate_counts_what_the_backend_and_eager_blocks_hold() -> None:
+    def size(**options: Any) -> int:
+        config = TrainConfig(model=M300, runtime=RuntimeConfig(**options))
+        return step_bytes(config, 65_536, 1, ActivationCheckpointing.none)
+
+    backends = (AttentionBackend.flash, AttentionBackend.gluon, AttentionBackend.auto)
+    flash, gluon, auto = (size(attention_backend=backend) for backend in backends)
+    assert gluon == auto == flash + 1.25 * 4 * 65_536 * 768  # dQ in fp32
+    eager = size(attention_backend=AttentionBackend.flash, compile=False)
+    # Of each of 12 layers, one more product of 2,688 and three of 768, in half precision.
+    assert eager == flash + 1.25 * 65_536 * 12 * 2 * (2688 + 3 * 768)
