@@ -24,8 +24,10 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks.train_step import model_config
+from kernels.attention import flex
 from tests.rehearsal import fake_cuda  # noqa: F401  must come first
 from trainer.config.schema import (
     ActivationCheckpointing,
@@ -74,6 +76,8 @@ def build(name: str, attention: str, layers: int | None) -> Llama:
     for name_ in ("kaiming_uniform_", "normal_"):
         setattr(torch.nn.init, name_, lambda tensor, *a, **k: tensor)
     setattr(Llama, "reset_parameters", lambda self, seed: None)  # noqa: B010
+    # Compiling the mask, which is no part of the blocks, would generate code for the device.
+    setattr(flex, "block_mask_maker", lambda fused: create_block_mask)  # noqa: B010
     config = model_config(name, VOCABULARY)
     config.num_layers = layers or config.num_layers
     with torch.device("cuda"):

@@ -31,7 +31,7 @@ MORE = [
     *(
         f"{model},{tokens},4096,{attention},{mode},{way}"
         for model, tokens in (("300m", 65_536), ("1_5b", 16_384))
-        for attention in ("flash", "cudnn", "triton", "gluon")
+        for attention in ("flash", "cudnn", "flex", "triton", "gluon")
         for mode in ("none", "selective", "full")
         for way in ("compile", "fsdp")
     ),
@@ -97,6 +97,7 @@ def check(found: dict[str, Any]) -> None:
     library = {
         "flash": ["torch_attn._varlen_attn.default"],  # 1, the default: FlashAttention
         "cudnn": ["torch_attn._varlen_attn.default 3"],
+        "flex": ["flex_attention"],
     }.get(attention, ["megadocs.varlen_attention.default"])
     assert found["forward"] == library, found
     recomputed = [call for call in found["backward"] if "backward" not in call]

@@ -124,3 +124,24 @@ def test_the_command_trains_nothing(run: TrainConfig, tmp_path: Path) -> None:
     assert "usable on a100-80gb: activation_checkpointing=none" in printed
     assert "GPU-hours" in printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_of_a_star_search_the_first_round_is_estimated(run: TrainConfig, tmp_path: Path) -> None:
+    printed = run_script(
+        "train.py",
+        "-m",
+        "sweep=star_real",
+        "estimate=true",
+        "estimate.device=a100-80gb",
+        f"data.root={tmp_path}",
+        "data.context_length=100",
+        "data.batch_size=10",
+        "recipe.epochs=2,4",
+        "recipe.learning_rate=1e-3,3e-3",
+        "recipe.weight_decay=0.4",
+        f"output={tmp_path / 'runs'}",
+    ).stdout
+    assert "3 runs so far" in printed  # the centre and one neighbour on each of two axes
+    assert "estimated is the first round" in printed
+    left = {path.name for path in (tmp_path / "runs").rglob("*")}
+    assert not left & {"result.json", "results.json", "star"}

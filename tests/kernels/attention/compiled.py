@@ -1,7 +1,7 @@
 """Compile every attention kernel for an architecture, without a GPU, and print what it needs.
 
-``python -m tests.kernels.attention.compiled sm_90 128 GROUP [options]`` prints one JSON line a
-kernel; ``python -m tests.kernels.attention.compiled gluon 128`` those of the Gluon kernels.
+``python -m tests.kernels.attention.compiled sm_90 128 GROUP MAX_SEQLEN [options]`` prints one JSON
+line a kernel; ``python -m tests.kernels.attention.compiled gluon 128`` those of the Gluon kernels.
 """
 
 import json
@@ -211,8 +211,8 @@ def describe(kernel: Any, compiled: Any) -> dict[str, Any]:
     }
 
 
-def main(architecture: str, head_dim: int, group: int, options: bool) -> None:
-    config = config_for(find_entries(read_configs(), architecture, head_dim, group), 4096)
+def main(architecture: str, head_dim: int, group: int, longest: int, options: bool) -> None:
+    config = config_for(find_entries(read_configs(), architecture, head_dim, group), longest)
     for kernel, *sizes in kernels_of(config):
         arch = int(architecture.removeprefix("sm_"))
         print(json.dumps(compile_kernel(kernel, arch, head_dim, group, options, tuple(sizes))))
@@ -223,4 +223,5 @@ if __name__ == "__main__":
         for kernel, constants, types in gluon_kernels(int(sys.argv[2])):
             print(json.dumps(compile_gluon(kernel, int(sys.argv[2]), constants, types)))
         sys.exit()
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["options"])
+    head_dim, group, longest = (int(argument) for argument in sys.argv[2:5])
+    main(sys.argv[1], head_dim, group, longest, sys.argv[5:] == ["options"])

@@ -18,6 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import attention_tiles, varlen_attention
 from kernels.attention import tile_config
 from kernels.attention.op import attention_backward_op, attention_op, most_pairs
+from kernels.attention.saved import Saved
+from kernels.attention.sm90.dkdv import KEYS
+from kernels.attention.tile_scheduler import make_tiles
+from tests.kernels.attention.one_pass_twin import twin_backward
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -203,6 +207,29 @@ def tiles(architecture: str, size: int, group: int, everything: bool) -> None:
         compare(queries, keys, 2, heads, size, 100)
 
 
+def one_pass() -> None:
+    """The twin of the sm_90 backward pass in one, at its real tile sizes, against float64."""
+    config = tile_config.TileConfig(KEYS, KEYS, *[64, 8, 2] * 3)
+    for lengths, lengths_k, extra, heads, size in (
+        ([130, 0, 1, 200], None, 20, (4, 2), 64),
+        ([127, 128, 129], None, 0, (1, 1), 128),
+        ([100, 20, 70], [200, 0, 150], 5, (1, 1), 64),  # some queries see no key
+    ):
+        q, k, v, borders, borders_k = draw(lengths, lengths_k, extra, heads, size)
+        leaves = [x.double() for x in (q, k, v)]
+        out, lse, expected = attend(
+            leaves[0], leaves[1], leaves[2], borders, borders_k, "reference"
+        )
+        keys = borders if borders_k is None else borders_k
+        tiles = make_tiles(borders, keys, len(q), len(k), config)
+        inputs = (q, k, v, out.float(), lse.float(), noise(out.shape), noise(lse.shape))
+        saved = Saved(*(x.contiguous() for x in inputs))
+        computed = twin_backward(saved, tiles.columns, size**-0.5)
+        for ours, theirs in zip(computed, expected, strict=True):
+            theirs = theirs.nan_to_num()
+            assert (ours - theirs).norm() < 1e-5 * theirs.norm(), (lengths, size)
+
+
 def op() -> None:
     """The torch.library op: opcheck, no graph breaks, shared tables, checkpointing, FLOPs."""
     q, k, v, borders, _ = draw([12, 0, 7], extra=3)
@@ -256,5 +283,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "tiles":
         tiles(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:] == ["everything"])
     else:
-        {"gradients": gradients, "isolation": isolation, "op": op}[sys.argv[1]]()
+        checks = {"gradients": gradients, "isolation": isolation, "one_pass": one_pass, "op": op}
+        checks[sys.argv[1]]()
     print("passed")

@@ -41,7 +41,7 @@ def run(module: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("check", ["gradients", "isolation", "op"])
+@pytest.mark.parametrize("check", ["gradients", "isolation", "one_pass", "op"])
 def test_interpreted(check: str) -> None:
     assert run("attention.interpreted", check, TRITON_INTERPRET="1") == "passed\n"
 
@@ -57,20 +57,50 @@ def test_interpreted_at_the_tile_sizes_of_a_gpu(
     assert run("attention.interpreted", *arguments, TRITON_INTERPRET="1") == "passed\n"
 
 
-@pytest.mark.parametrize(
-    ("architecture", "head_dim", "group"),
-    [("sm_80", 96, 1), ("sm_90", 96, 2), ("sm_90", 128, 4), ("sm_100", 64, 1), ("sm_120", 128, 2)],
-)
+OFTEN = [
+    ("sm_80", 96, 1),
+    ("sm_90", 96, 2),
+    ("sm_90", 128, 4),
+    ("sm_100", 64, 1),
+    ("sm_120", 128, 2),
+]
+CONFIGS = [
+    (architecture, int(head_dim), int(group), int(longest))
+    for architecture, dims in read_configs().items()
+    if architecture != "interpreter"
+    for head_dim, groups in dims.items()
+    for group, lengths in groups.items()
+    for longest in lengths
+]
+
+
+@pytest.mark.parametrize(("architecture", "head_dim", "group"), OFTEN)
 def test_kernels_compile_without_spills(
     architecture: str, head_dim: int, group: int, tmp_path: Path
 ) -> None:
-    printed = run(
-        "attention.compiled",
-        architecture,
-        str(head_dim),
-        str(group),
-        TRITON_CACHE_DIR=str(tmp_path),
-    )
+    check_compiled(architecture, head_dim, group, 4096, tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "head_dim", "group", "longest"), CONFIGS)
+def test_every_config_compiles_without_spills(
+    architecture: str,
+    head_dim: int,
+    group: int,
+    longest: int,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    if not request.config.getoption("--rehearsal"):
+        pytest.skip("make rehearse")
+    check_compiled(architecture, head_dim, group, longest, tmp_path)
+
+
+def check_compiled(
+    architecture: str, head_dim: int, group: int, longest: int, folder: Path
+) -> None:
+    """The tiles for packs of ``longest`` give kernels that fit the GPU and keep its registers."""
+    arguments = (architecture, str(head_dim), str(group), str(longest))
+    printed = run("attention.compiled", *arguments, TRITON_CACHE_DIR=str(folder))
     needs = [json.loads(line) for line in printed.splitlines()]
     assert [need["kernel"] for need in needs] == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
     for need in needs:

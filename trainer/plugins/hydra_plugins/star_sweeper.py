@@ -81,7 +81,7 @@ class StarSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> list[dict[str, Any]]:
-        """Run all searches to their ends; returns their certificates."""
+        """Run all searches to their ends, or estimate their first round; returns certificates."""
         try:
             return self.search(arguments)
         except (ValueError, RuntimeError) as error:  # what a user can mend: no traceback
@@ -102,6 +102,12 @@ class StarSweeper(Sweeper):
                 "finished already"
             )
             batch = [study.job(place) for study, place in missing]
+            if self.compose(studies[0].overrides).estimate.enabled:
+                run_missing(self.context, self.master, self.pool, batch, jobs, set())
+                logger.info(
+                    "star search: estimated is the first round; how many follow, the losses decide"
+                )
+                return []
             self.launch(batch, jobs)
             jobs += len(batch)
             for study in studies:
