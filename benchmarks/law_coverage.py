@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -122,7 +121,6 @@ def main() -> None:
     parser.add_argument("--laws", type=int, default=10_000)
     parser.add_argument("--studies", type=int, default=1_000)
     options = parser.parse_args()
-    began = time.process_time()
     parts = options.output.with_suffix("")  # files beside the result, of this version of the code
     errors = kept(parts.with_suffix(f".{version()}.laws"), options.laws, exact_law)
     exact = {"laws": len(errors), "worst_relative_error_of_B_and_C": max(errors)}
@@ -134,7 +132,6 @@ def main() -> None:
         "exact": exact,
         "intervals_of_95_percent": found,
         "without_interval": sum(study["curve"] is None for study in studies),
-        "cpu_seconds_of_this_call": round(time.process_time() - began),
     }
     command = f"python -m benchmarks.law_coverage --laws {options.laws} --studies {options.studies}"
     write_results(options.output, command, results)
