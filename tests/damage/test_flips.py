@@ -34,6 +34,8 @@ from trainer.run.progress import checkpoints, require_whole
 from trainer.study.page import environment_line
 from trainer.study.runs import read_study
 
+pytestmark = pytest.mark.slow
+
 FLIPS = 500
 # They say who is at work and what it does; nothing is read from them once it has ended.
 UNREAD = ("*.lock", "process.json")

@@ -23,6 +23,8 @@ import pytest
 from tests.damage.small_study import outcome
 from tests.damage.user import Undisturbed, User
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("kill", "flip", "truncate", "fill")
 REMOVED = ("", "report", "runs", "runs/real-*", "streams", "streams/stitched-*", "generations", "*")
 ATTEMPTS = 5  # starts until all must be well
