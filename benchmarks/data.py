@@ -41,7 +41,6 @@ import psutil
 import pyarrow as pa
 
 from benchmarks.importing import most_memory
-from benchmarks.timing import RESULTS, processor
 from gen.corpus.documents import CorpusConfig, hash_of, load_split
 from gen.corpus.tokenizer import TokenizerConfig, load_tokenizer
 from gen.generations.store import SCHEMA, GenerationStore, batches_of
@@ -50,6 +49,7 @@ from gen.pipeline import GenerateConfig, generate
 from gen.quality.table import quality_table
 from trainer.files import write_json
 
+RESULTS = Path(__file__).parent / "results"
 GENERATIONS = 32
 SIZES = [2, 4, 8, 16, 32]
 LONG, SHORT = 800, 100  # characters of a text
@@ -419,6 +419,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for documents in options.documents
         ]
         memory = [measure_memory(documents, Path(folder)) for documents in options.memory]
+    from benchmarks.timing import processor  # imports torch, which none of the processes should
+
     result = {
         "command": "python -m benchmarks.data",
         "date": time.strftime("%Y-%m-%d"),
