@@ -257,13 +257,16 @@ def write_shard(
             f"a megadoc of {samples.document_ids[0]!r} makes a shard of {offsets[-1]:,} bytes; a "
             f"shard holds {LARGEST:,}: leave long documents out with corpus.max_characters"
         )
-    content = b"".join([struct.pack("<I", len(rows)), offsets.astype("<u4").tobytes(), text, *rows])
-    with replace_file(path) as unfinished:
-        unfinished.write_bytes(content)
+    head = [struct.pack("<I", len(rows)), offsets.astype("<u4").tobytes(), text]
+    digest = hashlib.sha256()
+    with replace_file(path) as unfinished, unfinished.open("wb") as file:
+        for piece in (*head, *rows):  # joined, they would be in memory twice
+            digest.update(piece)
+            file.write(piece)
     described = {
         "basename": path.name,
-        "bytes": len(content),
-        "hashes": {"sha256": hashlib.sha256(content).hexdigest()},
+        "bytes": int(offsets[-1]),
+        "hashes": {"sha256": digest.hexdigest()},
     }
     entry = {**settings, "raw_data": described, "samples": len(rows), "zip_data": None}
     write_json(entry_path, entry)
