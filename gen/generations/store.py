@@ -402,6 +402,18 @@ def batches_of(part: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
         raise corrupted(part, error) from error
 
 
+def texts_of_part(part: Path, rows: NDArray[np.integer[Any]]) -> list[str]:
+    """The texts of some rows of a part, in ascending order of the rows."""
+    texts: list[str] = []
+    first = 0
+    for batch in batches_of(part, ["text"]):
+        start, end = np.searchsorted(rows, [first, first + batch.num_rows])
+        if end > start:
+            texts += batch["text"].take(pa.array(rows[start:end] - first)).to_pylist()
+        first += batch.num_rows
+    return texts
+
+
 def corrupted(part: Path, problem: object) -> ValueError:
     """What is wrong with a part, and what to do."""
     return ValueError(

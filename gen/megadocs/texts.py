@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gen.generations.store import batches_of
+from gen.generations.store import batches_of, texts_of_part
 from gen.megadocs.tokens import as_keys, key_of, keys_of_column
 from trainer.files import is_whole, replace_file, write_hash
 
@@ -52,18 +52,6 @@ def keys_of_part(part: Path, kept: Path) -> NDArray[np.uint64]:
         )
         write_hash(kept, unfinished)
     return keys
-
-
-def texts_of_part(part: Path, rows: NDArray[np.integer[Any]]) -> list[str]:
-    """The texts of some rows of a part, in ascending order of the rows."""
-    texts: list[str] = []
-    first = 0
-    for batch in batches_of(part, ["text"]):
-        start, end = np.searchsorted(rows, [first, first + batch.num_rows])
-        if end > start:
-            texts += batch["text"].take(pa.array(rows[start:end] - first)).to_pylist()
-        first += batch.num_rows
-    return texts
 
 
 def keys_of_edited(

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
 from gen.generations.by_document import Generations
+from gen.generations.store import texts_of_part
 from gen.megadocs.assembly import Layout
 from gen.megadocs.encoding import Encoding
-from gen.megadocs.texts import keys_of_edited, keys_of_part, texts_of_part
+from gen.megadocs.texts import keys_of_edited, keys_of_part
 from gen.megadocs.tokens import (
     DamagedTokensError,
     IdReader,
