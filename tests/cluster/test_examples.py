@@ -173,12 +173,18 @@ def test_writers_of_which_one_loses_its_node_and_one_is_told_to_stop(
     assert "100.0% done" in told
     assert "job" not in told
 
+
+def test_streams_by_several_writers_are_those_of_one(
+    slurm: Slurm, clone: Path, new_corpus: list[str]
+) -> None:
+    new_corpus = [*new_corpus, "method.generations=1"]
+    run(slurm, clone, ["python", "generate.py", *new_corpus, "task=generate"])
     mine, alone = clone / "data" / "mine", clone / "data" / "alone"
     shutil.copytree(mine, alone, ignore=shutil.ignore_patterns("streams", "tokens", "*.lock"))
     said = run(slurm, clone, [*example("streams"), *new_corpus, "hydra.launcher.cpus_per_task=4"])
     assert said.count("done   streams.writer=") == 4
     run(slurm, clone, ["python", "generate.py", *new_corpus, "root=data/alone", "task=streams"])
-    for stream in ("real", "val", "simple-g24", "stitched-g24"):
+    for stream in ("real", "val", "simple-g1", "stitched-g1"):
         assert contents(mine / "streams" / stream) == contents(alone / "streams" / stream)
 
 
@@ -203,7 +209,7 @@ def test_several_servers_for_one_client(slurm: Slurm, clone: Path, new_corpus: l
         proxy_of({"gpu-1:30000": first.url, "gpu-2:30000": second.url}) as (proxy, asked),
     ):
         there = {"HTTP_PROXY": proxy, "http_proxy": proxy, "no_proxy": ""}
-        run(slurm, clone, [*example("servers"), *new_corpus, "generator.model=NAME"], there)
+        run(slurm, clone, [*example("servers"), *new_corpus, "method.generations=1"], there)
     assert set(asked) == {"gpu-1:30000", "gpu-2:30000"}
     assert "100.0% done" in status(slurm, clone)
 
