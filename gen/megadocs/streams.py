@@ -271,12 +271,19 @@ class Stream:
         starts = partial(document_starts, self.documents, self.tokenizer, self.root, work)
         layout = lay_out(self.description["kind"], self.documents, self.chosen, self.config, starts)
         try:
-            members, parts = self.members(layout, work)
-            self.write(members, parts, work)
-        except DamagedTokensError:  # the damaged part is gone: its texts are tokenized anew
-            members, parts = self.members(layout, work)
-            self.write(members, parts, work)
-        return self.finish(members)
+            try:
+                members, parts = self.members(layout, work)
+                self.write(members, parts, work)
+            except DamagedTokensError:  # the damaged part is gone: its texts are tokenized anew
+                members, parts = self.members(layout, work)
+                self.write(members, parts, work)
+            return self.finish(members)
+        except FileNotFoundError:
+            # Another writer finishes it and takes away what it was built of, at any moment.
+            if not is_finished(self.folder, self.description["config_hash"]):
+                raise
+            shutil.rmtree(self.building, ignore_errors=True)
+            return read_manifest(self.folder)
 
     def members(self, layout: Layout, work: Work) -> tuple[Members, list[Path]]:
         """All members with their tokens, and the files that these lie in."""
