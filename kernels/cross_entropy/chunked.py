@@ -90,6 +90,13 @@ def product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.to(precision) @ b.to(precision)
 
 
+def raw_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, exact: bool
+) -> Tensor:
+    """``[C, V]`` products, for backends that add bias and softcap whenever they read them."""
+    return product_in_fp32(x, weight.T) if exact else aligned_product(x, weight)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b`` in the precision of ``total`` (at least fp32), without a temporary."""
     if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):

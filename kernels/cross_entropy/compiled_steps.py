@@ -13,14 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .chunked import Options, Steps, aligned_product, product_in_fp32
-
-
-def raw_logits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, exact: bool
-) -> Tensor:
-    """``[C, V]`` products; bias and softcap are added whenever they are read."""
-    return product_in_fp32(x, weight.T) if exact else aligned_product(x, weight)
+from .chunked import Options, Steps, raw_logits
 
 
 def capped(raw: Tensor, bias: Tensor | None, softcap: float) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..chunked import Options, Steps, aligned_product, product_in_fp32
+from ..chunked import Options, Steps, raw_logits
 
 BLOCK_V = 4096  # logits of one row that a program reads at a time
 
@@ -136,13 +136,6 @@ def gradient_kernel(
         slope *= 1.0 - (z / softcap) * (z / softcap)
     slope = tl.where(weight == 0.0, 0.0, weight * slope)  # an ignored row may hold anything
     tl.store(place, slope.to(logits.dtype.element_ty), mask=inside)
-
-
-def raw_logits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, exact: bool
-) -> Tensor:
-    """``[C, V]`` products; the kernels add bias and softcap whenever they read them."""
-    return product_in_fp32(x, weight.T) if exact else aligned_product(x, weight)
 
 
 def statistics(logits: Tensor, bias: Tensor | None, targets: Tensor, options: Options) -> Tensor:
