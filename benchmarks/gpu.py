@@ -205,7 +205,7 @@ def rehearse_all(steps: list[Step]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         failed = {step.name: rehearse(step, Path(folder)) for step in steps}
     went = {
-        step.name: failed[step.name] or ("rehearsed" if step.rehearsal else "needs a GPU")
+        step.name: failed[step.name] or ("needs a GPU" if step.rehearsal is None else "rehearsed")
         for step in steps
     }
     print(tabulate(went.items(), tablefmt="plain"))

@@ -71,7 +71,10 @@ def find_files(where: str, setting: str) -> list[SourceFile]:
         FileNotFoundError: there are none.
         OSError: the place cannot be reached, or not with these credentials.
     """
-    system, path = filesystem(where)
+    try:
+        system, path = filesystem(where)
+    except ValueError as error:
+        raise ValueError(f"{setting}={error}") from error
     try:
         found = list_files(system, path)
     except Exception as error:  # every driver has its own

@@ -175,7 +175,7 @@ def test_a_flipped_bit_in_any_file_is_found_or_harmless(
     assert outcomes.total() == FLIPS
     # Harmless beside what is made again: another way to write the same JSON.
     assert outcomes["kept, harmless"] <= 0.02 * outcomes["kept, found"], outcomes
-    assert outcomes["kept, found"] > 0.6 * FLIPS, outcomes
+    assert outcomes["kept, found"] > 0.5 * FLIPS, outcomes
 
 
 def is_made_again(file: Path) -> bool:

@@ -144,17 +144,22 @@ def test_requests_that_are_not_answered_in_time_are_dropped(
     assert not all_failures(store.folder)
 
 
-def test_a_stream_that_is_being_built_is_dropped_whole(tmp_path: Path) -> None:
+def test_a_stream_that_is_being_built_is_gone_on_with(tmp_path: Path) -> None:
     source = tmp_path / "texts.jsonl"
-    lines = (f"{number} {' '.join(map(str, range(number, number + 60)))}" for number in range(1000))
+    numbers = range(20_000)  # a second or two of building
+    lines = (f"{number} {' '.join(map(str, range(number, number + 30)))}" for number in numbers)
     source.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
     root = tmp_path / "root"
     words = ["task=corpus", "corpus=jsonl", f"corpus.path={source}", f"root={root}"]
     words += ["corpus.max_documents=null", "corpus.max_characters=null", "streams.shard_bytes=9999"]
     with program(*words) as process:
-        wait_until(lambda: any((root / "streams").glob(".real.*/*.mds")))
+        wait_until(lambda: any((root / "streams").glob(".real.*/stream/*.mds")))
         process.send_signal(signal.SIGUSR2)
         output, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGUSR2, errors
     assert output.splitlines()[-1] == f"{root}: stopped; the same command goes on, by SIGUSR2"
-    assert not list((root / "streams").iterdir())
+    assert [path.name[:6] for path in (root / "streams").iterdir()] == [".real."]
+    with program(*words) as process:
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert {path.name for path in (root / "streams").iterdir()} == {"real", "val"}
