@@ -174,7 +174,7 @@ def test_a_flipped_bit_in_any_file_is_found_or_harmless(
         restore(file.parent, intact)
     assert outcomes.total() == FLIPS
     # Harmless beside what is made again: another way to write the same JSON.
-    assert outcomes["kept, harmless"] <= 0.02 * outcomes["kept, found"], outcomes
+    assert outcomes["kept, harmless"] <= 0.1 * outcomes["kept, found"], outcomes
     assert outcomes["kept, found"] > 0.5 * FLIPS, outcomes
 
 
