@@ -205,7 +205,7 @@ class MegadocStream:
     def shard_of(self, index: int) -> Path:
         """The shard file that holds sample ``index``."""
         shard, _ = self.dataset.spanner[index]
-        name: str = shard_files(self.path)[shard]["basename"]
+        name: str = shard_index(self.path)[shard]["raw_data"]["basename"]
         return self.path / name
 
 
@@ -273,7 +273,6 @@ def small_files(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def remote_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
     """All shards of a stream, in their order."""
-    index = json.loads((folder / "index.json").read_text())["shards"]
     return [
         Shard(
             entry["raw_data"]["basename"],
@@ -281,14 +280,14 @@ def remote_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
             entry["raw_data"]["bytes"],
             manifest["files"][entry["raw_data"]["basename"]]["sha256"],
         )
-        for entry in index
+        for entry in shard_index(folder)
     ]
 
 
-def shard_files(path: Path) -> list[dict[str, Any]]:
-    """Name and size of every shard, from the index."""
-    shards = json.loads((path / "index.json").read_text())["shards"]
-    return [shard["raw_data"] for shard in shards]
+def shard_index(path: Path) -> list[dict[str, Any]]:
+    """What the index says of every shard."""
+    shards: list[dict[str, Any]] = json.loads((path / "index.json").read_text())["shards"]
+    return shards
 
 
 def check_same_tokenizer(streams: Sequence[MegadocStream]) -> None:

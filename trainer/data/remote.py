@@ -173,16 +173,17 @@ class RemoteShards:
         self.shards_wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.asked: set[int] = set()
         self.failure: Exception | None = None
+        self.is_full = False  # the cache, and it has been told
         self.downloaded = 0  # bytes, of whole shards and of samples
         self.offsets = functools.lru_cache(maxsize=OFFSETS_KEPT)(self.read_offsets)
-        for target, number in ((self.answer_samples, REQUESTS), (self.bring_shards, DOWNLOADS)):
-            for _ in range(
-                number
-            ):  # daemons: a server that is away does not keep a run from ending
-                threading.Thread(target=target, daemon=True, name="remote-stream").start()
+        self.closed = False
+        work = [self.answer_samples] * REQUESTS + [self.bring_shards] * DOWNLOADS
+        for target in work:  # daemons: a server that is away does not keep a run from ending
+            threading.Thread(target=target, daemon=True, name="remote-stream").start()
 
     def close(self) -> None:
-        """End the threads and let the cache evict the stream."""
+        """End the threads, bring no further shard, and let the cache evict the stream."""
+        self.closed = True
         for _ in range(REQUESTS):
             self.samples_wanted.put(None)
         for _ in range(DOWNLOADS):
@@ -249,10 +250,16 @@ class RemoteShards:
 
     def bring_shards(self) -> None:
         """Work of a thread: whole shards, as long as there is room."""
-        while (shard := self.shards_wanted.get()) is not None:
+        while (shard := self.shards_wanted.get()) is not None and not self.closed:
             try:
                 if self.cache.bring(self.remote, self.shards[shard]):
                     self.downloaded += self.shards[shard].bytes
+                elif not self.is_full:
+                    self.is_full = True
+                    logger.info(
+                        f"{self.cache.cache} holds data.cache_limit={self.cache.limit} bytes: "
+                        f"other shards of {self.remote} are read sample by sample"
+                    )
             except Exception as error:  # shown where the next sample is wanted
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     logger.warning("%s is full; the rest is read by samples", self.cache.path)

@@ -17,7 +17,7 @@ from trainer.data.batches import BatchLoader
 from trainer.data.format import DamagedStreamError
 from trainer.data.mds import MegadocStream
 from trainer.data.plan import Plan, Source
-from trainer.data.remote import CacheFolder
+from trainer.data.remote import DOWNLOADS, CacheFolder
 
 REMOTE = "s3://bucket/corpus/streams/real"
 SAMPLES, STEPS = 120, 4
@@ -101,6 +101,26 @@ def test_the_first_step_waits_for_its_samples_and_no_shard(
     rest = [batches[0].input_ids.tolist() for _, batches in steps]
     assert [first[0].input_ids.tolist(), *rest] == tokens(local)
     stream.close()
+
+
+def test_a_closed_stream_brings_no_further_shard(
+    remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bring, may_come = CacheFolder.bring, threading.Event()
+
+    def bring_later(*arguments: Any) -> bool:
+        may_come.wait()
+        return bring(*arguments)
+
+    monkeypatch.setattr(CacheFolder, "bring", bring_later)
+    before = set(threading.enumerate())
+    stream = MegadocStream(remote, str(tmp_path / "cache"), as_needed=True)
+    tokens(stream)
+    stream.close()
+    may_come.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+    assert 0 < len(shards_of(stream)) <= DOWNLOADS  # those that had begun
 
 
 def test_a_cache_that_is_too_small_is_never_overfilled(
