@@ -42,18 +42,24 @@ LOOK_EVERY = 0.2  # seconds
 
 
 class Texts:
-    """Slices of a long text of random words, each different."""
+    """Random words: sources of their own, rephrases as slices of one long text (made faster)."""
 
     def __init__(self) -> None:
         chooser = random.Random(0)
         letters = "abcdefghijklmnopqrstuvwxyz"
         words = ["".join(chooser.choices(letters, k=chooser.randint(2, 9))) for _ in range(20_000)]
+        self.words = words
         self.long = " ".join(chooser.choices(words, k=1_000_000))
         self.chooser = chooser
 
-    def one(self, name: str, characters: int) -> str:
-        start = self.chooser.randrange(len(self.long) - characters)
-        return f"{name}: {self.long[start : start + characters - len(name) - 2]}"
+    def source(self, name: str) -> str:
+        """No near-duplicate of another, as sources are compared with the held-out ones."""
+        words = self.chooser.choices(self.words, k=SOURCE // 3)  # of 2 letters and a space at least
+        return f"{name}: {' '.join(words)}"[:SOURCE]
+
+    def rephrase(self, name: str) -> str:
+        start = self.chooser.randrange(len(self.long) - REPHRASE)
+        return f"{name}: {self.long[start : start + REPHRASE - len(name) - 2]}"
 
 
 def write_finephrase(folder: Path, documents: int) -> ImportConfig:
@@ -63,9 +69,9 @@ def write_finephrase(folder: Path, documents: int) -> ImportConfig:
         rows = [
             {
                 "id": f"<urn:uuid:{number:032d}>",
-                "text": texts.one(str(number), SOURCE),
+                "text": texts.source(str(number)),
                 "rollout_results": [
-                    {"text": texts.one(f"{number}/{index}", REPHRASE), "finish_reason": "stop"}
+                    {"text": texts.rephrase(f"{number}/{index}"), "finish_reason": "stop"}
                     for index in range(GENERATIONS)
                 ],
             }
@@ -89,8 +95,11 @@ def write_nemotron_cc(folder: Path, documents: int) -> ImportConfig:
         for first in range(0, len(keys), PER_FILE):
             lines = []
             for number, index in keys[first : first + PER_FILE]:
-                length = SOURCE if index is None else REPHRASE
-                text = texts.one(f"{number}/{index}", length)
+                text = (
+                    texts.source(str(number))
+                    if index is None
+                    else texts.rephrase(f"{number}/{index}")
+                )
                 lines.append(json.dumps({"warc_record_id": f"<urn:{number:032d}>", "text": text}))
             content = zstandard.compress("\n".join(lines).encode())
             path = folder / name / f"{first:09d}.jsonl.zst"

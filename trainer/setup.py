@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from trainer.config.schema import ActivationCheckpointing, Averaging, Parallel, 
 from trainer.data.batches import BatchLoader, PackedBatch
 from trainer.data.mds import MegadocStream, check_same_tokenizer
 from trainer.data.packing import pack_whole
-from trainer.data.plan import Plan, Source
+from trainer.data.plan import Plan, Position, Source
 from trainer.data.remote import tokenizer_folder
 from trainer.model.llama import Llama
 from trainer.optim.averaging import WeightAverage
@@ -83,6 +83,7 @@ class Run:
             **self.guard.state(),
             inputs=self.inputs,
             identity=learnt_hash(self.config, self.inputs),
+            position=asdict(self.plan.position(done)),
         )
 
     def checkpointer(self) -> Checkpointer:
@@ -344,6 +345,8 @@ def resume(
             f"{newest} was trained in another order of the same data: another version wrote it; "
             "use another name=..."
         )
+    if progress.position is not None:
+        plan.resume(Position(**progress.position))
     load_checkpoint(newest, model, optimizers, average, ranks)
     logger.info(f"resuming {run_dir} after step {progress.step}")
     return progress

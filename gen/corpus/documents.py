@@ -415,7 +415,8 @@ def load_split(root: Path, split: str) -> Iterator[Document]:
     """The documents of ``train`` or ``val`` in corpus order, without near-duplicates left out."""
     folder = root / "documents"
     unused = near_duplicates.left_out(folder, split)
-    for batch in pq.ParquetFile(folder / f"{split}.parquet").iter_batches(BATCH_ROWS):
+    parquet = pq.ParquetFile(folder / f"{split}.parquet", pre_buffer=False)  # not all of it
+    for batch in parquet.iter_batches(BATCH_ROWS):
         for row in batch.to_pylist():
             if row["id"] not in unused:
                 yield Document(row["id"], row["text"], json.loads(row["metadata"]))

@@ -158,7 +158,7 @@ def parquet_rows(path: Path, rows: int) -> Iterator[dict[str, Any]]:
         ValueError: it is damaged.
     """
     try:
-        for batch in pq.ParquetFile(path).iter_batches(rows):
+        for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(rows):
             yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(

@@ -26,13 +26,18 @@ class Window:
 
 
 @dataclass(frozen=True)
-class EpochPacking:
-    """All windows of one epoch of one source; window i holds pieces ``offsets[i]:offsets[i+1]``."""
+class Packing:
+    """Windows of one source; window i holds pieces ``offsets[i]:offsets[i+1]``."""
 
     documents: NDArray[np.int64]  # int64 [P]
     starts: NDArray[np.int64]  # int64 [P]
     lengths: NDArray[np.int64]  # int64 [P]
     offsets: NDArray[np.int64]  # int64 [W+1]
+
+    @property
+    def tokens(self) -> int:
+        """In all windows together."""
+        return int(self.lengths.sum())
 
     @property
     def window_tokens(self) -> NDArray[np.int64]:
@@ -46,12 +51,12 @@ class EpochPacking:
 
     def density(self, context_length: int) -> float:
         """Share of the windows' places that hold a token."""
-        return float(self.lengths.sum() / ((len(self.offsets) - 1) * context_length))
+        return float(self.tokens / ((len(self.offsets) - 1) * context_length))
 
 
 def concatenate_and_cut(
     lengths: NDArray[np.int64], order: NDArray[np.int64], context_length: int
-) -> EpochPacking:
+) -> Packing:
     """Documents in ``order`` on one axis, cut every ``context_length`` tokens."""
     ends = lengths[order].cumsum()
     total = int(ends[-1])
@@ -62,12 +67,12 @@ def concatenate_and_cut(
     document_starts = ends[place] - lengths[order][place]
     windows = -(-total // context_length)
     offsets = np.searchsorted(starts, np.arange(windows + 1) * context_length)
-    return EpochPacking(order[place], starts - document_starts, np.diff(borders), offsets)
+    return Packing(order[place], starts - document_starts, np.diff(borders), offsets)
 
 
 def pack_whole(
     lengths: NDArray[np.int64], context_length: int, generator: np.random.Generator
-) -> EpochPacking:
+) -> Packing:
     """Documents in full windows; those longer than the context give full windows and a rest."""
     full = lengths // context_length  # [N] full windows of each document
     rest = lengths % context_length  # [N]
@@ -88,7 +93,7 @@ def pack_whole(
             len(long_documents) + np.searchsorted(bins, np.arange(windows + 1)),
         )
     )
-    return EpochPacking(
+    return Packing(
         np.concatenate((long_documents, documents)),
         np.concatenate((long_starts, full[documents] * context_length)),
         np.concatenate((np.full(len(long_documents), context_length), rest[documents])),
@@ -174,12 +179,10 @@ class BinPool:
                 return piece
 
 
-def shuffle_windows(packed: EpochPacking, generator: np.random.Generator) -> EpochPacking:
+def shuffle_windows(packed: Packing, generator: np.random.Generator) -> Packing:
     """The same windows in random order."""
     order = generator.permutation(len(packed.offsets) - 1)
     counts = np.diff(packed.offsets)[order]
     offsets = np.concatenate(([0], counts.cumsum()))
     pieces = np.repeat(packed.offsets[:-1][order] - offsets[:-1], counts) + np.arange(offsets[-1])
-    return EpochPacking(
-        packed.documents[pieces], packed.starts[pieces], packed.lengths[pieces], offsets
-    )
+    return Packing(packed.documents[pieces], packed.starts[pieces], packed.lengths[pieces], offsets)

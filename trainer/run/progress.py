@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainer.files import DamagedFileError, read_sealed, sha256
 
@@ -25,6 +26,7 @@ class Progress:
     skipped_in_a_row: int = 0  # up to this step
     inputs: dict[str, str] = field(default_factory=dict)  # content hashes of what was read
     identity: str = ""  # of what is learnt; empty in those of older versions
+    position: dict[str, Any] | None = None  # in the plan; None in those of older versions
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the checkpoint's other files
 
 

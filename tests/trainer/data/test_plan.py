@@ -8,16 +8,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.packing import Window, minimum_bin_slack, pack_whole
-from trainer.data.plan import Plan, Source, balanced_order, rank_windows
+from trainer.data.plan import PART_DOCUMENTS, Plan, Source, balanced_order, rank_windows
 from trainer.setup import how_to_fill
 
 lengths_lists = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 packings = st.sampled_from(["whole", "stream", "windows"])
 
 
-def plan_of(lengths: list[int], packing: str, batch: int = 2, context: int = 30) -> Plan:
+# Documents that are packed at once: all, or so few that an epoch has several parts.
+parts = st.sampled_from([1 << 15, 7])
+
+
+def plan_of(
+    lengths: list[int], packing: str, batch: int = 2, context: int = 30, part: int = 1 << 15
+) -> Plan:
     source = Source("real", np.array(lengths), 1.0)
-    return Plan([source], context, batch, packing, seed=7)
+    return Plan([source], context, batch, packing, 7, part)
+
+
+def windows_of_epoch(plan: Plan, epoch: int) -> list[Window]:
+    of_epoch = range(epoch * plan.parts(0), (epoch + 1) * plan.parts(0))
+    packed = [plan.packed(0, part) for part in of_epoch]
+    return [one.window(0, index) for one in packed for index in range(len(one.offsets) - 1)]
 
 
 def tokens_of(windows: list[Window]) -> Counter[tuple[int, int]]:
@@ -31,27 +43,30 @@ def tokens_of(windows: list[Window]) -> Counter[tuple[int, int]]:
     )
 
 
-@given(lengths_lists, packings, st.integers(0, 3))
-def test_an_epoch_holds_every_token_once(lengths: list[int], packing: str, epoch: int) -> None:
-    packed = plan_of(lengths, packing).packed(0, epoch)
-    windows = [packed.window(0, index) for index in range(len(packed.offsets) - 1)]
+@given(lengths_lists, packings, st.integers(0, 3), parts)
+def test_an_epoch_holds_every_token_once(
+    lengths: list[int], packing: str, epoch: int, part: int
+) -> None:
+    windows = windows_of_epoch(plan_of(lengths, packing, part=part), epoch)
     everything = Counter((d, p) for d, length in enumerate(lengths) for p in range(length))
     assert tokens_of(windows) == everything
     assert all(0 < window.tokens <= 30 for window in windows)
 
 
-@given(lengths_lists)
-def test_whole_packing_cuts_only_what_is_too_long(lengths: list[int]) -> None:
-    packed = plan_of(lengths, "whole").packed(0, 0)
-    pieces = Counter(packed.documents.tolist())
+@given(lengths_lists, parts)
+def test_whole_packing_cuts_only_what_is_too_long(lengths: list[int], part: int) -> None:
+    windows = windows_of_epoch(plan_of(lengths, "whole", part=part), 0)
+    pieces = Counter(document for window in windows for document in window.documents.tolist())
     assert pieces == {d: -(-length // 30) for d, length in enumerate(lengths)}
 
 
 @settings(deadline=None)
-@given(lengths_lists, packings)
-def test_no_document_comes_twice_before_all_came_once(lengths: list[int], packing: str) -> None:
-    plan = plan_of(lengths, packing, batch=1)
-    per_epoch = [len(plan.packed(0, epoch).offsets) - 1 for epoch in range(3)]
+@given(lengths_lists, packings, parts)
+def test_no_document_comes_twice_before_all_came_once(
+    lengths: list[int], packing: str, part: int
+) -> None:
+    plan = plan_of(lengths, packing, batch=1, part=part)
+    per_epoch = [len(windows_of_epoch(plan, epoch)) for epoch in range(3)]
     seen: Counter[tuple[int, int]] = Counter()
     for step in range(sum(per_epoch)):
         seen += tokens_of(plan.windows(step))
@@ -61,32 +76,79 @@ def test_no_document_comes_twice_before_all_came_once(lengths: list[int], packin
 
 
 @settings(deadline=None, max_examples=40)
-@given(lengths_lists, lengths_lists, st.floats(0.1, 0.9), packings)
+@given(lengths_lists, lengths_lists, st.floats(0.1, 0.9), packings, parts)
 def test_the_share_is_exact_within_a_window_at_any_time(
-    real: list[int], synthetic: list[int], fraction: float, packing: str
+    real: list[int], synthetic: list[int], fraction: float, packing: str, part: int
 ) -> None:
     sources = [
         Source("real", np.array(real), 1 - fraction),
         Source("synthetic", np.array(synthetic), fraction),
     ]
-    plan = Plan(sources, 30, 1, packing, seed=1)
+    plan = Plan(sources, 30, 1, packing, 1, part)
     for steps in range(60):
         seen = plan.tokens_seen(steps)
         assert abs(seen[1] - fraction * sum(seen)) <= 30
 
 
+def assert_equal_batches(ours: list[Window], theirs: list[Window]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.source == other.source
+        assert np.array_equal(one.documents, other.documents)
+        assert np.array_equal(one.starts, other.starts)
+
+
 @settings(deadline=None)
-@given(lengths_lists, packings, st.integers(0, 30))
+@given(lengths_lists, packings, st.integers(0, 30), parts)
 def test_batch_n_is_a_function_of_the_plan_and_n_alone(
-    lengths: list[int], packing: str, step: int
+    lengths: list[int], packing: str, step: int, part: int
 ) -> None:
-    walked, jumped = plan_of(lengths, packing), plan_of(lengths, packing)
+    walked, jumped = (plan_of(lengths, packing, part=part) for _ in range(2))
     for earlier in range(step):
         walked.windows(earlier)
-    for ours, theirs in zip(walked.windows(step), jumped.windows(step), strict=True):
-        assert np.array_equal(ours.documents, theirs.documents)
-        assert np.array_equal(ours.starts, theirs.starts)
+    assert_equal_batches(walked.windows(step), jumped.windows(step))
     assert walked.hash() == jumped.hash()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(lengths_lists, min_size=1, max_size=3),
+    packings,
+    st.integers(0, 30),
+    st.integers(0, 5),
+    parts,
+)
+def test_a_position_is_as_good_as_having_walked_there(
+    lengths: list[list[int]], packing: str, step: int, further: int, part: int
+) -> None:
+    sources = [Source(str(n), np.array(one), 1 / len(lengths)) for n, one in enumerate(lengths)]
+    walked, resumed = (Plan(sources, 30, 2, packing, 7, part) for _ in range(2))
+    resumed.resume(walked.position(step))
+    for later in (step + further, step):
+        assert resumed.tokens_seen(later) == walked.tokens_seen(later)
+        assert_equal_batches(resumed.windows(later), walked.windows(later))
+    assert_equal_batches(resumed.windows(0), walked.windows(0))  # before it: from the beginning
+
+
+def test_a_resumed_order_packs_little_again() -> None:
+    lengths = np.random.default_rng(0).integers(1, 90, 3000)
+    shares = {"real": 0.25, "synthetic": 0.75}
+    sources = [Source(name, lengths, share) for name, share in shares.items()]
+    walked, resumed = (Plan(sources, 256, 4, "whole", 7, 100) for _ in range(2))
+    walked.windows(400)
+    resumed.resume(walked.position(400))
+    assert_equal_batches(resumed.windows(400), walked.windows(400))
+    assert walked.packed.cache_info().misses > 60
+    assert resumed.packed.cache_info().misses <= 5
+
+
+def test_only_the_last_windows_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgetful, other = (plan_of(list(range(1, 30)), "whole") for _ in range(2))
+    expected = [other.windows(step) for step in range(60)]
+    monkeypatch.setattr("trainer.data.plan.KEPT_WINDOWS", 20)
+    for step, windows in enumerate(expected):
+        assert_equal_batches(forgetful.windows(step), windows)
+    assert sum(len(block.rows) for block in forgetful.window_order.blocks) < 60
+    assert_equal_batches(forgetful.windows(3), expected[3])
 
 
 def test_the_hash_sees_everything_that_changes_the_order() -> None:
@@ -97,8 +159,9 @@ def test_the_hash_sees_everything_that_changes_the_order() -> None:
         plan_of([5, 6, 7], "whole", batch=3),
         plan_of([5, 6, 7], "whole", context=31),
         Plan(base.sources, 30, 2, "whole", seed=8),
+        plan_of([5, 6, 7], "whole", part=2),
     ]
-    assert len({plan.hash() for plan in [base, *others]}) == 6
+    assert len({plan.hash() for plan in [base, *others]}) == 7
 
 
 def test_epochs_are_shuffled_and_packed_differently() -> None:
@@ -134,8 +197,9 @@ def test_windows_are_never_overfilled(sizes: list[int]) -> None:
     [(750, 1.0), (700, 0.3), (1200, 0.3)],  # a web corpus, and rephrases of much the same length
 )
 def test_realistic_lengths_pack_to_99_percent(mean: int, deviation: float) -> None:
+    """As many as are packed at once; a part of an epoch has at least half of PART_DOCUMENTS."""
     generator = np.random.default_rng(0)
-    lengths = np.clip(generator.lognormal(np.log(mean), deviation, 20_000), 1, 60_000)
+    lengths = np.clip(generator.lognormal(np.log(mean), deviation, PART_DOCUMENTS // 2), 1, 60_000)
     packed = pack_whole(lengths.astype(np.int64), 4096, generator)
     assert packed.density(4096) >= 0.99
 

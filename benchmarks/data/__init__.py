@@ -1,0 +1,1 @@
+"""``python -m benchmarks.data``: from generations to batches, at three sizes."""
