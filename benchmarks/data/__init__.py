@@ -1,1 +1,4 @@
-"""``python -m benchmarks.data``: from generations to batches, at three sizes."""
+"""What it costs to turn generations into batches: ``python -m benchmarks.data``.
+
+May import ``gen`` and ``trainer``; nothing imports it.
+"""
