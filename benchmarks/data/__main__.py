@@ -114,7 +114,7 @@ def measure_loading(scratch: Path, seconds: float) -> dict[str, Any]:
     measured(make_corpus, root, documents, characters)
     names = {f"simple-g{GENERATIONS}": 4096, f"stitched-g{GENERATIONS}": 32_768}
     measured(build_streams, root, list(names))
-    found = {}
+    found: dict[str, Any] = {}
     for name, context in names.items():
         lengths = np.load(root / "streams" / name / "lengths.npy")
         found[name] = {"mean_tokens": float(lengths.mean())}
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of what is measured."""
     names = ("tokenizers", "pyarrow", "numpy", "mosaicml-streaming", "datasets", "datatrove")
-    found = {}
+    found: dict[str, Any] = {}
     for name in names:
         if importlib.util.find_spec(name.removeprefix("mosaicml-")):
             found[name] = importlib.metadata.version(name)

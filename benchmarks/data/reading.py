@@ -102,7 +102,7 @@ def streaming_steps(stream: Path, context: int, rank: int, ranks: int) -> Iterat
     from streaming import StreamingDataset
 
     dataset = StreamingDataset(local=str(stream), shuffle=True, batch_size=1, replication=None)
-    waiting: list[NDArray[np.uint32]] = []
+    waiting: list[NDArray[np.integer[Any]]] = []
     tokens = 0
     while True:
         for sample in dataset:

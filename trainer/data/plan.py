@@ -205,7 +205,7 @@ class Plan:
         )
         for source in self.sources:
             digest.update(repr((source.name, source.share)).encode())
-            digest.update(np.ascontiguousarray(source.lengths, dtype=np.int64))
+            digest.update(np.ascontiguousarray(source.lengths, dtype=np.int64).data)
         if max(self.parts(index) for index in range(len(self.sources))) > 1:
             digest.update(repr(self.part_documents).encode())
         return digest.hexdigest()[:16]
@@ -219,8 +219,8 @@ class EpochOrder:
     borders: NDArray[np.int64]  # int64 [parts + 1], places in ``order``
     tokens: NDArray[np.int64]  # int64 [parts + 1], tokens before each part
 
-    def documents(self, part: int) -> NDArray[np.int32]:
-        return self.order[self.borders[part] : self.borders[part + 1]]
+    def documents(self, part: int) -> NDArray[np.int64]:
+        return self.order[self.borders[part] : self.borders[part + 1]].astype(np.int64)
 
 
 @dataclass(frozen=True)
