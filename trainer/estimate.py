@@ -7,7 +7,6 @@ what is computed again. The time is FLOPs over the GPU's peak times an MFU that 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from tabulate import tabulate
 from trainer.config.estimate import DEVICES
 from trainer.config.schema import ActivationCheckpointing, ModelConfig, Parallel, TrainConfig
 from trainer.data.batches import collate
+from trainer.files import read_json
 from trainer.model.flops import attention_pairs, training_flops
 from trainer.parallel.activation_checkpointing import USABLE, step_bytes
 from trainer.run.inputs import read_inputs, run_dir_of
@@ -143,7 +143,7 @@ def chosen_mfu(config: TrainConfig, results: Path = RESULTS) -> tuple[float, str
     part = wanted.device.partition("-")[0]
     nearest: tuple[float, float, str] | None = None
     for file in sorted(results.glob(f"*{part}*/step-*.json")):
-        for row in json.loads(file.read_text())["results"]:
+        for row in read_json(file)["results"]:
             if row.get("mfu") is None:
                 continue
             measured = model_of(row["model"], config.model.vocab_size)

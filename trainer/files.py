@@ -109,6 +109,23 @@ def read_json(path: Path, remedy: str = "") -> Any:
         raise DamagedFileError(damaged(path, str(error), remedy)) from error
 
 
+def read_object(path: Path, *keys: str, remedy: str = "") -> dict[str, Any]:
+    """A JSON object that has ``keys``, written by others or without a seal.
+
+    Args:
+        remedy: what to do where it is damaged, for the message.
+
+    Raises:
+        DamagedFileError: it is no JSON object, or lacks a key.
+    """
+    content = read_json(path, remedy)
+    if not isinstance(content, dict):
+        raise DamagedFileError(damaged(path, f"it holds {str(content)[:40]}", remedy))
+    if missing := [key for key in keys if key not in content]:
+        raise DamagedFileError(damaged(path, f"it lacks {', '.join(missing)}", remedy))
+    return content
+
+
 def damaged(path: Path, problem: str, remedy: str) -> str:
     return f"{path} is damaged: {problem}" + (f"; {remedy}" if remedy else "")
 
@@ -142,9 +159,7 @@ def read_sealed(path: Path, remedy: str = "") -> dict[str, Any]:
     Raises:
         DamagedFileError: it is no JSON object, or not the one that was written.
     """
-    content = read_json(path, remedy)
-    if not isinstance(content, dict):
-        raise DamagedFileError(damaged(path, f"it holds {str(content)[:40]}", remedy))
+    content = read_object(path, remedy=remedy)
     told = content.pop(SEAL, None)
     # Without a seal an older version wrote it, unless what is damaged is the name of the seal.
     misnamed = told is None and any(

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from trainer.files import write_json
+from trainer.files import (
+    DamagedFileError,
+    damaged,
+    optional,
+    read_sealed,
+    replace_file,
+    write_sealed,
+)
+
+logger = logging.getLogger(__name__)
 
 ENDED = {  # Slurm's final states, and what they say of a job without a result
     "COMPLETED": "ended without a result",
@@ -44,17 +55,24 @@ def slurm_states(jobs: Sequence[str]) -> dict[str, str] | None:
 def record_job(path: Path, job: str) -> None:
     """Keep the id of the job that was submitted for the work that ``path`` stands for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"job": job})
+    write_sealed(path, {"job": job})
 
 
 def recorded_job(path: Path) -> tuple[str, str] | None:
     """A job that :func:`record_job` kept and Slurm's word for its state, empty where it has none.
 
     None where no job was recorded, or Slurm does not answer.
+
+    Raises:
+        DamagedFileError: the record is damaged.
     """
     if not path.exists():
         return None
-    job = str(json.loads(path.read_text())["job"])
+    remedy = "look with squeue whether a job still does this work; if none does, delete that file"
+    content = read_sealed(path, remedy)
+    if "job" not in content:
+        raise DamagedFileError(damaged(path, "it names no job", remedy))
+    job = str(content["job"])
     states = slurm_states([job])
     return None if states is None else (job, states.get(job, ""))
 
@@ -68,9 +86,9 @@ def queued_job(path: Path) -> str | None:
 def describe_job(path: Path) -> str | None:
     """``queued as job 7``, ``running as job 7`` or ``job 7 was cancelled``.
 
-    None where Slurm knows no such job any more, or it ended well.
+    None where Slurm knows no such job any more, it ended well, or its record is damaged.
     """
-    job, state = recorded_job(path) or ("", "")
+    job, state = optional(path, recorded_job) or ("", "")
     if state in ("", "COMPLETED"):
         return None
     if state in ENDED:
@@ -88,10 +106,23 @@ def starts_in_vain(path: Path, done: int) -> str | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
-    lines = path.read_text().splitlines() if path.exists() else []
-    starts = [start["done"] for start in map(json.loads, lines) if start["job"] == job]
-    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= 2 and starts[-2:] == [done, done]:
+    starts = earlier_starts(path)
+    own = [start["done"] for start in starts if start["job"] == job]
+    if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= 2 and own[-2:] == [done, done]:
         return job
-    with path.open("a") as file:
-        file.write(json.dumps({"job": job, "done": done, "time": time.time()}) + "\n")
+    starts.append({"job": job, "done": done, "time": time.time()})
+    with replace_file(path) as unfinished:
+        unfinished.write_text("".join(json.dumps(start) + "\n" for start in starts))
     return None
+
+
+def earlier_starts(path: Path) -> list[dict[str, Any]]:
+    """What :func:`starts_in_vain` noted; a damaged line is said and left out."""
+    starts = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            start = json.loads(line)
+            starts.append({key: start[key] for key in ("job", "done", "time")})
+        except (ValueError, KeyError, TypeError):
+            logger.warning(f"{path} holds a damaged line, {line[:40]!r}; it is left out")
+    return starts

@@ -152,7 +152,7 @@ def read_jsonl(config: CorpusConfig) -> Iterator[Document]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 cut = "" if line.endswith("\n") else "; it is the file's last, is the file cut off?"
                 raise ValueError(f"{path}, line {number} is not JSON: {error}{cut}") from error
             yield from_record(record, config, f"{path}, line {number}")
@@ -288,10 +288,7 @@ def current_manifest(
     """
     if not (folder / "manifest.json").exists():
         return None
-    again = f"delete {folder} and run the same command again"
-    manifest = read_sealed(folder / "manifest.json", again)
-    if "files" in manifest:
-        verify(folder, manifest, again)
+    manifest = documents_manifest(folder)
     manifest["config"]["path"] = spelled_out(manifest["config"]["path"])
     if manifest["config"] == wanted and manifest["source"] == fingerprint(config):
         return manifest
@@ -306,6 +303,23 @@ def current_manifest(
             "use another root=..., or delete that folder to put these documents in its place"
         )
     return None
+
+
+def documents_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of documents that are there, after their files were verified.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are damaged.
+    """
+    file = folder / "manifest.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} holds no documents; make them with generate.py corpus")
+    again = f"delete {folder} and run the same command again"
+    manifest = read_sealed(file, again)
+    if "files" in manifest:
+        verify(folder, manifest, again)
+    return manifest
 
 
 def write_documents(

@@ -63,7 +63,13 @@ def build_tokenizer(
     elif config.kind == "file":
         if config.path is None or not Path(config.path).is_file():
             raise FileNotFoundError(f"tokenizer.path={config.path} is not a tokenizer JSON file")
-        tokenizer = Tokenizer.from_file(config.path)
+        try:
+            tokenizer = Tokenizer.from_file(config.path)
+        except Exception as error:  # the library has no class of its own
+            raise ValueError(
+                f"tokenizer.path={config.path} is damaged, or no JSON file of the tokenizers "
+                f"library ({error}); copy it again"
+            ) from error
     elif config.kind == "hub":
         try:
             tokenizer = Tokenizer.from_pretrained(str(config.path))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.files import read_json
+from gen.corpus.documents import documents_manifest
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Part:
 
 def write_card(folder: Path, root: Path, parts: list[Part]) -> None:
     """``README.md`` with the YAML that ``datasets`` reads, in front of what people do."""
-    documents = read_json(root / "documents" / "manifest.json")
+    documents = documents_manifest(root / "documents")
     stores = [part for part in parts if not part.path]
     streams = [part for part in parts if part.path]
     sections = [

@@ -36,8 +36,8 @@ from gen.megadocs.streams import lay_out
 from gen.megadocs.tokens import starts_of
 from gen.quality.gates import QualityConfig, gates
 from gen.quality.table import columns_of, quality_table
-from trainer.data.format import REAL, SYNTHETIC, THOUGHT
-from trainer.files import read_json, replace_folder, write_json
+from trainer.data.format import REAL, SYNTHETIC, THOUGHT, read_manifest
+from trainer.files import replace_folder, write_json
 
 SHARD_BYTES = 256 << 20  # of text in one file
 BATCH_ROWS = 1024
@@ -153,7 +153,8 @@ class Export:
     def streams(self) -> list[dict[str, Any]]:
         """Manifests of the synthetic streams, all of them current."""
         manifests = [
-            read_json(path) for path in sorted((self.root / "streams").glob("*/manifest.json"))
+            read_manifest(path.parent)
+            for path in sorted((self.root / "streams").glob("*/manifest.json"))
         ]
         manifests = [one for one in manifests if one["kind"] in SYNTHETIC]
         for manifest in manifests:

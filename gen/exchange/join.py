@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gen.corpus.documents import Document, hash_text
 from gen.exchange.staging import EXAMPLES, SOURCES, Counts, Stage, Unit
-from gen.generations.store import SCHEMA, GenerationStore, numbers_of
+from gen.generations.store import SCHEMA, GenerationStore, footer_of, numbers_of
 
 MEMORY = "384MB"  # for DuckDB; beyond it goes to the disk
 BATCH_ROWS = 4096
@@ -293,6 +293,6 @@ def has_rows(path: Path) -> bool:
 def drop_other_parts(store: GenerationStore, key: str) -> None:
     """Remove parts that an import of other files or documents wrote."""
     for path in store.folder.glob("part-*.parquet"):
-        metadata = pq.read_schema(path).metadata or {}
+        metadata = footer_of(path).metadata or {}
         if metadata.get(b"import") != key.encode() or numbers_of(path)[0] != WRITER:
             store.drop(path)

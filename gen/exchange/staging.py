@@ -39,11 +39,12 @@ from gen.exchange.files import (
 )
 from gen.exchange.rows import Layout, Row, generation_layout, read_row, source_layout
 from gen.generations.store import SCHEMA
-from trainer.files import read_json, replace_file, write_json
+from trainer.data.format import damaged_files
+from trainer.files import optional, read_sealed, replace_file, sha256, write_sealed
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the staged files; a change reads again
+VERSION = 2  # of the staged files; a change reads again
 UNIT_BYTES = 128 << 20  # of source, about: what one process reads at a time
 COMPRESSED = 4  # times larger than it is on the disk, about
 FLUSH_BYTES = 8 << 20  # of text in memory until it is written
@@ -239,16 +240,18 @@ class Stage:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
         self.plan = plan
+        self.whole: set[int] = set()  # numbers of units that were read or verified by this process
 
     def prepare(self) -> None:
         """Make the folder; what another plan left in it is removed."""
         marker = self.folder / "plan.json"
-        if marker.exists() and read_json(marker)["identity"] != self.plan.identity:
+        found = optional(marker, read_sealed) or {}
+        if marker.exists() and found.get("identity") != self.plan.identity:
             logger.info(f"{self.folder}: files or settings changed; reading begins anew")
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not marker.exists():
-            write_json(marker, {"identity": self.plan.identity})
+            write_sealed(marker, {"identity": self.plan.identity})
 
     def documents(self, unit: Unit) -> Path:
         return self.folder / f"documents-{unit.number:06d}.parquet"
@@ -260,11 +263,26 @@ class Stage:
         return self.folder / f"counts-{unit.number:06d}.json"
 
     def counts(self, unit: Unit) -> Counts:
-        return Counts(**read_json(self.counts_path(unit)))
+        return Counts(**read_sealed(self.counts_path(unit))["counts"])
 
     def finished(self) -> list[Unit]:
         """Units that are read, in the order of the plan."""
         return [unit for unit in self.plan.units if self.counts_path(unit).exists()]
+
+    def is_whole(self, unit: Unit) -> bool:
+        """Whether what an earlier process read is what it wrote; damage is said."""
+        if unit.number not in self.whole:
+            try:
+                files = read_sealed(self.counts_path(unit))["files"]
+                damaged = damaged_files(self.folder, files)
+            except (ValueError, OSError) as error:
+                logger.warning(f"{error}; its files are read again")
+                return False
+            if damaged:
+                logger.warning(f"{self.folder / min(damaged)} is damaged; its files are read again")
+                return False
+            self.whole.add(unit.number)
+        return True
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -276,7 +294,7 @@ class Stage:
             OSError: the disk is full; what is finished stays.
         """
         self.prepare()
-        finished = {unit.number for unit in self.finished()}
+        finished = {unit.number for unit in self.finished() if self.is_whole(unit)}
         missing = [
             unit
             for unit in self.plan.units
@@ -294,6 +312,7 @@ class Stage:
                 for unit in missing:
                     if self.is_wanted(unit):
                         read_unit(self, unit)
+                        self.whole.add(unit.number)
                     bar.update(unit.bytes)
                 return
             # Not forked: threads of Arrow may hold locks here.
@@ -323,8 +342,10 @@ class Stage:
         """Wait for one unit or more."""
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
-            bar.update(running.pop(future).bytes)
+            unit = running.pop(future)
+            bar.update(unit.bytes)
             future.result()
+            self.whole.add(unit.number)
 
     def is_wanted(self, unit: Unit) -> bool:
         """False where the units before it, all finished, hold ``max_documents`` sources."""
@@ -421,7 +442,9 @@ def read_unit(stage: Stage, unit: Unit) -> None:
                 stage_row(read, keys, plan.with_documents, documents, generations, counts)
         documents.close()
         generations.close()
-    write_json(stage.counts_path(unit), asdict(counts))
+    files = [stage.documents(unit), stage.generations(unit)]
+    hashes = {file.name: sha256(file) for file in files}
+    write_sealed(stage.counts_path(unit), {"counts": asdict(counts), "files": hashes})
 
 
 def stage_row(

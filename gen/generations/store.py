@@ -325,7 +325,7 @@ class GenerationStore:
         rows: dict[int, int] = defaultdict(int)
         times: dict[int, set[float]] = defaultdict(set)
         for part in self.verified_parts():
-            writer, footer = numbers_of(part)[0], pq.read_metadata(part)
+            writer, footer = numbers_of(part)[0], footer_of(part)
             rows[writer] += footer.num_rows
             for group in range(footer.num_row_groups):
                 created = footer.row_group(group).column(SCHEMA.get_field_index("created_at"))
@@ -380,6 +380,21 @@ def read_part(part: Path, columns: list[str] | None) -> pa.Table:
     """
     try:
         return pq.read_table(part, columns=columns, schema=SCHEMA, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise corrupted(part, error) from error
+
+
+def footer_of(part: Path) -> pq.FileMetaData:
+    """How many rows a part has, and what is written with them.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is corrupted.
+    """
+    try:
+        return pq.read_metadata(part)
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:

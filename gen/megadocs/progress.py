@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gen.generations.store import GenerationStore
+from gen.generations.store import GenerationStore, footer_of
 from gen.megadocs.work import Progress
-from trainer.data.format import MANIFEST
-from trainer.files import read_json
+from trainer.data.format import MANIFEST, read_manifest
+from trainer.files import optional, read_json
 
 ACTIVE = 120.0  # seconds since its last note after which a writer no longer counts as running
 
@@ -28,7 +28,7 @@ def judged(root: Path) -> Iterator[str]:
     """Of each store, how many generations the quality gates have measured."""
     for manifest in sorted((root / "generations").glob("*/manifest.json")):
         store = GenerationStore(manifest.parent)
-        rows = sum(pq.read_metadata(part).num_rows for part in store.parts())
+        rows = sum(footer_of(part).num_rows for part in store.parts())
         table = store.folder / "quality.parquet"
         try:
             measured = pq.read_metadata(table).num_rows if table.exists() else 0
@@ -44,7 +44,10 @@ def tokenized(root: Path) -> Iterator[str]:
             continue
         texts = tokens = 0
         for keys in folder.glob("*.keys"):
-            counts = pq.read_table(keys, columns=["count"])["count"]
+            try:
+                counts = pq.read_table(keys, columns=["count"])["count"]
+            except (pa.ArrowException, OSError):  # damaged: tokenized again
+                continue
             texts += len(counts)
             tokens += pc.sum(counts).as_py() or 0
         yield f"{folder}: {texts:,} texts tokenized, {tokens:,} tokens"
@@ -54,7 +57,7 @@ def tokenized(root: Path) -> Iterator[str]:
 def streams(root: Path) -> Iterator[str]:
     """The streams that are there, and those that are being built."""
     for path in sorted((root / "streams").glob(f"*/{MANIFEST}")):
-        manifest = read_json(path)
+        manifest = read_manifest(path.parent)
         yield f"{path.parent}: {manifest['samples']:,} samples, {manifest['tokens']:,} tokens"
     for building in sorted((root / "streams").glob(".*.building")):
         name = building.name.removeprefix(".").split(".")[0]
@@ -65,7 +68,8 @@ def streams(root: Path) -> Iterator[str]:
 
 def writers(locks: Path) -> Iterator[str]:
     """Who works at some units, at what speed, and when all is done at the speed of all."""
-    notes = [Progress(**read_json(note)) for note in sorted(locks.glob("writer-*.json"))]
+    found = [optional(note, read_json) for note in sorted(locks.glob("writer-*.json"))]
+    notes = [Progress(**note) for note in found if note is not None]
     running = [note for note in notes if time.time() - note.now < ACTIVE]
     for note in notes:
         state = "" if note in running else ", not seen since"

@@ -25,7 +25,7 @@ from gen.megadocs.assembly import Layout
 from gen.megadocs.encoding import Encoding
 from gen.megadocs.tokens import IdReader, Spans
 from trainer.data.format import REAL, REPHRASE, THOUGHT, ContentHash
-from trainer.files import replace_file, write_json
+from trainer.files import replace_file, write_sealed
 
 COLUMNS = {
     "id": "str",
@@ -269,7 +269,7 @@ def write_shard(
         "hashes": {"sha256": digest.hexdigest()},
     }
     entry = {**settings, "raw_data": described, "samples": len(rows), "zip_data": None}
-    write_json(entry_path, entry)
+    write_sealed(entry_path, entry)
 
 
 def add_content(content: ContentHash, shard: bytes, columns: Sequence[str]) -> int:

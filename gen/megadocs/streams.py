@@ -43,11 +43,12 @@ from trainer.data.format import (
     SYNTHETIC,
     ContentHash,
     DamagedStreamError,
+    build_again,
     read_manifest,
     seal,
     verify,
 )
-from trainer.files import only_one, read_json, sync
+from trainer.files import only_one, read_object, read_sealed, sync
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +336,8 @@ class Stream:
             for leftover in self.unfinished.glob(".*.tmp"):
                 leftover.unlink()
             shards = len(members.shards(self.form, self.documents))
-            entries = [read_json(self.entry(shard)) for shard in range(shards)]
+            again = "delete it and run the same command again: its shard is written again"
+            entries = [read_sealed(self.entry(shard), again) for shard in range(shards)]
             content, known = self.read_back(entries)
             index = {"shards": entries, "version": 2}
             (self.unfinished / "index.json").write_text(json.dumps(index, sort_keys=True))
@@ -400,7 +402,8 @@ def write_unless_finished(
 def is_finished(folder: Path, config_hash: str) -> bool:
     """Whether a stream of this config is in its place."""
     try:
-        return bool(read_json(folder / MANIFEST)["config_hash"] == config_hash)
+        found = read_object(folder / MANIFEST, remedy=build_again(folder))
+        return found.get("config_hash") == config_hash
     except FileNotFoundError:
         return False
 

@@ -249,7 +249,7 @@ def open_remote(
     The place is named by content: a stream that was built again is another one.
 
     Raises:
-        ValueError: there is no cache.
+        ValueError: there is no cache, or a file in it is damaged.
     """
     if cache is None:
         raise ValueError(f"{remote} is remote: set data.cache to a local folder for its shards")
@@ -263,6 +263,7 @@ def open_remote(
                     object_store.copy(f"{remote}/{name}", unfinished)
             with replace_file(folder.path / MANIFEST) as unfinished:
                 unfinished.write_bytes(written)
+    verify(folder.path, {"files": small_files(manifest)})
     return folder, manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,18 +32,25 @@ def check_tasks(tasks: Sequence[str], task_folder: str | None = None) -> Any:
         ValueError: lm-eval is not installed, or does not know a task.
     """
     try:
-        from lm_eval.tasks import TaskManager
+        manager = task_manager(task_folder)
     except ImportError as error:
         raise ValueError(
             f"tasks={list(tasks)} need the lm-eval package: pip install 'megadocs[eval]'"
         ) from error
-    manager = TaskManager(include_path=task_folder)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ValueError(
             f"lm-eval does not know the tasks {unknown}; `lm_eval ls tasks` lists its own, "
             "task_folder=... adds yours"
         )
     return manager
+
+
+@functools.cache
+def task_manager(task_folder: str | None) -> Any:
+    """Knows lm-eval's tasks and those of a folder; to list them takes it five seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=task_folder)
 
 
 def evaluate_tasks(

@@ -8,18 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from trainer.config.schema import ModelConfig, TrainConfig
 from trainer.data.remote import tokenizer_folder
-from trainer.files import read_sealed, replace_folder
+from trainer.files import (
+    DamagedFileError,
+    damaged,
+    read_object,
+    read_sealed,
+    replace_folder,
+    sha256,
+)
 from trainer.model.llama import Llama
 from trainer.run.checkpoint import load_model
-from trainer.run.inputs import weight_files
+from trainer.run.inputs import COPY_AGAIN, weight_files
 from trainer.run.progress import newest_checkpoint, read_progress
 
 SHARD_BYTES = 4 << 30
+SHAPE = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("vocab_size", "rms_norm_eps"),
+)  # in the config.json of every Llama
 
 
 def export_run(run: str | Path, folder: Path) -> None:
@@ -29,7 +41,7 @@ def export_run(run: str | Path, folder: Path) -> None:
 
     Raises:
         ValueError: ``folder`` exists and is not empty, or the corpus folder has got another
-            tokenizer since.
+            tokenizer since, or a damaged one.
         FileNotFoundError: the corpus folder with the tokenizer is gone.
     """
     check_export(folder)
@@ -47,11 +59,16 @@ def export_run(run: str | Path, folder: Path) -> None:
             f"{run} was trained with the tokenizer {trained[:12]}, {tokenizer} now holds "
             f"{manifest['sha256'][:12]}; put the old one back to export them together"
         )
+    file = tokenizer / "tokenizer.json"
+    if not file.exists() or sha256(file) != trained:
+        raise DamagedFileError(
+            f"{file} is missing or not the one that was written; put the old one back"
+        )
     with replace_folder(folder) as unfinished:
         contents = {
             "config.json": hugging_face_config(config, manifest["eos_id"]),
             "generation_config.json": {"eos_token_id": manifest["eos_id"]},
-            "tokenizer.json": plain_tokenizer(tokenizer / "tokenizer.json"),
+            "tokenizer.json": plain_tokenizer(file),
             "tokenizer_config.json": {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": manifest["eos_token"],
@@ -150,8 +167,8 @@ def check_hugging_face(config: ModelConfig, folder: Path, tokenizer: Path) -> bo
     """
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"initial_weights={folder} holds no config.json of a Llama")
-    content = json.loads((folder / "config.json").read_text())
-    theirs = llama_shape(content, folder)
+    content = read_object(folder / "config.json", remedy=COPY_AGAIN)
+    theirs = llama_shape(content, folder / "config.json")
     wanted = {key: value for key, value in theirs.items() if getattr(config, key) != value}
     if wanted:
         asked = " ".join(f"model.{key}={value}" for key, value in wanted.items())
@@ -175,7 +192,10 @@ def load_hugging_face(model: Llama, folder: Path, tokenizer: Path) -> None:
     tied = check_hugging_face(model.config, folder, tokenizer)
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
-        state |= load_file(file)
+        try:
+            state |= load_file(file)
+        except SafetensorError as error:
+            raise DamagedFileError(damaged(file, str(error), COPY_AGAIN)) from error
     if tied and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     # Older versions of transformers stored what they compute from rope_theta.
@@ -194,12 +214,15 @@ def load_hugging_face(model: Llama, folder: Path, tokenizer: Path) -> None:
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
 
 
-def llama_shape(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The fields of :class:`ModelConfig` that a Llama's ``config.json`` fixes."""
+def llama_shape(content: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The fields of :class:`ModelConfig` that ``file``, a Llama's ``config.json``, fixes."""
+    if content.get("model_type") != "llama":
+        raise ValueError(f"{file}: model_type={content.get('model_type')} is not supported")
+    if missing := [key for key in SHAPE if not content.get(key)]:
+        raise DamagedFileError(damaged(file, f"it lacks {', '.join(missing)}", COPY_AGAIN))
     head_dim = content["hidden_size"] // content["num_attention_heads"]
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     unsupported = {
-        "model_type": content.get("model_type") != "llama",
         "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
         "attention_bias": bool(content.get("attention_bias")),
         "mlp_bias": bool(content.get("mlp_bias")),
@@ -208,7 +231,7 @@ def llama_shape(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
     for key, is_unsupported in unsupported.items():
         if is_unsupported:
-            raise ValueError(f"{folder}/config.json: {key}={content.get(key)} is not supported")
+            raise ValueError(f"{file}: {key}={content.get(key)} is not supported")
     return {
         "hidden_size": content["hidden_size"],
         "intermediate_size": content["intermediate_size"],
@@ -222,6 +245,13 @@ def llama_shape(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def vocabulary(tokenizer: Path) -> dict[str, int]:
-    """Number of every token."""
-    ids: dict[str, int] = Tokenizer.from_file(str(tokenizer)).get_vocab()
+    """Number of every token.
+
+    Raises:
+        DamagedFileError: it is no tokenizer.
+    """
+    try:
+        ids: dict[str, int] = Tokenizer.from_file(str(tokenizer)).get_vocab()
+    except Exception as error:  # the library has no class of its own
+        raise DamagedFileError(damaged(tokenizer, str(error), COPY_AGAIN)) from error
     return ids

@@ -15,7 +15,10 @@ from pathlib import Path
 from trainer.config.schema import TrainConfig, load_config
 from trainer.data.format import remembered_hashes
 from trainer.data.mds import read_stream_manifest
+from trainer.files import read_object
 from trainer.run.progress import newest_checkpoint, read_progress
+
+COPY_AGAIN = "copy the folder that initial_weights names again"
 
 
 def read_inputs(config: TrainConfig) -> dict[str, str]:
@@ -57,7 +60,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = read_object(index, "weight_map", remedy=COPY_AGAIN)["weight_map"]
+        names = sorted(set(weight_map.values()))
         files = [folder / name for name in names]
     else:
         files = [folder / "model.safetensors"]

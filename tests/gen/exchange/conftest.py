@@ -1,8 +1,5 @@
 """Imports into fresh corpus folders, as ``generate.py`` runs them."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,18 +32,3 @@ def run_import(tmp_path: Path) -> RunImport:
         return Import(config, method, corpus, tmp_path / "root").run()
 
     return run
-
-
-def with_datatrove(*arguments: object) -> str:
-    """What a Python that has datatrove prints; ``make`` puts it beside the environment's packages.
-
-    Not among them: its huggingface-hub is newer than transformers 4 takes.
-    """
-    packages = Path(sys.prefix) / "datatrove"
-    if not packages.exists():
-        pytest.skip(f"{packages} is not there: this environment was not made by make")
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(packages)}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True, timeout=120
-    ).stdout

@@ -29,8 +29,7 @@ from gen.generations.store import Generation, GenerationStore
 from gen.megadocs.config import StreamConfig
 from gen.megadocs.streams import build_stream
 from gen.quality.gates import QualityConfig
-from tests.conftest import REPOSITORY
-from tests.gen.exchange.conftest import with_datatrove
+from tests.conftest import REPOSITORY, run_with
 
 HELD_OUT = 0.3
 METHODS = ["faq", "table"]
@@ -224,7 +223,7 @@ def test_datatrove_reads_it(dataset: Path) -> None:
         "    print(d.id, len(d.text), len(d.metadata['generations']))\n"
     )
     train = list(load_split(dataset.parent / "root", "train"))
-    lines = with_datatrove("-c", script).splitlines()
+    lines = run_with("datatrove", "-c", script).splitlines()
     assert lines == [f"{one.id} {len(one.text)} 2" for one in train]
 
 

@@ -27,8 +27,8 @@ from gen.generations.status import status
 from gen.generations.store import GenerationStore
 from gen.quality.gates import QualityConfig, ReportConfig
 from gen.quality.report import write_quality_report
-from tests.conftest import REPOSITORY, ObjectStore, run_script
-from tests.gen.exchange.conftest import RunImport, with_datatrove
+from tests.conftest import REPOSITORY, ObjectStore, run_script, run_with
+from tests.gen.exchange.conftest import RunImport
 
 FINEPHRASE = Path(__file__).with_name("finephrase")
 PRESETS = REPOSITORY / "conf" / "generate" / "import"
@@ -152,7 +152,7 @@ def test_the_layout_that_datatrove_writes(
 
 
 def test_what_is_kept_of_datatrove_is_what_it_writes(tmp_path: Path) -> None:
-    with_datatrove(FINEPHRASE.with_name("write_finephrase.py"), tmp_path)
+    run_with("datatrove", FINEPHRASE.with_name("write_finephrase.py"), tmp_path)
     for kept in FINEPHRASE.rglob("*.parquet"):
         written = pq.read_table(tmp_path / kept.relative_to(FINEPHRASE))
         assert written.equals(pq.read_table(kept), check_metadata=True)

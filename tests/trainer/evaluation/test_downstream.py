@@ -1,4 +1,4 @@
-"""Text sets by name and folder, losses by kind of member, lm-eval on a local task."""
+"""Text sets by name and folder, losses by kind of member; lm-eval: ``../run/test_export.py``."""
 
 import json
 from pathlib import Path
@@ -40,40 +40,6 @@ def test_sets_and_members(corpus_root: Path, run: Path, tmp_path: Path) -> None:
 
     refused = run_script("evaluate.py", f"runs=[{run}]", "sets=[long]", check=False)
     assert "sets=['long'] are the report's names for parts" in refused.stderr
-
-
-def test_tasks_of_lm_eval(run: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    questions = [
-        {"question": f"What is {n} + 0?", "choices": [str(n), "no number"], "answer": 0}
-        for n in range(6)
-    ]
-    (tasks / "sums.jsonl").write_text("\n".join(json.dumps(row) for row in questions))
-    (tasks / "sums.yaml").write_text(
-        f"""task: sums
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {tasks}/sums.jsonl
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list:
-  - metric: acc
-"""
-    )
-    arguments = [f"runs=[{run}]", "tasks=[sums]", f"task_folder={tasks}"]
-    printed = run_script("evaluate.py", *arguments).stdout
-    assert f"written: {run / 'tasks.json'}" in printed
-    found = json.loads((run / "tasks.json").read_text())
-    assert 0 <= found["sums"]["acc"] <= 1
-    assert found["sums"]["questions"] == 6
-    with pytest.raises(ValueError, match=r"does not know the tasks \['nonsense'\]"):
-        evaluate_tasks(run, ["nonsense"])
 
 
 def test_lm_eval_that_is_not_installed_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import stat
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from gen.corpus.tokenizer import TokenizerConfig, encode, train_bpe
+from tests.conftest import REPOSITORY, run_with
 from tests.trainer.conftest import StreamMaker
+from tests.trainer.run import readers
 from trainer.config.schema import (
     DataConfig,
     ModelConfig,
@@ -18,14 +22,14 @@ from trainer.config.schema import (
     RuntimeConfig,
     TrackingConfig,
     TrainConfig,
+    load_config,
 )
+from trainer.files import sha256
 from trainer.loop import train
 from trainer.model.llama import Llama
 from trainer.run.checkpoint import load_model
 from trainer.run.export import export_run, load_hugging_face
 from trainer.run.inputs import run_dir_of
-
-TEXTS = ["Hello world", "  two  spaces\n", "", "naïve 😀", "<s> no token"]
 
 
 def tokenizer_that_adds() -> Tokenizer:
@@ -42,16 +46,22 @@ def tokenizer_that_adds() -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture
-def run(make_stream: StreamMaker, tmp_path: Path) -> Path:
-    tokenizer = tokenizer_that_adds()
-    for name in ("real", "val"):
-        make_stream(name, [[12]] * 8, vocab_size=tokenizer.get_vocab_size())
-    folder = tmp_path / "tokenizer"
+def tokenizer_of_corpus(root: Path) -> dict[str, Any]:
+    """Put :func:`tokenizer_that_adds` into a corpus; returns what streams say of it."""
+    tokenizer, folder = tokenizer_that_adds(), root / "tokenizer"
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    manifest = {"sha256": "f" * 64, "eos_token": "<|endoftext|>", "eos_id": 0}
+    sha = sha256(folder / "tokenizer.json")
+    manifest = {"sha256": sha, "eos_token": "<|endoftext|>", "eos_id": 0}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    return {"vocab_size": tokenizer.get_vocab_size(), "tokenizer_sha256": sha}
+
+
+@pytest.fixture
+def run(make_stream: StreamMaker, tmp_path: Path) -> Path:
+    described = tokenizer_of_corpus(tmp_path)
+    for name in ("real", "val"):
+        make_stream(name, [[12]] * 8, **described)
     settings = TrainConfig(
         data=DataConfig(root=str(tmp_path), context_length=16, batch_size=2),
         recipe=RecipeConfig(epochs=1),
@@ -64,41 +74,80 @@ def run(make_stream: StreamMaker, tmp_path: Path) -> Path:
     return run_dir_of(settings)
 
 
-def test_the_exported_tokenizer_adds_cuts_and_pads_nothing(run: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    export_run(run, tmp_path / "out")
-    training = tokenizer_that_adds()
-    assert training.encode("Hello world").ids[0] == training.token_to_id("<s>")
-    training.no_truncation()
-    training.no_padding()
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
-    alone = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
-    for text, ids in zip(TEXTS[:-1], encode(training, TEXTS[:-1]), strict=True):
-        assert theirs(text).input_ids == ids
-        assert alone.encode(text).ids == ids
-        assert theirs.decode(ids) == text
-    assert theirs.eos_token_id == 0
-    assert theirs.bos_token_id is None
+def encoded(text: str) -> list[int]:
+    """As the streams are: no token is added, none cut off."""
+    tokenizer = tokenizer_that_adds()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return encode(tokenizer, [text])[0]
 
 
-def test_log_likelihoods_in_transformers_are_the_models_own(run: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    export_run(run, tmp_path / "out")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = torch.tensor(AutoTokenizer.from_pretrained(tmp_path / "out")("Hello world").input_ids)
-    ours, config = load_model(run)
+def logits_of(run: Path, ids: list[int]) -> torch.Tensor:
+    """The model's own, ``[T, V]``."""
+    model, _ = load_model(run)
     length = len(ids)
+    borders = torch.tensor([0, length], dtype=torch.int32)
     with torch.no_grad():
-        borders = torch.tensor([0, length], dtype=torch.int32)
-        hidden = ours.hidden_states(ids, torch.arange(length), borders, length)
-        expected = (hidden @ ours.lm_head.weight.T).log_softmax(1)
-        found = theirs(ids[None]).logits[0].log_softmax(1)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert theirs.config.max_position_embeddings == config.data.context_length
-    assert theirs.config.tie_word_embeddings is False
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 0
+        hidden = model.hidden_states(torch.tensor(ids), torch.arange(length), borders, length)
+        return hidden @ model.lm_head.weight.T
+
+
+def log_likelihood(run: Path, context: str, answer: str) -> float:
+    """The model's own, in nats; a text without context follows the end of another."""
+    before, whole = encoded(context), encoded(context + answer)
+    if not before:
+        before, whole = [0], [0, *whole]
+    scores = logits_of(run, whole).log_softmax(1)
+    places = torch.arange(len(before) - 1, len(whole) - 1)
+    return float(scores[places, torch.tensor(whole[len(before) :])].sum())
+
+
+def seen(packages: str, *arguments: object) -> dict[str, Any]:
+    """What :mod:`tests.trainer.run.readers` finds with the packages of a folder."""
+    found: dict[str, Any] = json.loads(run_with(packages, "-m", readers.__name__, *arguments))
+    return found
+
+
+def test_the_tokenizer_of_the_corpus_adds_cuts_and_pads() -> None:
+    ids = tokenizer_that_adds().encode("Hello world").ids
+    assert ids[0] == tokenizer_that_adds().token_to_id("<s>")
+    assert len(ids) == 20
+
+
+@pytest.mark.parametrize(("packages", "major"), [(None, 4), ("transformers-5", 5)])
+def test_transformers_reads_what_was_trained(
+    packages: str | None, major: int, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    export_run(run, folder)
+    found = (
+        seen(packages, "transformers", folder) if packages else readers.through_transformers(folder)
+    )
+    assert int(found["version"].partition(".")[0]) == major
+    assert found["ids"] == [encoded(text) for text in readers.TEXTS]
+    assert found["texts"] == readers.TEXTS
+    ids = found["ids"][0]
+    expected = logits_of(run, ids).log_softmax(1)
+    theirs = torch.tensor(found["logits"]).log_softmax(1)
+    torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=0)
+    written: list[int] = []
+    while len(written) < readers.GENERATED and 0 not in written:
+        written.append(int(logits_of(run, ids + written)[-1].argmax()))
+    assert found["written"] == written
+    config = load_config(run / "config.yaml")
+    head_dim = config.model.head_dim
+    turns = config.model.rope_theta ** (-torch.arange(0, head_dim, 2) / head_dim)
+    torch.testing.assert_close(torch.tensor(found["inv_freq"]), turns)
+    assert found["context_length"] == [config.data.context_length] * 2
+    assert (found["dtype"], found["tied"]) == ("torch.float32", False)
+    assert (found["special"], found["ends"]) == ([None, 0, None], [0, 0])
+
+
+def test_the_exported_tokenizer_alone_adds_cuts_and_pads_nothing(run: Path, tmp_path: Path) -> None:
+    export_run(run, tmp_path / "out")
+    alone = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    for text in readers.TEXTS:
+        assert alone.encode(text).ids == encoded(text)
 
 
 def test_every_exported_file_has_the_mode_of_a_written_file(run: Path, tmp_path: Path) -> None:
@@ -110,31 +159,58 @@ def test_every_exported_file_has_the_mode_of_a_written_file(run: Path, tmp_path:
     assert {file.name for file in files} > {"config.json", "model.safetensors", "tokenizer.json"}
 
 
-def test_lm_eval_sees_the_models_own_log_likelihoods(run: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
+@pytest.mark.slow
+@pytest.mark.parametrize("age", ["oldest", "newest"])
+def test_lm_eval_sees_the_models_own_log_likelihoods(age: str, run: Path, tmp_path: Path) -> None:
     export_run(run, tmp_path / "out")
-    lm = HFLM(str(tmp_path / "out"), tokenizer=str(tmp_path / "out"), device="cpu", dtype="float32")
-    ours, _ = load_model(run)
-    training = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    training.no_truncation()
-    training.no_padding()
-    pairs = [("Hello", " world"), ("This is", " a text."), ("Hello world,", " this")]
-    requests = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]
-    for (context, answer), (found, _) in zip(pairs, lm.loglikelihood(requests), strict=True):
-        (before,), (whole,) = encode(training, [context]), encode(training, [context + answer])
-        ids, length = torch.tensor(whole), len(whole)
-        with torch.no_grad():
-            borders = torch.tensor([0, length], dtype=torch.int32)
-            hidden = ours.hidden_states(ids, torch.arange(length), borders, length)
-            scores = (hidden @ ours.lm_head.weight.T).log_softmax(1)
-        expected = scores[torch.arange(len(before) - 1, length - 1), ids[len(before) :]].sum()
-        assert found == pytest.approx(float(expected), abs=1e-5)
+    questions = [
+        {"question": f"{word} world", "choices": [" this", " is a text.", ","], "answer": place % 3}
+        for place, word in enumerate(["Hello", "This", "A", "Is", "text", "world"])
+    ]
+    write_task(tmp_path / "tasks", questions)
+    found = seen(f"lm-eval-{age}", "lm_eval", tmp_path / "out", run, tmp_path / "tasks")
+    if age == "oldest":
+        extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+        (allowed,) = extras["optional-dependencies"]["eval"]
+        assert allowed == f"lm-eval[hf]>={found['version']}"
+    expected = [log_likelihood(run, context, answer) for context, answer in readers.PAIRS]
+    assert found["likelihoods"] == pytest.approx(expected, abs=1e-5)
+    right = [
+        max(range(3), key=lambda place: log_likelihood(run, one["question"], one["choices"][place]))
+        == one["answer"]
+        for one in questions
+    ]
+    assert 0 < sum(right) < len(questions)
+    assert found["tasks"]["questions"]["acc"] == pytest.approx(sum(right) / len(questions))
+    assert found["tasks"]["questions"]["questions"] == len(questions)
 
 
-def test_a_gone_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
+def write_task(folder: Path, questions: list[dict[str, Any]]) -> None:
+    """A task of lm-eval with answers to choose from, ``questions``."""
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    task = {
+        "task": "questions",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "questions.yaml").write_text(json.dumps(task))
+
+
+def test_a_damaged_or_gone_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    content = file.read_text()
+    file.write_text(content + " ")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing or not the one that was"):
+        export_run(run, tmp_path / "out")
+    file.write_text(content)
     (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer: .* put that folder back"):
         export_run(run, tmp_path / "out")
