@@ -134,7 +134,7 @@ class DamagedFileError(ValueError):
     """A file is not what was written; the message names it."""
 
 
-def optional(path: Path, read: Callable[[Path], Content]) -> Content | None:
+def optional(path: Path, read: Callable[[Path], Content | None]) -> Content | None:
     """What a file holds that others can do without; damage is said and costs nothing else."""
     if not path.exists():
         return None

@@ -186,7 +186,9 @@ def test_a_source_that_cannot_be_read_leaves_the_documents_there(tmp_path: Path)
         ('"a text"', "line 2 is not a JSON object but 'a text'"),
         ('{"text": ["a"]}', "line 2: 'text' is not a text but \"\\['a'\\]\""),
         ('{"text": "half \\ud83d"}', "line 2: .* half of a surrogate pair at character 5"),
+        ("[" * 100_000, "line 2 is not JSON: maximum recursion depth"),
     ],
+    ids=["text", "list", "half a pair", "deep"],
 )
 def test_rows_that_hold_no_text_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "docs.jsonl"

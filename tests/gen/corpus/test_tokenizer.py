@@ -63,5 +63,8 @@ def test_a_tokenizer_file_and_its_mistakes(tmp_path: Path) -> None:
         )
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         build_tokenizer(TokenizerConfig(kind="file", path="none.json"), tmp_path / "c", [])
+    (tmp_path / "mine.json").write_text("{")
+    with pytest.raises(ValueError, match=r"mine\.json is damaged, or no JSON file"):
+        build_tokenizer(config, tmp_path / "e", [])
     with pytest.raises(ValueError, match="at least 257"):
         build_tokenizer(TokenizerConfig(vocab_size=100), tmp_path / "d", TEXTS)

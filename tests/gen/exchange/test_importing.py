@@ -351,3 +351,23 @@ def test_a_misspelt_key_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "pth" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["plan.json", "counts-000001.json", "generations-000001.parquet"])
+def test_damage_to_what_a_killed_import_had_read_is_read_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(staging, "UNIT_BYTES", 200)
+    path = write_rows(ROWS, tmp_path / "files", "parquet")
+    config = ImportConfig(str(path), processes=1)
+    corpus = CorpusConfig(format="import", path=str(path), held_out=0.2)
+    killed = Import(config, "rephrase", corpus, tmp_path / "root")
+    assert len(killed.plan.units) > 2
+    killed.stage.run(1)
+    file = killed.stage.folder / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    Import(config, "rephrase", corpus, tmp_path / "root").run()
+    assert name in caplog.text
+    assert keys_and_texts(tmp_path / "root") == expected(ROWS)

@@ -81,6 +81,23 @@ def test_samples_are_those_of_the_local_stream(
     assert len(shards_of(stream)) == len(shards_of(local)) > 9
 
 
+@pytest.mark.parametrize("name", ["index.json", "lengths.npy", "manifest.json"])
+def test_damage_in_the_cache_is_named(
+    name: str, local: MegadocStream, remote: str, tmp_path: Path
+) -> None:
+    stream = MegadocStream(remote, str(tmp_path / "cache"), as_needed=True)
+    stream.close()
+    file = stream.path / name
+    file.write_bytes(file.read_bytes()[:-9])
+    if name == "manifest.json":  # that of the bucket is read
+        assert MegadocStream(remote, str(tmp_path / "cache")).manifest == local.manifest
+        return
+    with pytest.raises(
+        DamagedStreamError, match=rf"{name} has \d+ bytes, .*delete that local copy"
+    ):
+        MegadocStream(remote, str(tmp_path / "cache"))
+
+
 def test_the_first_step_waits_for_its_samples_and_no_shard(
     local: MegadocStream, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

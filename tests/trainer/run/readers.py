@@ -10,6 +10,7 @@ A process of its own, because each may be of another version than this environme
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def through_transformers(export: Path) -> dict[str, Any]:
     """Ids of ``TEXTS``, logits of the first and what is written after it, and the settings."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(export)
+    model: Any = AutoModelForCausalLM.from_pretrained(export)
     tokenizer = AutoTokenizer.from_pretrained(export)
     ids = [tokenizer(text).input_ids for text in TEXTS]
     prompt = torch.tensor(ids[:1])
@@ -70,7 +71,11 @@ def through_lm_eval(export: Path, run: Path, tasks: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    read = {"transformers": through_transformers, "lm_eval": through_lm_eval}[sys.argv[1]]
+    readers: dict[str, Callable[..., dict[str, Any]]] = {
+        "transformers": through_transformers,
+        "lm_eval": through_lm_eval,
+    }
+    read = readers[sys.argv[1]]
     printed = os.dup(1)
     os.dup2(2, 1)  # what the libraries print is no JSON
     found = read(*map(Path, sys.argv[2:]))

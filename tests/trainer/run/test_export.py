@@ -163,7 +163,7 @@ def test_every_exported_file_has_the_mode_of_a_written_file(run: Path, tmp_path:
 @pytest.mark.parametrize("age", ["oldest", "newest"])
 def test_lm_eval_sees_the_models_own_log_likelihoods(age: str, run: Path, tmp_path: Path) -> None:
     export_run(run, tmp_path / "out")
-    questions = [
+    questions: list[dict[str, Any]] = [
         {"question": f"{word} world", "choices": [" this", " is a text.", ","], "answer": place % 3}
         for place, word in enumerate(["Hello", "This", "A", "Is", "text", "world"])
     ]
@@ -241,3 +241,29 @@ def test_folders_of_older_llamas_load_and_wrong_ones_are_named(run: Path, tmp_pa
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
         load_hugging_face(fresh, folder, tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", r"config\.json is damaged: .* copy the folder"),
+        (
+            "config.json",
+            '{"model_type": "llama"}',
+            r"config\.json is damaged: it lacks hidden_size",
+        ),
+        ("config.json", '{"model_type": "gpt2", "n_embd": 8}', "model_type=gpt2 is not supported"),
+        ("model.safetensors", "x" * 100, r"model\.safetensors is damaged: .* copy the folder"),
+        ("model.safetensors.index.json", "{}", r"index\.json is damaged: it lacks weight_map"),
+        ("tokenizer.json", "{}", r"tokenizer\.json is damaged: .* copy the folder"),
+    ],
+)
+def test_damaged_weights_to_start_from_are_named(
+    name: str, content: str, message: str, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    export_run(run, folder)
+    (folder / name).write_text(content)
+    model = Llama(load_config(run / "config.yaml").model)
+    with pytest.raises(ValueError, match=message):
+        load_hugging_face(model, folder, tmp_path / "tokenizer" / "tokenizer.json")
