@@ -14,11 +14,12 @@ all processes held at once:
 - the same texts through ``datasets.map`` and ``save_to_disk``, and through datatrove's
   ``DocumentTokenizer`` where it is installed.
 
-``--memory`` adds sizes with short texts, for memory alone. Every cost is fitted as a line over the
-sizes: a fixed part (starting, importing) and a slope, which is what large corpora pay. The plan is
-measured at the paper's size and at ten billion tokens, with lengths drawn at random. ``--loading``
-seconds long, eight ranks read documents of about 700 tokens and megadocs of 22,000 as if a model
-took 350,000 tokens a second each; that is by the clock and wants a machine without other work.
+``--memory`` adds sizes with short texts, for memory alone and for the report. Every cost is fitted
+as a line over the sizes: a fixed part (starting, importing) and a slope, which is what large
+corpora pay. The plan is measured at the paper's size and at ten billion tokens, with lengths drawn
+at random. ``--loading`` seconds long, eight ranks read documents of about 700 tokens and megadocs
+of 22,000 as if a model took 350,000 tokens a second each; that is by the clock and wants a machine
+without other work.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from benchmarks.data.stages import (
     open_stream,
     read_ours,
     read_streaming,
+    report,
     tokenize_once,
     with_datasets,
     with_datatrove,
@@ -100,6 +102,7 @@ def measure_memory(documents: int, scratch: Path) -> dict[str, Any]:
     found = {
         "generations": sum(1 for _ in load_split(root, "train")) * GENERATIONS,
         "judge": measured(judge, root),
+        "report": measured(report, root),
         "build": measured(build_streams, root, largest),
         "open": measured(open_stream, root),
     }
@@ -168,7 +171,7 @@ def summary(rows: list[dict[str, Any]], memory: list[dict[str, Any]]) -> dict[st
                 "fixed_megabytes": fit["fixed"],
                 "bytes_a_generation": fit["slope"] * 1e6,
             }
-            for part in ("judge", "build", "open")
+            for part in ("judge", "report", "build", "open")
             for fit in [line(memory, part, "peak_megabytes", "generations")]
         }
     per_token = last["ten_streams"]["tokens"] / last["tokenize_once"]["tokens"]

@@ -133,6 +133,13 @@ def judge(root: Path) -> dict[str, Any]:
     return {"generations": quality_table(store, documents, hash_of(documents)).num_rows}
 
 
+def report(root: Path) -> dict[str, Any]:
+    """The page to judge the generations by, judged already."""
+    generate(config_of(root, "report"))
+    (page,) = (root / "reports").iterdir()
+    return {"page_bytes": page.stat().st_size}
+
+
 def with_datasets(root: Path) -> dict[str, Any]:
     """``datasets.map`` with the same batch call, and ``save_to_disk``."""
     from datasets import Dataset, disable_progress_bars

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from gen.corpus.documents import Document
 from gen.generations.store import DocumentPlaces, GenerationStore, read_part
 
-# Of a store, what megadocs are made of.
+# Of a store, what says whose a generation is.
 KEY_COLUMNS = ["document_id", "text_hash", "index"]
-TEXT_COLUMNS = [*KEY_COLUMNS, "text"]
 
 
 class Generations:
@@ -67,21 +66,6 @@ class Generations:
         self.texts: pa.ChunkedArray | None = None  # of all rows, where they are needed
         self.parts: list[Path] = []  # of a store, whose rows are counted through them
         self.part_starts = np.zeros(1, dtype=np.int64)  # the first row of each, and their number
-
-    @classmethod
-    def of_table(
-        cls,
-        table: pa.Table,
-        documents: Sequence[Document],
-        count: int,
-        where: str,
-        may_lack: bool = False,
-    ) -> Generations:
-        """From all rows of a store with :data:`TEXT_COLUMNS`, texts included."""
-        place = DocumentPlaces(documents).of(table)
-        found = cls(place, table["index"].to_numpy(), documents, count, where, may_lack)
-        found.texts = table["text"]
-        return found
 
     @classmethod
     def of_store(

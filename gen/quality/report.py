@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tabulate import tabulate
 
 from gen.corpus.documents import Document
-from gen.generations.by_document import TEXT_COLUMNS, Generations
 from gen.generations.failures import all_failures, describe_reasons
 from gen.generations.store import GenerationStore
 from gen.quality.gates import (
@@ -28,28 +26,29 @@ from gen.quality.gates import (
     gates,
     select,
 )
-from gen.quality.table import columns_of, quality_table
+from gen.quality.table import StoredRows, columns_of, quality_table
 from trainer.pages import embedded, png_of, write_page
 
 OPENING = 8  # words; how often generations open alike shows a collapsed template
+OPENINGS = 20_000  # generations whose openings are looked at
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A store with its verdicts; arrays are aligned with the rows of ``table``."""
+    """A store with its verdicts, by document in corpus order, then by index; texts are not here."""
 
     store: GenerationStore
-    table: pa.Table  # document_id and measures
-    columns: dict[str, NDArray[Any]]
+    columns: dict[str, NDArray[Any]]  # measures, each [rows]
     failed: dict[str, NDArray[np.bool_]]  # bool [rows] by gate
     selection: Selection
-    source: NDArray[np.int64]  # place of each row's document, [rows]
+    source: NDArray[np.integer[Any]]  # place of each row's document, [rows]
     documents: list[Document]
-    texts: Generations
+    stored: StoredRows
 
-    def text(self, row: int) -> str:
-        position = self.texts.of_document(int(self.source[row]))[int(self.columns["index"][row])]
-        return self.texts.text(position)
+    def texts(self, rows: NDArray[np.integer[Any]]) -> dict[int, str]:
+        """The texts of some rows, read from the store."""
+        found = self.stored.texts(self.stored.order[rows])
+        return {row: found[int(self.stored.order[row])] for row in rows.tolist()}
 
     def badges(self, row: int) -> list[str]:
         return [gate for gate in GATES if self.failed[gate][row]]
@@ -71,13 +70,16 @@ def write_quality_report(
     """
     judged = judge(store, documents, documents_hash, quality)
     head, *rows = gate_rows(judged, quality)
-    told = advice(judged.selection.failed, judged.table.num_rows)
+    told = advice(judged.selection.failed, len(judged.source))
     settings = store.settings()
+    sampled, failing, opened = samples(judged, config), examples(judged, config), opening(judged)
+    shown = [rows for _, rows in sampled] + [rows for _, _, rows in failing]
+    texts = judged.texts(np.unique(np.concatenate([opened, *shown])))
     write_page(
         path,
         Path(__file__).with_suffix(".html"),
         title=f"Generations in {store.folder}",
-        generations=judged.table.num_rows,
+        generations=len(judged.source),
         judged=len(np.unique(judged.source)),
         documents=len(documents),
         described=", ".join(f"{name} {value}" for name, value in settings.items()),
@@ -88,9 +90,12 @@ def write_quality_report(
             title: embedded(png_of(histogram(title, label, values), dpi=110))
             for title, label, values in distributions(judged)
         },
-        openings=openings(judged),
-        samples=samples(judged, config),
-        examples=examples(judged, config),
+        openings=openings([texts[row] for row in opened.tolist()]),
+        samples=[pair(judged, texts, place, rows) for place, rows in sampled],
+        examples=[
+            (gate, count, [pair(judged, texts, int(judged.source[row]), [row]) for row in rows])
+            for gate, count, rows in failing
+        ],
     )
     table = tabulate(rows, head, "plain", stralign="right", disable_numparse=True)
     return "\n".join([table, *told])
@@ -107,16 +112,16 @@ def judge(
         )
     columns = columns_of(table)
     failed = gates(columns, quality)
-    rank = {document.id: place for place, document in enumerate(documents)}
-    source = np.array([rank[name] for name in table["document_id"].to_pylist()])
-    highest = int(columns["index"].max()) + 1
-    texts = Generations.of_table(store.read(TEXT_COLUMNS), documents, highest, str(store.folder))
-    return Judged(store, table, columns, failed, select(failed, quality), source, documents, texts)
+    stored = StoredRows(store, documents)
+    if len(stored.order) != table.num_rows:
+        raise ValueError(f"{store.folder} grew meanwhile: run the same command again")
+    source = stored.place[stored.order]
+    return Judged(store, columns, failed, select(failed, quality), source, documents, stored)
 
 
 def gate_rows(judged: Judged, quality: QualityConfig) -> list[list[str]]:
     """Gate, failed, share, policy and dropped, under a head."""
-    total = judged.table.num_rows
+    total = len(judged.source)
     rows = [["gate", "failed", "share", "policy", "dropped"]]
     for gate in GATES:
         failed = judged.selection.failed[gate]
@@ -161,15 +166,18 @@ def histogram(title: str, label: str, values: NDArray[Any]) -> Figure:
     return figure
 
 
-def openings(judged: Judged, limit: int = 20_000) -> list[tuple[str, float]]:
-    """The most frequent first eight words and their share of the generations (of a sample)."""
-    rows = np.arange(judged.table.num_rows)
-    if len(rows) > limit:
-        rows = np.random.default_rng(0).choice(rows, limit, replace=False)
-    counts = Counter(
-        " ".join(WORD.findall(judged.text(int(row))[:400].lower())[:OPENING]) for row in rows
-    )
-    return [(words, count / len(rows)) for words, count in counts.most_common(5) if count > 1]
+def opening(judged: Judged) -> NDArray[np.integer[Any]]:
+    """Rows whose openings are looked at: all of a small store, else a random sample."""
+    rows = np.arange(len(judged.source))
+    if len(rows) > OPENINGS:
+        rows = np.random.default_rng(0).choice(rows, OPENINGS, replace=False)
+    return rows
+
+
+def openings(texts: list[str]) -> list[tuple[str, float]]:
+    """The most frequent first eight words and their share of the texts."""
+    counts = Counter(" ".join(WORD.findall(text[:400].lower())[:OPENING]) for text in texts)
+    return [(words, count / len(texts)) for words, count in counts.most_common(5) if count > 1]
 
 
 def describe_missing(store: GenerationStore) -> str:
@@ -185,31 +193,30 @@ def describe_missing(store: GenerationStore) -> str:
     return f"Failed: {describe_reasons(dict(reasons.most_common()))}. {examples}"
 
 
-def samples(judged: Judged, config: ReportConfig) -> list[dict[str, Any]]:
-    """Random documents beside their first generations."""
+def samples(judged: Judged, config: ReportConfig) -> list[tuple[int, list[int]]]:
+    """Places of random documents with the rows of their first generations."""
     places = np.unique(judged.source).tolist()
     drawn = random.Random(config.seed).sample(places, min(config.samples, len(places)))
+    starts = np.searchsorted(judged.source, drawn).tolist()
+    ends = np.searchsorted(judged.source, drawn, "right").tolist()
     return [
-        pair(judged, place, np.flatnonzero(judged.source == place)[: config.siblings].tolist())
-        for place in drawn
+        (place, list(range(start, end))[: config.siblings])
+        for place, start, end in zip(drawn, starts, ends, strict=True)
     ]
 
 
-def examples(judged: Judged, config: ReportConfig) -> list[tuple[str, int, list[dict[str, Any]]]]:
-    """Gate, how many failed it, and random ones of these beside their documents."""
+def examples(judged: Judged, config: ReportConfig) -> list[tuple[str, int, list[int]]]:
+    """Gate, how many failed it, and the rows of random ones of these."""
     chooser = random.Random(config.seed)
     found = []
     for gate in GATES:
         rows: list[int] = np.flatnonzero(judged.failed[gate]).tolist()
         if rows:
-            drawn = chooser.sample(rows, min(config.examples, len(rows)))
-            found.append(
-                (gate, len(rows), [pair(judged, int(judged.source[row]), [row]) for row in drawn])
-            )
+            found.append((gate, len(rows), chooser.sample(rows, min(config.examples, len(rows)))))
     return found
 
 
-def pair(judged: Judged, place: int, rows: list[int]) -> dict[str, Any]:
+def pair(judged: Judged, texts: dict[int, str], place: int, rows: list[int]) -> dict[str, Any]:
     """A document and some of its generations, with measures and the gates they failed."""
     measures = ("index", "words", "copied")
     return {
@@ -218,7 +225,7 @@ def pair(judged: Judged, place: int, rows: list[int]) -> dict[str, Any]:
             {
                 **{name: judged.columns[name][row] for name in measures},
                 "badges": judged.badges(row),
-                "text": judged.text(row),
+                "text": texts[row],
             }
             for row in rows
         ],

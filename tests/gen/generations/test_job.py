@@ -18,7 +18,7 @@ from gen.client.fitting import shorten
 from gen.corpus.documents import Document, load_split
 from gen.corpus.tokenizer import TokenizerConfig, train_bpe
 from gen.generations import job as generation
-from gen.generations.by_document import TEXT_COLUMNS, Generations
+from gen.generations.by_document import Generations
 from gen.generations.failures import all_failures
 from gen.generations.job import run_job
 from gen.generations.status import status
@@ -71,11 +71,11 @@ def test_an_edited_document_is_written_about_again(
     edited = [Document("d0", "Another text altogether."), *DOCUMENTS[1:]]
     store = GenerationStore(tmp_path / "generations" / "rephrase")
     with pytest.raises(ValueError, match="1 of 4 documents have fewer than G=3"):
-        Generations.of_table(store.read(TEXT_COLUMNS), edited, 3, "store").require_all(edited)
+        Generations.of_store(store, edited, 3).require_all(edited)
     made = run_job(REPHRASE, config, edited, tokenizer, tmp_path, serving)
     assert made.generations == 3
     for documents in (edited, DOCUMENTS):  # the old text's are still there
-        Generations.of_table(store.read(TEXT_COLUMNS), documents, 3, "store").require_all(documents)
+        Generations.of_store(store, documents, 3).require_all(documents)
     assert "12 generations of 4 documents" in status(tmp_path)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, train_bpe
-from gen.generations.by_document import TEXT_COLUMNS, Generations
-from gen.generations.store import SCHEMA
+from gen.generations.by_document import KEY_COLUMNS, Generations
+from gen.generations.store import SCHEMA, DocumentPlaces
 from gen.megadocs.assembly import Layout, Megadoc, latent, simple, stitched, with_texts
 from gen.megadocs.tokens import starts_of
 from trainer.data.format import REAL, REPHRASE, THOUGHT
@@ -30,12 +30,16 @@ def table(count: int, skip: tuple[str, int] | None = None) -> pa.Table:
     rows.append({"document_id": "unknown", "index": 0, "text": "of another corpus"})
     edited = {"document_id": "d0", "index": 0, "text": "of an older text", "text_hash": "another"}
     return pa.Table.from_pylist(
-        [*rows, edited], pa.schema([(name, SCHEMA.field(name).type) for name in TEXT_COLUMNS])
+        [*rows, edited],
+        pa.schema([(name, SCHEMA.field(name).type) for name in [*KEY_COLUMNS, "text"]]),
     )
 
 
 def generations_of(rows: pa.Table, count: int, may_lack: bool = False) -> Generations:
-    return Generations.of_table(rows, DOCUMENTS, count, "store", may_lack)
+    place = DocumentPlaces(DOCUMENTS).of(rows)
+    found = Generations(place, rows["index"].to_numpy(), DOCUMENTS, count, "store", may_lack)
+    found.texts = rows["text"]
+    return found
 
 
 def megadocs_of(layout: Layout, styles: Sequence[Generations]) -> list[Megadoc]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from gen.quality.gates import (
     strip_preamble,
 )
 from gen.quality.language import SourceLanguage
-from gen.quality.report import write_quality_report
+from gen.quality.report import judge, write_quality_report
 from gen.quality.table import columns_of, quality_table
 
 SOURCE = (
@@ -329,6 +330,30 @@ def test_the_report_shows_counts_samples_and_examples(root: Path) -> None:
     again = root / "again.html"
     write_quality_report(store, documents, "h", STRICT, ReportConfig(), again)
     assert again.read_text() == page
+
+
+def test_a_reports_texts_are_those_of_their_rows(tmp_path: Path) -> None:
+    """Written in any order into several parts, beside generations of another corpus."""
+    store = GenerationStore.of_method(tmp_path, "rephrase", 3)
+    store.claim({})
+    numbered = [(i, index) for i in (4, 0, 6, 5, 1, 3) for index in (2, 0, 1)]
+    for start in range(0, len(numbered), 4):
+        store.append(
+            [
+                replace(
+                    row(0, "rephrase", 0), document_id=f"d{i}", index=index, text=f"{i}/{index}"
+                )
+                for i, index in numbered[start : start + 4]
+            ],
+            0,
+        )
+    judged = judge(store, DOCUMENTS, "h", STRICT)
+    rows = np.array([14, 3, 0, 7])
+    for position, text in judged.texts(rows).items():
+        document, index = text.split("/")
+        assert DOCUMENTS[judged.source[position]].id == f"d{document}"
+        assert judged.columns["index"][position] == int(index)
+    assert set(judged.texts(rows)) == {0, 3, 7, 14}
 
 
 def test_a_report_needs_generations_of_these_documents(root: Path) -> None:
