@@ -30,9 +30,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(call beside,lm-eval-newest) 'lm-eval==0.4.13' $(LM_EVAL_NEEDS)
 	@touch $@
 
-demo: $(VENV)/.installed
-	$(PY) generate.py scale=demo method=rephrase method.generations=4 'streams.generations=[2,4]'
-	$(PY) generate.py scale=demo method=latent
+# GENERATOR=sglang: the same model on SGLang, which is installed first (make sglang).
+GENERATOR ?= embedded
+WRITER := generator=$(GENERATOR) generator.model=SmolLM2-135M-Instruct
+demo: $(VENV)/.installed $(filter sglang,$(GENERATOR))
+	$(PY) generate.py scale=demo $(WRITER) method=rephrase method.generations=4 'streams.generations=[2,4]'
+	$(PY) generate.py scale=demo $(WRITER) method=latent
 	$(PY) train.py --multirun experiment=demo recipe=real,simple,stitched,latent
 	$(PY) train.py --multirun experiment=demo recipe=simple,stitched recipe.generations=4
 	$(PY) report.py runs=demo/runs
