@@ -7,7 +7,7 @@ with the server's own offline benchmark, write the same prompts in the form it r
 many tokens an answer as were generated here on average, and give what it reached::
 
     python -m benchmarks.generation --url ... --model NAME --prompts prompts.json
-    python -m sglang.bench_offline_throughput --model-path NAME --dataset-name sharegpt \\
+    python -m sglang.benchmark.offline_throughput --model-path NAME --dataset-name sharegpt \\
         --dataset-path prompts.json --num-prompts 8192 --sharegpt-output-len 700
     python -m benchmarks.generation --url ... --model NAME --offline-tokens-per-second 15000
 

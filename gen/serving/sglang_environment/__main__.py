@@ -25,7 +25,7 @@ NOT_ON_A_CPU = {
     *("nvidia-cutlass-dsl", "nvidia-mathdx", "nvshmem4py-cu13", "quack-kernels", "sgl-deep-ep"),
     *("sgl-deep-gemm", "sgl-flash-mla", "sglang-kernel", "tilelang", "torch-memory-saver"),
     *("torchaudio", "torchcodec", "timm", "tml-renderers", "smg-grpc-servicer", "modelscope"),
-    *("mistral-common", "build", "ninja", "py-spy", "datasets", "deepseek-recipe"),
+    *("mistral-common", "build", "ninja", "py-spy", "deepseek-recipe"),
 }
 IMPORTED_BUT_NOT_REQUIRED = ["dill", "accelerate"]  # the second reads GGUF files
 
