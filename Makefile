@@ -33,8 +33,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 # GENERATOR=sglang: the same model on SGLang, which is installed first (make sglang).
 GENERATOR ?= embedded
 WRITER := generator=$(GENERATOR) generator.model=SmolLM2-135M-Instruct
+# Asked for an article, a model of this size writes on and on; asked for the same length, it ends.
+REPHRASE := method=rephrase 'method.prompt="Rewrite the following text in other words. Keep its \
+meaning and its length, and write nothing but the rewritten text: {text}"'
 demo: $(VENV)/.installed $(filter sglang,$(GENERATOR))
-	$(PY) generate.py scale=demo $(WRITER) method=rephrase method.generations=4 'streams.generations=[2,4]'
+	$(PY) generate.py scale=demo $(WRITER) $(REPHRASE) method.generations=4 'streams.generations=[2,4]'
 	$(PY) generate.py scale=demo $(WRITER) method=latent
 	$(PY) train.py --multirun experiment=demo recipe=real,simple,stitched,latent
 	$(PY) train.py --multirun experiment=demo recipe=simple,stitched recipe.generations=4
