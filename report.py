@@ -1,6 +1,7 @@
 """Compare finished runs: ``python report.py runs=runs`` prints a table and writes an HTML page.
 
-``python report.py question=data_efficiency runs=runs`` answers that question in a few lines.
+``python report.py question=data_efficiency runs=runs`` answers that question in a few lines, and
+``question=whole_against_cut`` compares two arms of a study (``train.py -m study=...``).
 """
 
 from pathlib import Path
@@ -13,12 +14,17 @@ from trainer.entry import program
 @program("report", ReportConfig)
 def main(config: ReportConfig) -> None:
     """Print the table or the answer asked for."""
+    from trainer.study.comparison.answer import answer_question
+    from trainer.study.comparison.record import read_record
     from trainer.study.report import answer_data_efficiency, write_report
 
     check_bounds(config)
     runs = Path(config.runs)
-    if config.question is not None:
+    if config.question == "data_efficiency":
         print(answer_data_efficiency(runs))
+        return
+    if config.question is not None:
+        print(answer_question(read_record(runs), config.question))
         return
     table, page = write_report(runs, Path(config.output) if config.output else runs / "report")
     print(table)

@@ -18,6 +18,7 @@ from tabulate import tabulate
 from trainer.config.estimate import DEVICES
 from trainer.config.schema import ActivationCheckpointing, ModelConfig, Parallel, TrainConfig
 from trainer.data.batches import collate
+from trainer.data.mds import MegadocStream
 from trainer.files import read_json
 from trainer.model.flops import attention_pairs, training_flops
 from trainer.parallel.activation_checkpointing import USABLE, step_bytes
@@ -79,14 +80,35 @@ class Estimate:
         return tabulate(lines.items(), tablefmt="plain")
 
 
-def estimate(config: TrainConfig) -> Estimate:
-    """The cost of a run.
+@dataclass(frozen=True)
+class Work:
+    """What a run computes, on whatever machine."""
+
+    config: TrainConfig  # with the tokenizer's vocabulary
+    streams: list[MegadocStream]
+    steps: int
+    step_tokens: int  # places of the windows of a step
+    matrix_flops: int  # of a step
+    attention_flops: int  # of a step
+
+    @property
+    def tokens(self) -> int:
+        """Places of all windows."""
+        return self.steps * self.step_tokens
+
+    @property
+    def flops(self) -> int:
+        """Of the model, without what is computed again."""
+        return self.steps * (self.matrix_flops + self.attention_flops)
+
+
+def work_of(config: TrainConfig) -> Work:
+    """Steps, tokens and FLOPs of a run from its own plan; nothing is trained.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`trainer.loop.train` before it trains.
     """
     config.check()
-    wanted, runtime = config.estimate, config.runtime
     streams = open_streams(config)
     model = replace(config.model, vocab_size=model_vocabulary(config, streams[0]))
     config = replace(config, model=model)
@@ -99,9 +121,20 @@ def estimate(config: TrainConfig) -> Estimate:
         batch = collate(windows, streams, config.data.mask, config.data.context_length)
         pairs += attention_pairs(batch.cu_seqlens)
     step_tokens = config.data.batch_size * config.data.context_length
-    flops = training_flops(model, step_tokens, 0)
     attention = training_flops(model, 0, pairs) // sampled
+    return Work(
+        config, streams, steps, step_tokens, training_flops(model, step_tokens, 0), attention
+    )
 
+
+def estimate(config: TrainConfig) -> Estimate:
+    """The cost of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`trainer.loop.train` before it trains.
+    """
+    work = work_of(config)
+    config, wanted, runtime = work.config, config.estimate, config.runtime
     data_ranks, rest = divmod(wanted.num_gpus, runtime.context_parallel)
     windows_each = config.data.batch_size // max(1, data_ranks)
     if rest or config.data.batch_size % data_ranks:
@@ -121,11 +154,11 @@ def estimate(config: TrainConfig) -> Estimate:
     mfu, source = chosen_mfu(config)
     return Estimate(
         run_dir_of(config, read_inputs(config)).name,
-        model.parameter_count(),
-        steps,
-        steps * step_tokens,
-        steps * (flops + attention),
-        attention / (flops + attention),
+        config.model.parameter_count(),
+        work.steps,
+        work.tokens,
+        work.flops,
+        work.attention_flops / (work.matrix_flops + work.attention_flops),
         memory,
         wanted.device,
         wanted.num_gpus,

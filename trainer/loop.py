@@ -101,7 +101,11 @@ def train(config: TrainConfig) -> float:
 
             saver.finish()
             with run.average.in_place() if run.average else contextlib.nullcontext():
-                scores = evaluate_model(run.model, run.validation, run.config.data, ranks)
+                readings = {
+                    reading.name: evaluate_model(run.model, run.validation, reading, ranks)
+                    for reading in run.config.readings
+                }
+            scores = next(iter(readings.values()))
             if first < steps or not any_rank_evaluated(run, steps):  # stopped before the result
                 tracker.log(steps, scores.metrics())
         if not math.isfinite(scores.loss["iid"]):
@@ -110,7 +114,7 @@ def train(config: TrainConfig) -> float:
                 "lower recipe.learning_rate"
             )
         if ranks.is_main:
-            write_result(run, scores)
+            write_result(run, readings)
             print(f"{folder}: validation loss {scores.loss['iid']:.4f} nats per token", flush=True)
         return scores.loss["iid"]
 
@@ -162,7 +166,7 @@ def any_rank_evaluated(run: Run, step: int) -> bool:
 def evaluate(run: Run, done: int, saver: Checkpointer, tracker: Tracker, meter: Meter) -> None:
     """Score the weights after ``done`` steps; what was saved is on the disk before."""
     saver.finish()
-    scores = evaluate_model(run.model, run.validation, run.config.data, run.ranks)
+    scores = evaluate_model(run.model, run.validation, run.config.readings[0], run.ranks)
     tracker.log(done, scores.metrics())
     meter.start_window()
 
@@ -231,8 +235,14 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(hash((seed, step, rank)) & 0x7FFF_FFFF)
 
 
-def write_result(run: Run, scores: Scores) -> None:
-    """``result.json``: what was trained, on what, for how long, and its final scores."""
+def write_result(run: Run, readings: dict[str, Scores]) -> None:
+    """``result.json``: what was trained, on what, for how long, and its final scores.
+
+    Args:
+        run: that has ended.
+        readings: scores by the way held-out documents were read, the run's own first.
+    """
+    scores, *others = [one.to_dict() for one in readings.values()]
     names = [stream.manifest.name for stream in run.streams]
     result: dict[str, Any] = {
         "name": run.folder.name,
@@ -251,8 +261,10 @@ def write_result(run: Run, scores: Scores) -> None:
             stream.manifest.name: stream.manifest.real_document for stream in run.streams
         },
         "epochs_seen": dict(zip(names, run.plan.epochs_seen(run.steps), strict=True)),
-        **scores.to_dict(),
+        **scores,
     }
+    if others:
+        result["readings"] = dict(zip(readings, (scores, *others), strict=True))
     if (run.folder / "metrics.jsonl").exists():
         result["metrics_sha256"] = sha256(run.folder / "metrics.jsonl")
     write_sealed(run.folder / "result.json", result)

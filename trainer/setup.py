@@ -195,7 +195,11 @@ def open_streams(config: TrainConfig) -> list[MegadocStream]:
     names = [config.recipe.real_stream]
     if config.recipe.synthetic:
         names.append(config.recipe.synthetic)
-    return [open_stream(config, name, as_needed=True) for name in names]
+    streams = [open_stream(config, name, as_needed=True) for name in names]
+    if config.data.share < 1:
+        for stream in streams:
+            stream.keep_share(config.data.share)
+    return streams
 
 
 def open_stream(config: TrainConfig, name: str, as_needed: bool = False) -> MegadocStream:

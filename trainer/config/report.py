@@ -15,6 +15,6 @@ class ReportConfig:
     output: str | None = setting(None, "Folder of the report; null: <runs>/report.")
     question: str | None = setting(
         None,
-        "data_efficiency: print that answer and write nothing; null: the whole report.",
-        choices=("data_efficiency",),
+        "data_efficiency, or A_against_B with two arms of a study, such as whole_against_cut: "
+        "print that answer and write nothing; null: the whole report.",
     )

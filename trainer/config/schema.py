@@ -48,6 +48,13 @@ class DataConfig:
 
     root: str = setting("data/pydoc", "Corpus folder written by generate.py, or its URL.")
     validation: str = setting("val", "Held-out stream to evaluate on, by name or folder.")
+    share: float = setting(
+        1.0,
+        "Share of the training documents that is read, chosen by a hash of the id: the same ones "
+        "in every stream, and a larger share holds a smaller one.",
+        above=0,
+        at_most=1,
+    )
     context_length: int = setting(
         4096, "Length of a window.", unit="tokens", at_least=2, at_most=10_000_000
     )
@@ -78,6 +85,37 @@ class DataConfig:
         None,
         "What the shards of all streams may take in cache, such as 200gb; what does not fit is "
         "read sample by sample. null: what the disk holds.",
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How held-out documents are read: in windows of this length, under this mask."""
+
+    context_length: int
+    mask: Mask
+
+    @property
+    def name(self) -> str:
+        """As it stands in results, such as ``256-megadoc``."""
+        return f"{self.context_length}-{self.mask.value}"
+
+
+@dataclass
+class EvaluationConfig:
+    """How held-out documents are read, where that is not how training reads."""
+
+    context_lengths: list[int] = setting(
+        [],
+        "Held-out documents are read in windows of each of these lengths; the first gives the "
+        "run's loss. Empty: data.context_length.",
+        unit="tokens",
+        at_least=2,
+        at_most=10_000_000,
+    )
+    masks: list[Mask] = setting(
+        [],
+        "And under each of these masks, the first for the run's loss. Empty: data.mask.",
     )
 
 
@@ -387,6 +425,9 @@ class TrainConfig:
     """One training run."""
 
     data: DataConfig = group(DataConfig, "Where the streams lie and how they become batches.")
+    evaluation: EvaluationConfig = group(
+        EvaluationConfig, "How held-out documents are read, where not as in training."
+    )
     recipe: RecipeConfig = group(RecipeConfig, "What is read how often, and how fast it is learnt.")
     model: ModelConfig = group(ModelConfig, "Shape of the decoder.")
     optimizer: OptimizerConfig = group(
@@ -443,17 +484,28 @@ class TrainConfig:
                 f"{recipe.stream} stream"
             )
         chunks = 2 * runtime.context_parallel
-        if chunks > 2 and data.context_length % chunks:
-            raise ValueError(
-                f"data.context_length={data.context_length} must be a multiple of {chunks}: "
-                f"runtime.context_parallel={runtime.context_parallel} ranks cut a window into two "
-                "chunks each"
-            )
+        for name, context in (
+            ("data.context_length", data.context_length),
+            *(("evaluation.context_lengths", one) for one in self.evaluation.context_lengths),
+        ):
+            if chunks > 2 and context % chunks:
+                raise ValueError(
+                    f"{name}={context} must be a multiple of {chunks}: "
+                    f"runtime.context_parallel={runtime.context_parallel} ranks cut a window into "
+                    "two chunks each"
+                )
         if runtime.shard_size is not None and runtime.parallel is not Parallel.fsdp:
             raise ValueError(
                 f"runtime.shard_size={runtime.shard_size} needs runtime.parallel=fsdp: ddp keeps "
                 "a whole model on every rank"
             )
+
+    @property
+    def readings(self) -> list[Reading]:
+        """How held-out documents are read, the one that gives the run's loss first."""
+        contexts = self.evaluation.context_lengths or [self.data.context_length]
+        masks = self.evaluation.masks or [self.data.mask]
+        return [Reading(context, mask) for mask in masks for context in contexts]
 
     def science(self) -> dict[str, Any]:
         """The config's part of what decides the weights: not output, tracking and the machine.
@@ -467,6 +519,11 @@ class TrainConfig:
         science["recipe"].pop("max_generations")
         for key in ("micro_batch_size", "cache", "cache_limit", "root"):
             science["data"].pop(key)
+        # What was not there once leaves the names of runs as they are.
+        if self.data.share == 1:
+            science["data"].pop("share")
+        if self.evaluation == EvaluationConfig():
+            science.pop("evaluation")
         # What they hold is among the inputs.
         science["initial_weights"] = self.initial_weights is not None or None
         science["distillation"]["teachers"] = [None] * len(self.distillation.teachers)

@@ -6,9 +6,10 @@ mosaicml-streaming gives the format and the downloads; the order of reading is t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,7 @@ class MegadocStream:
             self.path / "member_lengths.npy"
         )  # [M]
         self.dataset = open_shards(self.path)
+        self.places: NDArray[np.int64] | None = None  # int64 [N] in the shards; None: as they are
         self.check_lengths()
 
     def check_lengths(self) -> None:
@@ -146,6 +148,36 @@ class MegadocStream:
             return
         raise DamagedStreamError(f"{self.path}: {problem}; {build_again(self.path)}")
 
+    def keep_share(self, share: float) -> None:
+        """Keep the samples of a share of the documents, as if the stream held no others.
+
+        Which they are is read from all samples; a larger share holds a smaller one.
+
+        Raises:
+            ValueError: no document is among them.
+        """
+        kept = np.array([in_share(self.document_of(index), share) for index in range(len(self))])
+        if not kept.any():
+            raise ValueError(
+                f"data.share={share:g} leaves none of the {len(self)} samples of {self.path}; "
+                "make it larger"
+            )
+        ends = self.member_lengths.cumsum(dtype=np.int64)
+        members = kept[np.searchsorted(self.lengths.cumsum(), ends)]
+        self.places = np.flatnonzero(kept)
+        self.lengths, self.member_lengths = self.lengths[kept], self.member_lengths[members]
+        size, tokens = len(self.lengths), int(self.lengths.sum())
+        self.manifest = replace(self.manifest, samples=size, tokens=tokens)
+
+    def document_of(self, index: int) -> str:
+        """Id of the document that sample ``index`` comes from."""
+        identity: str = self.read_row(index)["provenance"]["document_id"]
+        return identity
+
+    def place_of(self, index: int) -> int:
+        """Where sample ``index`` lies in the shards."""
+        return index if self.places is None else int(self.places[index])
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -159,14 +191,15 @@ class MegadocStream:
     def expect(self, documents: Iterable[int]) -> None:
         """Of a remote stream: begin to read samples that will be asked for soon."""
         if self.remote is not None:
-            self.remote.expect(self.dataset.spanner[int(index)] for index in documents)
+            places = (self.place_of(int(index)) for index in documents)
+            self.remote.expect(self.dataset.spanner[place] for place in places)
 
     def read_row(self, index: int) -> dict[str, Any]:
         """The columns of sample ``index``."""
         if self.remote is None:
-            row: dict[str, Any] = self.dataset[index]
+            row: dict[str, Any] = self.dataset[self.place_of(index)]
             return row
-        shard, place = self.dataset.spanner[index]
+        shard, place = self.dataset.spanner[self.place_of(index)]
         decode: Callable[[bytes], dict[str, Any]] = self.dataset.shards[shard].decode_sample
         return decode(self.remote.sample(shard, place))
 
@@ -204,9 +237,15 @@ class MegadocStream:
 
     def shard_of(self, index: int) -> Path:
         """The shard file that holds sample ``index``."""
-        shard, _ = self.dataset.spanner[index]
+        shard, _ = self.dataset.spanner[self.place_of(index)]
         name: str = shard_index(self.path)[shard]["raw_data"]["basename"]
         return self.path / name
+
+
+def in_share(document_id: str, share: float) -> bool:
+    """Whether a document is among a share of all: by a hash that is not that of the split."""
+    digest = hashlib.blake2b(f"share/{document_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def open_shards(path: Path) -> LocalDataset:

@@ -62,7 +62,7 @@ def evaluate_ensemble(
         check_comparable(runs[0], first, run, config)
         check_tokenizer(run, stream)
         states = []
-        for batch, _ in evaluation_batches(stream, config.data):
+        for batch, _ in evaluation_batches(stream, config.readings[0]):
             moved = batch.to(device)
             state = model.hidden_states(
                 moved.input_ids, moved.positions, moved.cu_seqlens, moved.max_seqlen
@@ -74,7 +74,7 @@ def evaluate_ensemble(
         raise ValueError("runs=[] names no run to evaluate")
     scores = [Scores(stream) for _ in runs]
     losses_of = {Mean.logits: mean_logit_losses, Mean.probabilities: mean_probability_losses}[mean]
-    for place, (batch, _) in enumerate(evaluation_batches(stream, first.data)):
+    for place, (batch, _) in enumerate(evaluation_batches(stream, first.readings[0])):
         members = [states[place].to(device) for states in hidden]
         for size, losses in zip(
             scores, losses_of(members, heads, batch.targets.to(device)), strict=True
@@ -175,11 +175,11 @@ def check_comparable(
             "read the same corpus"
         )
     for name in ("context_length", "mask"):
-        ours, theirs = getattr(first.data, name), getattr(config.data, name)
+        ours, theirs = getattr(first.readings[0], name), getattr(config.readings[0], name)
         if ours != theirs:
             raise ValueError(
-                f"{run} has data.{name}={theirs}, {first_run} has {ours}: members of an ensemble "
-                "must read the same held-out data in the same way"
+                f"{run} reads held-out documents with {name}={theirs}, {first_run} with {ours}: "
+                "members of an ensemble must read the same held-out data in the same way"
             )
     if first.model.vocab_size != config.model.vocab_size:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Losses on held-out documents: all, short, long, and by position in the document.
 
-Every token of the stream is scored once. The mask is the training's, as in the paper: with ``none``
-documents share windows, otherwise each is read alone (cut only where it is longer than the
-context).
+Every token of the stream is scored once. Context and mask are the training's, as in the paper, or
+those of ``evaluation``: with the mask ``none`` documents share windows, otherwise each is read
+alone (cut only where it is longer than the context).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.config.schema import DataConfig, Mask
+from trainer.config.schema import DataConfig, Mask, Reading
 from trainer.data.batches import NO_TARGET, PackedBatch, collate
 from trainer.data.format import MEMBER_KINDS
 from trainer.data.mds import MegadocStream
@@ -191,7 +191,7 @@ def position_bucket(positions: NDArray[np.int64]) -> NDArray[np.int32]:
 
 
 def evaluation_batches(
-    stream: MegadocStream, data: DataConfig, ranks: Ranks | None = None
+    stream: MegadocStream, reading: Reading | DataConfig, ranks: Ranks | None = None
 ) -> Iterator[tuple[PackedBatch, bool]]:
     """This rank's batches of the whole stream, and whether each counts.
 
@@ -199,13 +199,13 @@ def evaluation_batches(
     has fewer repeats one that does not count.
     """
     rank, world_size = (ranks.data_rank, ranks.data_size) if ranks else (0, 1)
-    if data.mask is Mask.none:
+    if reading.mask is Mask.none:
         order = np.arange(len(stream))
-        packed = concatenate_and_cut(stream.lengths, order, data.context_length)
+        packed = concatenate_and_cut(stream.lengths, order, reading.context_length)
     else:
-        packed = pack_whole(stream.lengths, data.context_length, np.random.default_rng(0))
+        packed = pack_whole(stream.lengths, reading.context_length, np.random.default_rng(0))
     count = len(packed.offsets) - 1
-    size = max(1, BATCH_TOKENS // data.context_length)
+    size = max(1, BATCH_TOKENS // reading.context_length)
     for start in range(0, -(-count // size), world_size):
         first = (start + rank) * size
         counts = first < count
@@ -213,16 +213,18 @@ def evaluation_batches(
             packed.window(0, index)
             for index in range(first if counts else 0, min(count, (first if counts else 0) + size))
         ]
-        yield collate(windows, [stream], data.mask, data.context_length), counts
+        yield collate(windows, [stream], reading.mask, reading.context_length), counts
 
 
 @torch.no_grad()
-def evaluate_model(model: Llama, stream: MegadocStream, data: DataConfig, ranks: Ranks) -> Scores:
+def evaluate_model(
+    model: Llama, stream: MegadocStream, reading: Reading | DataConfig, ranks: Ranks
+) -> Scores:
     """Score every token of ``stream`` with one model, shared among the ranks."""
     was_training = model.training
     model.eval()
     scores = Scores(stream)
-    for batch, counts in evaluation_batches(stream, data, ranks):
+    for batch, counts in evaluation_batches(stream, reading, ranks):
         own = split_batch(batch, ranks.context_rank, ranks.context_parallel)
         batch = own.to(ranks.device)
         losses = model.token_losses(

@@ -25,7 +25,7 @@ def discover_plugins() -> None:
     for folder in (str(FOLDER), str(ROOT)):
         if folder not in sys.path:
             sys.path.append(folder)
-    for name in ("gpu_pool_launcher", "grid_sweeper", "star_sweeper"):
+    for name in ("gpu_pool_launcher", "grid_sweeper", "star_sweeper", "study_sweeper"):
         importlib.import_module(f"hydra_plugins.{name}")  # Hydra may have looked for plugins before
 
 

@@ -293,7 +293,8 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
                 raise DamagedFileError(f"result.json lacks {', '.join(missing)}")
             tasks = optional(path / downstream.TASKS, read_sealed) or {}
             result["sets"] = optional(path / downstream.SETS, read_sealed) or {}
-            result["loss"] |= {name: one["loss"]["iid"] for name, one in result["sets"].items()}
+            further = result["sets"] | further_readings(config, result)
+            result["loss"] |= {name: one["loss"]["iid"] for name, one in further.items()}
             read_metrics = partial(metrics_of, expected=result.get("metrics_sha256"))
             metrics = optional(path / "metrics.jsonl", read_metrics) or []
             runs.append(Run(path, config, result, metrics, tasks))
@@ -303,6 +304,12 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
                 "move it out of the folder"
             ) from error
     return sorted(runs, key=lambda run: (run.kind != "real", run.kind, run.generations)), unfinished
+
+
+def further_readings(config: TrainConfig, result: dict[str, Any]) -> dict[str, Any]:
+    """Scores of the held-out documents by other ways of reading than the one of the run's loss."""
+    own = config.readings[0].name
+    return {name: one for name, one in result.get("readings", {}).items() if name != own}
 
 
 def names_and_states(runs: Iterable[Path]) -> str:
@@ -349,8 +356,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
         first = runs[0]
         for key in ("tokenizer_sha256", "stream", "documents", "content_sha256", "tokens"):
             if key == "tokens":
-                data = run.config.data
-                first = first_reading.setdefault((data.mask, data.context_length), run)
+                first = first_reading.setdefault(run.config.readings[0], run)
             check_same_evaluation(
                 str(first.path), first.result["evaluation"], str(run.path), run.result, key
             )

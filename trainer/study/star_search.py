@@ -57,17 +57,30 @@ class Grid:
 
 
 class StarSearch:
-    """One search from one centre; ask :attr:`wanted`, train, :meth:`record`, until it is empty."""
+    """One search from one centre; ask :attr:`wanted`, train, :meth:`record`, until it is empty.
 
-    def __init__(self, grid: Grid, centre: Place) -> None:
+    Args:
+        grid: of the axes.
+        centre: where it starts.
+        limit: runs it may take; None: as many as it needs. Searches that are compared have one.
+    """
+
+    def __init__(self, grid: Grid, centre: Place, limit: int | None = None) -> None:
         self.grid = grid
         self.centre = centre
+        self.limit = limit
         self.losses: dict[Place, float] = {}
         self.path = [centre]
 
     @property
     def wanted(self) -> list[Place]:
-        """Places of the current star that were not trained yet; empty when the search is over."""
+        """Places to train next; empty when the search is over."""
+        left = None if self.limit is None else max(0, self.limit - len(self.losses))
+        return self.missing[:left]
+
+    @property
+    def missing(self) -> list[Place]:
+        """Places of the current star that were not trained yet."""
         star = [self.centre, *self.grid.neighbours(self.centre)]
         return [place for place in star if place not in self.losses]
 
@@ -81,7 +94,7 @@ class StarSearch:
             if loss is None or math.isnan(loss):
                 raise ValueError(f"the run at {self.grid.values(place)} has the loss {loss}")
             self.losses[place] = loss
-        while not self.wanted:
+        while not self.missing:
             best = min(self.grid.neighbours(self.centre), key=self.losses.__getitem__, default=None)
             if best is None or self.losses[best] >= self.losses[self.centre]:
                 return
@@ -89,13 +102,17 @@ class StarSearch:
             self.path.append(best)
 
     def certificate(self) -> Certificate:
-        """What the finished search proves.
+        """What the finished search proves; less where its limit ended it.
 
         Raises:
             ValueError: the search is not over, or nothing but diverged runs was found.
         """
         if self.wanted:
             raise ValueError(f"{len(self.wanted)} places of the star are not trained yet")
+        if self.missing:  # the limit came first: the best so far
+            best = min(self.losses, key=self.losses.__getitem__)
+            self.path += [best] if best != self.centre else []
+            self.centre = best
         loss = self.losses[self.centre]
         if math.isinf(loss):
             raise ValueError(
@@ -105,6 +122,8 @@ class StarSearch:
         centre = self.grid.values(self.centre)
         neighbours, edges = [], []
         for place in self.grid.neighbours(self.centre):
+            if place not in self.losses:
+                continue
             axis = next(
                 name for name, value in self.grid.values(place).items() if value != centre[name]
             )
@@ -116,7 +135,9 @@ class StarSearch:
             if index == len(self.grid.axes[name]) - 1:
                 edges.append(Edge(name, centre[name], "largest"))
         path = [self.grid.values(place) for place in self.path]
-        return Certificate(centre, loss, neighbours, edges, path, len(self.losses))
+        return Certificate(
+            centre, loss, neighbours, edges, path, len(self.losses), len(self.missing)
+        )
 
 
 @dataclass(frozen=True)
@@ -148,6 +169,7 @@ class Certificate:
     edges: list[Edge]
     path: list[dict[str, float]]
     runs: int
+    unmeasured: int = 0  # neighbours that the limit left out: with any it proves nothing
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; a diverged neighbour has the loss null."""
@@ -170,6 +192,10 @@ class Certificate:
                 else f"{other.loss:.4f} (worse by {other.margin:.4f})"
             )
             lines.append(f"  {other.axis}={other.value:g}: {result}")
+        if self.unmeasured:
+            lines.append(
+                f"  not certified: its limit of runs left {self.unmeasured} neighbours unmeasured"
+            )
         for edge in self.edges:
             lines.append(
                 f"  {edge.axis}={edge.value:g} is the {edge.end} of its grid: a better value may "

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class StarSweeper(Sweeper):
 
     def __init__(self, params: dict[str, Any]) -> None:
         self.params = params
+        self.jobs = 0  # started so far
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -83,33 +85,32 @@ class StarSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> list[dict[str, Any]]:
         """Run all searches to their ends, or estimate their first round; returns certificates."""
         try:
-            return self.search(arguments)
+            return self.run(arguments)
         except (ValueError, RuntimeError) as error:  # what a user can mend: no traceback
             logger.error(error)
             raise SystemExit(1) from None
 
-    def search(self, arguments: list[str]) -> list[dict[str, Any]]:
-        """Round after round of what all searches want next."""
+    def run(self, arguments: list[str]) -> list[dict[str, Any]]:
+        """One search for every combination of what is no axis."""
         studies = self.studies(arguments)
-        jobs = 0
-        while True:
-            wanted = [(study, place) for study in studies for place in study.search.wanted]
-            if not wanted:
-                break
+        if self.compose(studies[0].overrides).estimate.enabled:
+            batch = [study.job(place) for study in studies for place in study.search.wanted]
+            run_missing(self.context, self.master, self.pool, batch, 0, set())
+            logger.info(
+                "star search: estimated is the first round; how many follow, the losses decide"
+            )
+            return []
+        return self.search(studies)
+
+    def search(self, studies: list[Study]) -> list[dict[str, Any]]:
+        """Round after round of what all searches want next; returns their certificates."""
+        while wanted := [(study, place) for study in studies for place in study.search.wanted]:
             missing = [pair for pair in wanted if self.outcome(pair[0].job(pair[1])) is None]
             logger.info(
                 f"star search: {len(wanted)} runs wanted, {len(wanted) - len(missing)} of them "
                 "finished already"
             )
-            batch = [study.job(place) for study, place in missing]
-            if self.compose(studies[0].overrides).estimate.enabled:
-                run_missing(self.context, self.master, self.pool, batch, jobs, set())
-                logger.info(
-                    "star search: estimated is the first round; how many follow, the losses decide"
-                )
-                return []
-            self.launch(batch, jobs)
-            jobs += len(batch)
+            self.launch([study.job(place) for study, place in missing])
             for study in studies:
                 study.search.record(
                     {place: self.outcome(study.job(place)) for place in study.search.wanted}
@@ -118,13 +119,26 @@ class StarSweeper(Sweeper):
 
     def studies(self, arguments: list[str]) -> list[Study]:
         """One search for each combination of the swept values that are not axes."""
+        grids, combinations = self.split(arguments, self.params)
+        grid = Grid(grids)
+        return [self.study(chosen, grid) for chosen in combinations]
+
+    def split(
+        self, words: list[str], params: Mapping[str, Any]
+    ) -> tuple[dict[str, list[float]], list[list[str]]]:
+        """The axes with their values, and every combination of what is no axis.
+
+        Args:
+            words: overrides; several values of an axis take the place of its grid.
+            params: axis -> its grid, as in Hydra's own sweeper.
+        """
         parser = OverridesParser.create(config_loader=self.loader)
         grids = {
             axis: axis_values(parser.parse_override(f"{axis}={values}"))
-            for axis, values in self.params.items()
+            for axis, values in params.items()
         }
         combinations: list[list[str]] = [[]]
-        for override in parser.parse_overrides(arguments):
+        for override in parser.parse_overrides(words):
             key = override.get_key_element()
             if override.is_sweep_override():
                 if key in grids:
@@ -134,10 +148,9 @@ class StarSweeper(Sweeper):
             else:
                 choices = [str(override.input_line)]
             combinations = [[*chosen, choice] for chosen in combinations for choice in choices]
-        grid = Grid(grids)
-        return [self.study(chosen, grid) for chosen in combinations]
+        return grids, combinations
 
-    def study(self, overrides: list[str], grid: Grid) -> Study:
+    def study(self, overrides: list[str], grid: Grid, limit: int | None = None) -> Study:
         """A search that starts at the place nearest to the composed config."""
         config = self.compose(overrides)
         centre = {axis: OmegaConf.select(config, axis) for axis in grid.axes}
@@ -154,7 +167,7 @@ class StarSweeper(Sweeper):
             for axis, value in grid.values(start).items()
         )
         logger.info(f"star search: starts at {values}")
-        return Study(fixed, StarSearch(grid, start))
+        return Study(fixed, StarSearch(grid, start, limit))
 
     def compose(self, overrides: list[str]) -> DictConfig:
         """The config of one run without Hydra's own part."""
@@ -163,13 +176,14 @@ class StarSweeper(Sweeper):
             del config["hydra"]
         return config
 
-    def launch(self, batch: list[list[str]], first: int) -> None:
+    def launch(self, batch: list[list[str]]) -> None:
         """Run ``batch`` to its end; diverged runs are results, other failures are not.
 
         Raises:
             RuntimeError: runs ended with neither a result nor a diverged loss; names each.
         """
         common = set.intersection(*map(set, batch)) if batch else set()
+        first, self.jobs = self.jobs, self.jobs + len(batch)
         try:
             ends = run_missing(self.context, self.master, self.pool, batch, first, common)
         finally:
