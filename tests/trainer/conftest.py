@@ -41,7 +41,7 @@ def write_stream(
                 "tokens": tokens.astype(np.uint32),
                 "member_ends": np.cumsum(lengths).astype(np.uint32),
                 "member_kinds": np.zeros(len(lengths), dtype=np.uint8),
-                "provenance": {},
+                "provenance": {"document_id": f"document-{index}"},
             }
             writer.write(row)
             content.add(row["tokens"], row["member_ends"], row["member_kinds"])

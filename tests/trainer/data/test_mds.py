@@ -25,6 +25,38 @@ def test_samples_come_back(make_stream: StreamMaker) -> None:
     assert stream[0].tokens[0] == 1
 
 
+def test_a_share_is_the_same_documents_in_every_stream_and_in_a_larger_share(
+    make_stream: StreamMaker,
+) -> None:
+    def kept(share: float) -> tuple[list[str], MegadocStream]:
+        names, stream = [], None
+        for name, members in (("real", [[5]] * 200), ("stitched-g2", [[3, 2, 4]] * 200)):
+            stream = make_stream(name, members)
+            whole = [stream[index].tokens.tolist() for index in range(len(stream))]
+            stream.keep_share(share)
+            names.append([stream.document_of(index) for index in range(len(stream))])
+            assert stream.lengths.tolist() == [sum(members[0])] * len(stream)
+            assert stream.member_lengths.tolist() == members[0] * len(stream)
+            assert (stream.manifest.samples, stream.manifest.tokens) == (
+                len(stream),
+                sum(members[0]) * len(stream),
+            )
+            numbers = [int(one.rpartition("-")[2]) for one in names[-1]]
+            assert [stream[index].tokens.tolist() for index in range(len(stream))] == [
+                whole[number] for number in numbers
+            ]
+        assert names[0] == names[1]
+        assert stream is not None
+        return names[0], stream
+
+    quarter, half = kept(0.25)[0], kept(0.5)[0]
+    assert set(quarter) < set(half)
+    assert 30 < len(quarter) < 70
+    assert 75 < len(half) < 125
+    with pytest.raises(ValueError, match=r"data.share=1e-09 leaves none of the 200 samples"):
+        kept(1e-9)
+
+
 def test_an_unfinished_stream_names_its_finished_neighbours(make_stream: StreamMaker) -> None:
     stream = make_stream("real", [[3]])
     with pytest.raises(FileNotFoundError, match=r"simple-g8 is not a finished .*: real\. Build"):

@@ -83,6 +83,27 @@ def test_ties_and_diverged_neighbours_do_not_move_the_centre() -> None:
     assert json.loads(json.dumps(certificate.to_dict()))["neighbours"][1]["loss"] is None
 
 
+@settings(deadline=None)
+@given(st.data())
+def test_a_limit_ends_a_search_at_its_best_place(data: st.DataObject) -> None:
+    grid = Grid(AXES)
+    places = st.tuples(*(st.integers(0, len(values) - 1) for values in AXES.values()))
+    start, valley, limit = data.draw(places), data.draw(places), data.draw(st.integers(1, 40))
+    free, limited = StarSearch(grid, start), StarSearch(grid, start, limit)
+    for search in (free, limited):
+        run_search(search, valley, [1.0, 1.0, 1.0])
+    assert len(limited.losses) == min(limit, len(free.losses))
+    certificate = limited.certificate()
+    assert certificate.loss == min(limited.losses.values())
+    assert certificate.runs == len(limited.losses)
+    if limit >= len(free.losses):
+        assert certificate == free.certificate()
+        assert not certificate.unmeasured
+    else:
+        assert certificate.unmeasured or limited.centre != valley
+        assert ("not certified" in str(certificate)) == bool(certificate.unmeasured)
+
+
 def test_a_start_outside_the_grid_moves_to_its_nearest_place() -> None:
     grid = Grid({"lr": [2.0, 1.0, 4.0], "wd": [0.0, 0.1]})
     assert grid.nearest({"lr": 2.0, "wd": 0.1}) == (1, 1)
