@@ -13,6 +13,7 @@ from trainer.config.evaluate import EvaluateConfig  # noqa: E402
 from trainer.config.fields import Row, rows  # noqa: E402
 from trainer.config.report import ReportConfig  # noqa: E402
 from trainer.config.schema import TrainConfig  # noqa: E402
+from trainer.study.comparison.design import Arm, StudyDesign  # noqa: E402
 
 PAGE = ROOT / "docs" / "config.md"
 HEAD = """# Every key of the four programs
@@ -20,6 +21,12 @@ HEAD = """# Every key of the four programs
 Made from the schemas by `make docs`; a test keeps it current. A key is set on the command line
 (`python train.py data.context_length=8192`), or in a YAML file of your own that `--config-dir`
 finds. Values outside what is allowed are refused before anything is read or written.
+"""
+STUDY = """
+A study (`study=`) is a YAML that fills these keys; [study.md](study.md) tells how it runs.
+
+| key | type | default | allowed | meaning |
+|---|---|---|---|---|
 """
 PROGRAMS = {
     "train.py": (TrainConfig, "conf/train"),
@@ -38,6 +45,12 @@ def page() -> str:
             parts.append(group)
         parts.append("\n| key | type | default | allowed | meaning |\n|---|---|---|---|---|\n")
         parts.extend(line(row) for row in rows(schema))
+        if schema is TrainConfig:
+            parts.append(STUDY)
+            parts.extend(line(row) for row in rows(StudyDesign, "hydra.sweeper."))
+            parts.append("\nAn arm:\n\n| key | type | default | allowed | meaning |\n")
+            parts.append("|---|---|---|---|---|\n")
+            parts.extend(line(row) for row in rows(Arm, "hydra.sweeper.arms.NAME."))
     return "".join(parts)
 
 

@@ -19,6 +19,8 @@ from trainer.config.estimate import DEVICES
 from trainer.config.schema import ActivationCheckpointing, ModelConfig, Parallel, TrainConfig
 from trainer.data.batches import collate
 from trainer.data.mds import MegadocStream
+from trainer.data.mds import MegadocStream
+from trainer.data.plan import Plan
 from trainer.files import read_json
 from trainer.model.flops import attention_pairs, training_flops
 from trainer.parallel.activation_checkpointing import USABLE, step_bytes
@@ -86,6 +88,7 @@ class Work:
 
     config: TrainConfig  # with the tokenizer's vocabulary
     streams: list[MegadocStream]
+    plan: Plan
     steps: int
     step_tokens: int  # places of the windows of a step
     matrix_flops: int  # of a step
@@ -122,9 +125,8 @@ def work_of(config: TrainConfig) -> Work:
         pairs += attention_pairs(batch.cu_seqlens)
     step_tokens = config.data.batch_size * config.data.context_length
     attention = training_flops(model, 0, pairs) // sampled
-    return Work(
-        config, streams, steps, step_tokens, training_flops(model, step_tokens, 0), attention
-    )
+    matrices = training_flops(model, step_tokens, 0)
+    return Work(config, streams, plan, steps, step_tokens, matrices, attention)
 
 
 def estimate(config: TrainConfig) -> Estimate:

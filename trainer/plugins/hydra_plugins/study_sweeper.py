@@ -7,7 +7,7 @@ their folders, so the same command goes on wherever it was interrupted.
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class StudySweeperConf(StudyDesign):
-    """A study, and what all its runs have in common."""
+    """A study, as its YAML fills it."""
 
     _target_: str = "hydra_plugins.study_sweeper.StudySweeper"
-    common: list[str] = field(default_factory=list)
 
 
 ConfigStore.instance().store(
@@ -41,13 +40,12 @@ ConfigStore.instance().store(
 class StudySweeper(StarSweeper):  # type: ignore[misc]  # mypy does not see hydra_plugins
     """Tunes every arm, trains it with every seed at every size, and answers."""
 
-    def __init__(self, common: list[str], **design: Any) -> None:
+    def __init__(self, **design: Any) -> None:
         schema = OmegaConf.structured(StudyDesign)
         found = OmegaConf.to_object(OmegaConf.merge(schema, design))
         assert isinstance(found, StudyDesign)
         super().__init__(found.tuning.grid)
         self.design = found
-        self.common = list(common)
 
     def run(self, arguments: list[str]) -> list[dict[str, Any]]:
         """Plan, say the cost, tune, train, answer; returns the certificates."""
@@ -95,7 +93,7 @@ class StudySweeper(StarSweeper):  # type: ignore[misc]  # mypy does not see hydr
                 f"{', '.join(clash)} is the study's own: change it in its YAML (a copy of "
                 "conf/train/study/NAME.yaml in a folder of yours, --config-dir)"
             )
-        words = [*self.common, *arguments, *own]
+        words = [*self.design.common, *arguments, *own]
         grids, combinations = self.split(words, self.params)
         if len(combinations) > 1:
             raise ValueError(

@@ -269,6 +269,7 @@ def describe_corpus(design: StudyDesign, plan: Sequence[Planned]) -> str:
         lines.append(
             f"{arm}: {stream.name} ({stream.tokens:,} tokens), mask {config.data.mask.value}, "
             f"{config.data.batch_size} windows of {config.data.context_length:,} tokens a step; "
-            f"{planned.uncut:.1%} of its documents fit into a window"
+            f"{planned.uncut:.1%} of its documents fit into a window, windows "
+            f"{min(planned.work.plan.density()):.1%} full"
         )
     return "\n".join(lines)

@@ -54,6 +54,9 @@ class StudyDesign:
         "What the report answers at the end: data_efficiency, or ARM_against_ARM.",
     )
     reference: str = setting("real", "Arm whose losses over the sizes data efficiency is read off.")
+    common: list[str] = setting(
+        [], "Overrides of all runs, before those of the command line, which win, and of the arms."
+    )
     arms: dict[str, Arm] = setting({}, "Name -> arm.")
     sizes: list[float] = setting(
         [1.0], "Sizes of corpus: shares of the training documents (data.share).", above=0, at_most=1
