@@ -24,6 +24,7 @@ from trainer.config.fields import rows
 from trainer.study.comparison.answer import answer_question
 from trainer.study.comparison.design import Arm, StudyDesign, Tuning, size_text
 from trainer.study.comparison.paired import (
+    MOST_SEEDS,
     data_efficiency,
     detectable_difference,
     estimate_mean,
@@ -67,7 +68,7 @@ def test_what_is_said_to_be_seen_is_seen_in_four_of_five_studies(seeds: int) -> 
 def test_the_seeds_for_an_interval_are_the_fewest(seeds: int, spread: float) -> None:
     wanted = half_width_of(spread, seeds) * 1.0000001
     assert seeds_for(spread, wanted) == seeds
-    assert seeds_for(1.0, 1e-3) is None
+    assert seeds_for(spread, half_width_of(spread, MOST_SEEDS + 1)) is None
 
 
 @given(
@@ -251,7 +252,7 @@ def test_a_study_that_cannot_be_run_is_refused(
         change(design()).check()
 
 
-def sweeper_for(root: Path, **changes: Any) -> Any:
+def sweeper_for(root: Path) -> Any:
     """The sweeper of ``study=whole_against_cut``, as Hydra sets it up, without a launcher."""
     import train  # noqa: F401  (puts trainer/plugins on sys.path, registers the schema)
 
@@ -261,8 +262,8 @@ def sweeper_for(root: Path, **changes: Any) -> Any:
     )
     arguments = OmegaConf.to_container(master.hydra.sweeper)
     assert isinstance(arguments, dict)
-    arguments.pop("_target_")
-    sweeper = plugin.StudySweeper(**(arguments | changes))
+    keywords = {str(key): value for key, value in arguments.items() if key != "_target_"}
+    sweeper = plugin.StudySweeper(**keywords)
     sweeper.master, sweeper.loader = master, GlobalHydra.instance().config_loader()
     return sweeper
 
@@ -330,7 +331,7 @@ def test_the_cost_is_said_before_anything_is_trained(
     for one in planned:
         real = one.work.streams[0].manifest.tokens
         expected = recipe.epochs * real / (1 - recipe.mixing_fraction)
-        assert one.work.tokens == pytest.approx(expected, rel=0.01)
+        assert one.work.tokens == pytest.approx(expected, rel=0.02)
     # Of a search's places: twice the epochs are twice the work, w = 0.5 instead of 0.75 is half.
     grid = planned[0].grid
     assert grid is not None

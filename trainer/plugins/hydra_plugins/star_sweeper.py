@@ -71,6 +71,7 @@ class StarSweeper(Sweeper):
     def __init__(self, params: dict[str, Any]) -> None:
         self.params = params
         self.jobs = 0  # started so far
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -170,11 +171,17 @@ class StarSweeper(Sweeper):
         return Study(fixed, StarSearch(grid, start, limit))
 
     def compose(self, overrides: list[str]) -> DictConfig:
-        """The config of one run without Hydra's own part."""
-        config = self.loader.load_sweep_config(self.master, overrides)
-        with open_dict(config):
-            del config["hydra"]
-        return config
+        """The config of one run without Hydra's own part; not to be changed.
+
+        Each is asked for several times, and Hydra takes 0.2 s to compose one.
+        """
+        key = tuple(overrides)
+        if key not in self.composed:
+            config = self.loader.load_sweep_config(self.master, overrides)
+            with open_dict(config):
+                del config["hydra"]
+            self.composed[key] = config
+        return self.composed[key]
 
     def launch(self, batch: list[list[str]]) -> None:
         """Run ``batch`` to its end; diverged runs are results, other failures are not.

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from trainer.study.comparison.design import arms_of, size_text
 from trainer.study.comparison.paired import (
+    MOST_SEEDS,
     Estimate,
     data_efficiency,
     estimate_mean,
@@ -229,7 +230,7 @@ def power(record: Record, found: Estimate, size: float) -> Iterator[str]:
         yield "  a second seed: without it there is no interval"
     else:
         needed = found.seeds_for(found.half_width / 2)
-        wanted = f"{needed} seeds" if needed else "more than 999 seeds"
+        wanted = f"{needed} seeds" if needed else f"more than {MOST_SEEDS:,} seeds"
         yield f"  {wanted} instead of {found.seeds} for half the interval"
     if len(record.points) < record.planned:
         left = record.planned - len(record.points)

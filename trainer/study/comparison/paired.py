@@ -99,11 +99,10 @@ def detectable_difference(spread: float, seeds: int) -> float:
 
 
 def seeds_for(spread: float, half_width: float) -> int | None:
-    """The fewest seeds of a spread whose interval is at most so wide on each side."""
-    return next(
-        (seeds for seeds in range(2, MOST_SEEDS) if half_width_of(spread, seeds) <= half_width),
-        None,
-    )
+    """The fewest seeds whose interval is at most so wide; None: more than MOST_SEEDS."""
+    seeds = np.arange(2, MOST_SEEDS + 1)
+    narrow = t.ppf((1 + LEVEL) / 2, seeds - 1) * spread / np.sqrt(seeds) <= half_width
+    return int(seeds[narrow.argmax()]) if narrow.any() else None
 
 
 def tokens_for(loss: float, tokens: Sequence[float], losses: Sequence[float]) -> float | None:
