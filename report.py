@@ -15,6 +15,7 @@ from trainer.entry import program
 def main(config: ReportConfig) -> None:
     """Print the table or the answer asked for."""
     from trainer.study.comparison.answer import answer_question
+    from trainer.study.comparison.design import arms_of
     from trainer.study.comparison.record import read_record
     from trainer.study.report import answer_data_efficiency, write_report
 
@@ -24,6 +25,11 @@ def main(config: ReportConfig) -> None:
         print(answer_data_efficiency(runs))
         return
     if config.question is not None:
+        if arms_of(config.question) is None:
+            raise ValueError(
+                f"question={config.question} is not one of data_efficiency, A_against_B (two arms "
+                "of a study, such as whole_against_cut)"
+            )
         print(answer_question(read_record(runs), config.question))
         return
     table, page = write_report(runs, Path(config.output) if config.output else runs / "report")

@@ -19,7 +19,6 @@ from trainer.config.estimate import DEVICES
 from trainer.config.schema import ActivationCheckpointing, ModelConfig, Parallel, TrainConfig
 from trainer.data.batches import collate
 from trainer.data.mds import MegadocStream
-from trainer.data.mds import MegadocStream
 from trainer.data.plan import Plan
 from trainer.files import read_json
 from trainer.model.flops import attention_pairs, training_flops

@@ -178,8 +178,8 @@ def check_comparable(
         ours, theirs = getattr(first.readings[0], name), getattr(config.readings[0], name)
         if ours != theirs:
             raise ValueError(
-                f"{run} reads held-out documents with {name}={theirs}, {first_run} with {ours}: "
-                "members of an ensemble must read the same held-out data in the same way"
+                f"{run} was read with data.{name}={theirs}, {first_run} with {ours} (or evaluation."
+                f"{name}s): members of an ensemble must read the same held-out data in the same way"
             )
     if first.model.vocab_size != config.model.vocab_size:
         raise ValueError(
