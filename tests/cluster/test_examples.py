@@ -35,7 +35,8 @@ FIND = {
     "evaluation": {"evaluate.py", "launcher=slurm"},
     "train.sbatch": {"conf/train/launcher/train.sbatch"},
     "torchrun.sbatch": {"conf/train/launcher/torchrun.sbatch"},
-    "ray": {"train.py", "launcher=ray"},
+    "sweep by ray": {"train.py", "launcher=ray"},
+    "evaluation by ray": {"evaluate.py", "launcher=ray"},
     "corpus": {"generate.py", "task=corpus"},
     "writers": {"generate.py", "launcher=slurm", "task=generate"},
     "writers by ray": {"generate.py", "launcher=ray"},
@@ -81,13 +82,17 @@ def run(
     return done.stdout
 
 
-def test_a_sweep_by_submitit_and_its_evaluation(slurm: Slurm, clone: Path) -> None:
-    run(slurm, clone, [*example("sweep"), *SMALL, "name=seed-${seed}"])
-    assert len(losses(clone / "runs")) == 2
-    said = run(slurm, clone, example("evaluation"))
+def check_evaluation(clone: Path, said: str) -> None:
+    """Of two runs, each by a job of its own."""
     for seed in range(2):
         assert set(read_sealed(clone / "runs" / f"seed-{seed}" / "sets.json")) == {"val"}
         assert re.search(rf"done   runs=\[runs/seed-{seed}\]: \d\.\d+", said)
+
+
+def test_a_sweep_by_submitit_and_its_evaluation(slurm: Slurm, clone: Path) -> None:
+    run(slurm, clone, [*example("sweep"), *SMALL, "name=seed-${seed}"])
+    assert len(losses(clone / "runs")) == 2
+    check_evaluation(clone, run(slurm, clone, example("evaluation")))
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "torchrun.sbatch"])
@@ -116,9 +121,10 @@ def ray_cluster(slurm: Slurm, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_sweep_on_a_ray_that_runs_already(slurm: Slurm, clone: Path) -> None:
-    run(slurm, clone, [*example("ray"), *SMALL])
+def test_a_sweep_on_a_ray_that_runs_already_and_its_evaluation(slurm: Slurm, clone: Path) -> None:
+    run(slurm, clone, [*example("sweep by ray"), *SMALL])
     assert len(losses(clone / "runs")) == 2
+    check_evaluation(clone, run(slurm, clone, example("evaluation by ray")))
 
 
 @pytest.fixture
