@@ -47,6 +47,8 @@ from trainer.run.progress import (
 
 logger = logging.getLogger(__name__)
 
+FILES = 8  # of a rank in a checkpoint, written and hashed side by side
+
 # One process saves alone, which is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
@@ -122,7 +124,7 @@ class Checkpointer:
         self.ranks.barrier()
         future = dcp.async_save(
             training_state(*self.parts),
-            checkpoint_id=unfinished,
+            storage_writer=dcp.FileSystemWriter(unfinished, thread_count=FILES),
             process_group=self.group,
             no_dist=self.group is None,
         )
@@ -173,11 +175,14 @@ class Checkpointer:
         """SHA-256 of the files of this rank, by name, once they are written."""
         written.result()
         own = f"__{self.ranks.rank}_"
-        return {
-            file.name: sha256(file)
+        files = [
+            file
             for file in folder.iterdir()
             if file.name.startswith(own) or (self.ranks.is_main and file.name == ".metadata")
-        }
+        ]
+        with ThreadPoolExecutor(FILES) as pool:
+            hashes = pool.map(sha256, files)
+        return {file.name: found for file, found in zip(files, hashes, strict=True)}
 
     def publish_if_written(self) -> None:
         """Give a checkpoint its name if all ranks have written it; call it after every step."""
