@@ -92,6 +92,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="tests of a real Slurm and Ray: make test-cluster",
     )
     add("--damage-rounds", type=int, default=12, help="of a disturbed study; in full: 100")
+    add("--first-damage-round", type=int, default=0, help="to go on with: rounds seed themselves")
     add("--kills", type=int, default=3, help="SIGKILLs of the generation client; in full: 50")
     add("--rehearsal", action="store_true", help="every GPU step on fake tensors: make rehearse")
     add("--sglang", action="store_true", help="the tests against the real SGLang: make test-sglang")

@@ -50,6 +50,10 @@ def program(name: str, schema: type) -> Callable[[Callable[[Any], Result]], Call
                 raise ValueError(
                     f"{name}.py has no key {', '.join(unknown)}; docs/config.md lists all there are"
                 )
+            if missing := sorted(OmegaConf.missing_keys(config)):
+                raise ValueError(
+                    f"{name}.py needs {', '.join(missing)}; docs/config.md says what to write"
+                )
             try:
                 return main(OmegaConf.to_object(config))
             except Stopped as stop:

@@ -88,6 +88,16 @@ def only_one(path: Path, wait: bool = True) -> Iterator[None]:
         lock.release()
 
 
+def check_writable(path: Path, wanted: str) -> None:
+    """Raise ValueError where nothing can be made at ``path``; ``wanted`` says what to set."""
+    there = path
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        state = "is no folder" if not there.is_dir() else "cannot be written to"
+        raise ValueError(f"{there} {state}: set {wanted}")
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON atomically."""
     with replace_file(path) as unfinished:

@@ -33,7 +33,10 @@ LEFTOVERS = re.compile(r"\.tmp$|^\.step-|^\.part-")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
-        metafunc.parametrize("seed", range(metafunc.config.getoption("--damage-rounds")))
+        option = metafunc.config.getoption
+        metafunc.parametrize(
+            "seed", range(option("--first-damage-round"), option("--damage-rounds"))
+        )
 
 
 def test_a_disturbed_study_ends_as_the_undisturbed_one(

@@ -1,10 +1,12 @@
 """Mistakes on the command line, and configs of the user's own."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_script
+from tests.conftest import REPOSITORY, run_script
 from trainer.entry import check_overrides
 
 
@@ -44,3 +46,25 @@ def test_a_key_that_there_is_not() -> None:
     done = run_script("train.py", "+misspelt=1", check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: train.py has no key misspelt; docs/config.md lists all")
+
+
+@pytest.mark.parametrize("program", ["train.py", "generate.py", "evaluate.py", "report.py"])
+def test_help_imports_no_torch(program: str) -> None:
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{program}', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path('{program}', run_name='__main__')\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "print([name for name in ('torch', 'streaming', 'transformers') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_has_no_default_is_asked_for() -> None:
+    done = run_script("evaluate.py", check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: evaluate.py needs runs; docs/config.md says what to write\n"

@@ -300,7 +300,14 @@ def test_bad_steps_are_skipped_until_there_are_too_many(
     settings = config(corpus_root, tmp_path, recipe=wild, optimizer=skipping)
     with pytest.raises(NonFiniteLossError, match=r"step \d+: the gradient has norm nan.*real:"):
         train(settings)
-    assert capsys.readouterr().out.count("skipped: step") == 10
+    told = capsys.readouterr()
+    assert told.out.count("skipped: step") == 10
+    assert "all steps skipped" in told.err
+    assert told.err.endswith("\n")  # what is said next does not stand in the progress bar
+    rows = [json.loads(line) for line in (run_dir_of(settings) / "metrics.jsonl").open()]
+    skipped = [row for row in rows if "train/skipped_steps" in row]
+    assert sum(row["train/skipped_steps"] for row in skipped) > 0
+    assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
 @pytest.mark.parametrize("library", ["wandb", "trackio"])

@@ -23,6 +23,7 @@ from trainer.config.fields import check_bounds, group, setting, size_in_bytes
 from trainer.config.renamed import translated
 
 VERSION = 2  # of the keys that decide what is learnt; part of the hash
+ENOUGH_READ = 0.97  # of the epochs that are asked for; less is said
 SEALED = "# sha256 of what follows: "  # first line of a stored config
 
 
@@ -567,6 +568,8 @@ def load_config(path: Path) -> TrainConfig:
         first, _, rest = path.read_text().partition("\n")
         if first.startswith(SEALED) and first != f"{SEALED}{hash_text(rest)}":
             raise ValueError("it was changed after it was written")
+        if not first:
+            raise ValueError("it is empty")
         stored = translated(OmegaConf.to_container(OmegaConf.load(path)))
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), stored)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:

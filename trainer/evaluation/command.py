@@ -13,7 +13,7 @@ from trainer.config.schema import load_config
 from trainer.data.mds import read_stream_manifest
 from trainer.evaluation.downstream import SETS, TASKS, check_tasks, evaluate_tasks, keep_scores
 from trainer.evaluation.ensemble import evaluate_ensemble, held_out_path
-from trainer.files import write_sealed
+from trainer.files import check_writable, write_sealed
 from trainer.run.export import export_run
 from trainer.run.progress import newest_checkpoint
 
@@ -71,8 +71,10 @@ def check_early(config: EvaluateConfig) -> None:
         read_stream_manifest(held_out_path(first, name))
     if config.tasks:
         check_tasks(config.tasks, config.task_folder)
-    if config.output and Path(config.output).is_dir():
-        raise ValueError(f"output={config.output} is a folder; name a JSON file in it")
+    if config.output:
+        if Path(config.output).is_dir():
+            raise ValueError(f"output={config.output} is a folder; name a JSON file in it")
+        check_writable(Path(config.output).parent, "output=... to a file in another folder")
 
 
 def show(sizes: list[dict[str, Any]]) -> None:

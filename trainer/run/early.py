@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from trainer.config.schema import TrainConfig
+from trainer.config.schema import ENOUGH_READ, TrainConfig
 from trainer.data.batches import check_batch
 from trainer.data.mds import MegadocStream
 from trainer.data.plan import Plan
 from trainer.data.remote import tokenizer_folder
+from trainer.files import check_writable
 from trainer.parallel.ranks import Ranks
 from trainer.run.distillation import check_teachers
 from trainer.run.export import check_hugging_face
@@ -30,7 +31,7 @@ def check_early(config: TrainConfig, stream: MegadocStream, run_dir: Path, ranks
     check_memory(config)
     check_batch(data.batch_size, ranks.data_size, data.micro_batch_size)
     check_trackers(config.tracking)
-    check_writable(run_dir)
+    check_writable(run_dir, "output=... to a folder for the runs")
     check_teachers(config.distillation.teachers, stream)
     if config.initial_weights is not None and not checkpoints(run_dir):
         tokenizer = tokenizer_folder(data.root, data.cache) / "tokenizer.json"
@@ -48,20 +49,10 @@ def check_memory(config: TrainConfig) -> None:
         )
 
 
-def check_writable(run_dir: Path) -> None:
-    """Raise ValueError where no folder can be made at ``run_dir``."""
-    there = run_dir
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        state = "is no folder" if not there.is_dir() else "cannot be written to"
-        raise ValueError(f"{there} {state}: set output=... to a folder for the runs")
-
-
 def describe_reading(plan: Plan, epochs: float, steps: int) -> str | None:
     """What the last partial batch leaves unread, and a batch that leaves less; None if little."""
     read = plan.epochs_seen(steps)[0]
-    if read > 0.97 * epochs:
+    if read > ENOUGH_READ * epochs:
         return None
     text = (
         f"{plan.sources[0].name}: {epochs:g} epochs asked, {read:.2f} read in {steps} steps: the "

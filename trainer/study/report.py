@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from trainer.config.schema import ENOUGH_READ
 from trainer.pages import embedded, write_page
 from trainer.study.benchmark_scores import benchmark_error
 from trainer.study.figures import recipe_figures
@@ -89,7 +90,7 @@ def run_row(run: Run, runs: Sequence[Run]) -> dict[str, str]:
         "G": str(run.generations or "-"),
         "mask": data.mask.value,
         "w": f"{recipe.mixing_fraction:g}",
-        "epochs": f"{recipe.epochs:g}",
+        "epochs": epochs_of(run),
         "lr": f"{recipe.learning_rate:g}",
         "wd": f"{recipe.weight_decay:g}",
         "seed": str(run.config.seed),
@@ -102,6 +103,12 @@ def run_row(run: Run, runs: Sequence[Run]) -> dict[str, str]:
         "vs real": f"{run.loss - min(real):+.4f}" if real else "-",
         "paper": f"{published:g}" if published else "-",
     }
+
+
+def epochs_of(run: Run) -> str:
+    """The epochs that were asked for, and those that were read where they are fewer."""
+    asked, read = run.config.recipe.epochs, run.epochs_read
+    return f"{asked:g}" + (f" ({read:.2f} read)" if read < ENOUGH_READ * asked else "")
 
 
 def compute_row(group: Group) -> dict[str, str]:

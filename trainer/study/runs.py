@@ -106,6 +106,12 @@ class Run:
         return sum(self.result["tokens_seen"].values())
 
     @property
+    def epochs_read(self) -> float:
+        """Passes over the base stream; fewer than asked where a last, partial batch is left out."""
+        passes: float = self.result["epochs_seen"][self.config.recipe.real_stream]
+        return passes
+
+    @property
     def synthetic_passes(self) -> float:
         name = self.config.recipe.synthetic
         return self.result["epochs_seen"][name] if name else 0.0

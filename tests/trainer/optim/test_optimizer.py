@@ -20,6 +20,7 @@ from trainer.model.llama import Llama
 from trainer.optim.averaging import WeightAverage
 from trainer.optim.bad_steps import StepGuard
 from trainer.optim.optimizer import build_optimizers, learning_rate, set_schedules, weight_decay
+from trainer.run.progress import Progress
 
 
 def test_norms_and_input_embedding_are_not_decayed_the_head_is() -> None:
@@ -120,6 +121,8 @@ def test_spikes_and_non_finite_gradients_stop_or_are_skipped() -> None:
     assert not skipping.accepts(torch.tensor(11.5), blame)
     assert not skipping.accepts(torch.tensor(torch.nan), blame)
     assert (skipping.skipped, skipping.usual) == (2, usual)
+    kept = Progress(32, "", "", 0.0, **skipping.state())
+    assert kept.skipped_in_a_row == 2  # a kill within a streak must not begin it anew
     resumed = StepGuard(
         OptimizerConfig(spike_factor=5.0), skipping.usual, skipping.accepted, skipping.skipped
     )

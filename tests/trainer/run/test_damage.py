@@ -98,6 +98,7 @@ def test_damaged_optional_files_cost_themselves_alone(
         ({"validation": "nosuch"}, "nosuch is not a finished stream"),
         ({"tasks": ["nosuch"]}, "nosuch"),
         ({"output": "."}, "is a folder; name a JSON file"),
+        ({"output": "/dev/null/x.json"}, "/dev/null is no folder: set output"),
     ],
 )
 def test_an_evaluation_is_checked_before_it_begins(

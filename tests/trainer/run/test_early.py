@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.trainer.conftest import write_stream
 from trainer import loop, setup
@@ -199,9 +200,22 @@ def test_a_tracker_that_fails_does_not_cost_the_run(
     assert capsys.readouterr().err.count("TensorBoard failed (OSError('no route to host'))") == 1
 
 
+def test_tensorboard_keeps_the_points_of_the_step_that_is_resumed_from(tmp_path: Path) -> None:
+    for start, steps in ((0, (6, 12)), (6, (12, 18))):  # killed after 12, its checkpoint is of 6
+        tensorboard = TensorBoard(tmp_path, start)
+        for step in steps:
+            tensorboard.log(step, {"eval/iid": 1.0})
+        tensorboard.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [point.step for point in events.Scalars("eval/iid")] == [6, 12, 18]
+
+
 def test_remarks_about_the_data(configured: Configure, capsys: pytest.CaptureFixture[str]) -> None:
     train(configured(**{"data.batch_size": 5, "recipe.epochs": 1, "data.validation": "real"}))
     told = capsys.readouterr()
     assert "real: 1 epochs asked, 0.62 read in 1 steps: the last, partial batch is left" in told.out
     assert "data.batch_size=4 reads 1.00" in told.out
     assert "warning: data.validation=real is the training stream real" in told.err
+    config = configured(**{"recipe.real_stream": "val"})
+    train(config)
+    assert "warning: data.validation=val is the training stream val" in capsys.readouterr().err

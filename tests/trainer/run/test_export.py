@@ -27,6 +27,7 @@ from trainer.config.schema import (
 from trainer.files import sha256
 from trainer.loop import train
 from trainer.model.llama import Llama
+from trainer.run import export
 from trainer.run.checkpoint import load_model
 from trainer.run.export import export_run, load_hugging_face
 from trainer.run.inputs import run_dir_of
@@ -202,6 +203,25 @@ def write_task(folder: Path, questions: list[dict[str, Any]]) -> None:
         "metric_list": [{"metric": "acc"}],
     }
     (folder / "questions.yaml").write_text(json.dumps(task))
+
+
+def test_a_killed_export_stands_in_nobodys_way(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = tmp_path / ".out.1234567.tmp"  # what a SIGKILL leaves
+    half.mkdir()
+    (half / "config.json").write_text("{")
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "save_shards", full)
+        with pytest.raises(OSError, match="No space left"):
+            export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_run(run, tmp_path / "out")
+    assert not list(tmp_path.glob(".out.*"))
 
 
 def test_a_damaged_or_gone_tokenizer_is_named(run: Path, tmp_path: Path) -> None:

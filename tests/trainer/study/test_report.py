@@ -391,12 +391,10 @@ def test_a_run_that_is_there_twice_is_no_second_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["config.yaml", "result.json"])
 def test_a_damaged_run_is_named(tmp_path: Path, name: str) -> None:
     damaged = fabricate(tmp_path, "real", 0, 3.2)
-    (damaged / name).write_text("unknown: [1")
-    with pytest.raises(ValueError, match=f"{damaged.name} cannot be read"):
-        read_study(tmp_path)
-    (damaged / name).write_text("unknown: 1")
-    with pytest.raises(ValueError, match=f"{damaged.name} cannot be read"):
-        read_study(tmp_path)
+    for content in ("unknown: [1", "unknown: 1", ""):
+        (damaged / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{damaged.name} cannot be read"):
+            read_study(tmp_path)
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:

@@ -160,6 +160,22 @@ def test_what_is_no_axis_makes_searches_of_their_own() -> None:
         assert len(real.search.wanted) == 7  # the paper's count for real only
 
 
+def test_a_start_off_the_grid_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with initialize_config_dir(CONF, version_base="1.3"), caplog.at_level("INFO"):
+        sweeper = sweeper_for("sweep=star_real")
+        sweeper.studies(["recipe=real", "recipe.epochs=0.004", "recipe.learning_rate=1e9"])
+    assert "recipe.learning_rate=0.03 (the nearest of its grid to 1e+09)" in caplog.text
+    assert "recipe.epochs=1 (the nearest of its grid to 0.004)" in caplog.text
+
+
+def test_a_search_over_the_share_of_no_stream_names_the_other_search() -> None:
+    with (
+        initialize_config_dir(CONF, version_base="1.3"),
+        pytest.raises(ValueError, match=r"recipe=real mixes no .*: use sweep=star_real"),
+    ):
+        sweeper_for("sweep=star").studies(["recipe=real"])
+
+
 def run_of(sweeper: Any, overrides: list[str]) -> TrainConfig:
     config = OmegaConf.to_object(sweeper.compose(overrides))
     assert isinstance(config, TrainConfig)

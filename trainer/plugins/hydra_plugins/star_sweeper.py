@@ -158,6 +158,11 @@ class StarSweeper(Sweeper):
         for axis, value in centre.items():
             if not isinstance(value, int | float):
                 raise ValueError(f"the axis {axis} is {value!r} in the config, not a number")
+        if "recipe.mixing_fraction" in centre and config.recipe.stream is None:
+            raise ValueError(
+                f"recipe={config.recipe.name} mixes no synthetic stream, whose share is an axis of "
+                "this search: use sweep=star_real"
+            )
         # A run is no search itself, and its axes are set by the search.
         dropped = {"sweep", *grid.axes}
         fixed = [one for one in overrides if one.partition("=")[0] not in dropped]
