@@ -1,4 +1,4 @@
-"""Servers that stand in for an engine, where a benchmark asks what all the rest costs.
+"""Generation servers: a stand-in for one, engines without their server, and how they compare.
 
-They import nothing of the project.
+Only ``compare`` imports anything of the project; the others run as files.
 """
