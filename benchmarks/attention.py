@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import operator
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks import timing
@@ -85,12 +85,12 @@ def tile_efficiency(lengths: list[int], config: TileConfig) -> dict[str, float]:
     """Unmasked pairs over those that the forward and the dK/dV tiles compute."""
     forward = backward = 0
     for length in lengths:
-        for begin in range(0, length, config.rows):
-            end = min(begin + config.rows, length)
-            forward += config.rows * math.ceil(end / config.forward_step) * config.forward_step
-        for begin in range(0, length, config.columns):
+        for begin in range(0, length, config.q_tile):
+            end = min(begin + config.q_tile, length)
+            forward += config.q_tile * math.ceil(end / config.forward_step) * config.forward_step
+        for begin in range(0, length, config.kv_tile):
             steps = math.ceil((length - begin) / config.dkdv_step)
-            backward += config.columns * steps * config.dkdv_step
+            backward += config.kv_tile * steps * config.dkdv_step
     return {"forward": pairs(lengths) / forward, "dkdv": pairs(lengths) / backward}
 
 
@@ -311,26 +311,25 @@ def measure(
 def show(rows: list[dict[str, Any]]) -> None:
     """One table a pack and head shape."""
     first = rows[0]
-    print(f"\n{first['pack']}: {first['tokens']:,} tokens, heads {first['heads']}")
+    title = f"{first['pack']}: {first['tokens']:,} tokens, heads {first['heads']}"
     if "tile_efficiency" in first:
         shares = first["tile_efficiency"]
-        print(f"tile efficiency: forward {shares['forward']:.3f}, dK/dV {shares['dkdv']:.3f}")
-    head = ["pass", "provider", "ms", "TFLOP/s", "x FLOPs", "x bytes", "speed over peers"]
-    lines = [
-        [row["pass"], row["provider"], *[None] * 4, row["failed"]]
-        if "failed" in row
-        else [
-            row["pass"],
-            row["provider"],
-            row["seconds"]["median"] * 1e3,
-            row["tflops"],
-            row["ratio_to_flop_floor"],
-            row["ratio_to_memory_floor"],
-            ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in row["speed_over"].items()),
-        ]
-        for row in rows
-    ]
-    print(tabulate(lines, head, "plain", floatfmt=("", "", ".3f", ".2f", ".2f", ".2f")))
+        title += f"\ntile efficiency: forward {shares['forward']:.3f}, dK/dV {shares['dkdv']:.3f}"
+    timing.print_table(
+        title,
+        rows,
+        ("pass", "provider"),
+        lambda row: {
+            "ms": row["seconds"]["median"] * 1e3,
+            "TFLOP/s": row["tflops"],
+            "x FLOPs": row["ratio_to_flop_floor"],
+            "x bytes": row["ratio_to_memory_floor"],
+            "speed over peers": ", ".join(
+                f"{peer} {ratio:.2f}" for peer, ratio in row["speed_over"].items()
+            ),
+        },
+        ("", "", ".3f", ".2f", ".2f", ".2f"),
+    )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -341,10 +340,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     done = [row for row in rows if "failed" not in row]
-    names, packs, shapes, passes = (
-        list(dict.fromkeys(row[key] for row in done))
-        for key in ("provider", "pack", "heads", "pass")
-    )
+    shapes, passes = (list(dict.fromkeys(row[key] for row in done)) for key in ("heads", "pass"))
     figure, axes = plt.subplots(
         len(passes),
         len(shapes),
@@ -355,15 +351,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for line, which in enumerate(passes):
         for column, shape in enumerate(shapes):
             axis = axes[line, column]
-            bars = {
-                name: {
-                    row["pack"]: row["tflops"]
-                    for row in done
-                    if (row["pass"], row["heads"], row["provider"]) == (which, shape, name)
-                }
-                for name in names
-            }
-            timing.grouped_bars(axis, packs, bars)
+            panel = [row for row in done if (row["pass"], row["heads"]) == (which, shape)]
+            pack, speed = operator.itemgetter("pack"), operator.itemgetter("tflops")
+            timing.grouped_bars(axis, timing.bars_of(panel, "provider", pack, speed))
             axis.tick_params("x", rotation=40)
             axis.set_title(f"{which}, heads {shape}", fontsize=9)
             axis.set_ylabel("TFLOP/s")

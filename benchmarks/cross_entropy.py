@@ -12,12 +12,12 @@ where it exists, and the plain loss, compiled.
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks import timing
@@ -139,26 +139,28 @@ def measure(
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[timing.Row]) -> None:
     """One table a shape."""
-    print(f"\ntokens x width x vocabulary = {' x '.join(map(str, rows[0]['shape']))}")
-    lines = [
-        {"provider": row["provider"], "failed": row["failed"]}
-        if "failed" in row
-        else {
-            "provider": row["provider"],
+    timing.print_table(
+        f"tokens x width x vocabulary = {' x '.join(map(str, rows[0]['shape']))}",
+        rows,
+        ("provider",),
+        lambda row: {
             "ms": row["seconds"]["median"] * 1e3,
             "x floor": row["ratio_to_floor"],
             "TFLOP/s": row["tflops"],
             "peak MiB": None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20,
-        }
-        for row in rows
-    ]
-    print(tabulate(lines, "keys", "plain", floatfmt=".2f"))
+        },
+        ".2f",
+    )
 
 
 def shape_of(row: dict[str, Any]) -> str:
     return "x".join(map(str, row["shape"]))
+
+
+def scaled(row: timing.Row, key: str, unit: float) -> float:
+    return float(row[key] / unit)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -168,10 +170,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    done = [row for row in rows if "failed" not in row and row["provider"] != "floor"]
-    names = list(dict.fromkeys(row["provider"] for row in done))
-    shapes = list(dict.fromkeys(map(shape_of, done)))
-    with_memory = any(row["peak_bytes"] for row in done)
+    done = [row for row in rows if row["provider"] != "floor"]
+    with_memory = any(row.get("peak_bytes") for row in done)
     figure, axes = plt.subplots(
         1 + with_memory, 1, figsize=(10, 4 + 4 * with_memory), squeeze=False
     )
@@ -179,11 +179,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     if with_memory:
         panels.append(("peak_bytes", "peak memory in GiB", 2.0**30))
     for axis, (key, label, unit) in zip(axes[:, 0], panels, strict=True):
-        bars = {
-            name: {shape_of(row): row[key] / unit for row in done if row["provider"] == name}
-            for name in names
-        }
-        timing.grouped_bars(axis, shapes, bars)
+        height = partial(scaled, key=key, unit=unit)
+        timing.grouped_bars(axis, timing.bars_of(done, "provider", shape_of, height))
         axis.set_ylabel(label)
     axes[0, 0].axhline(1, color="black", linewidth=0.8)
     axes[0, 0].legend(fontsize=8)

@@ -29,6 +29,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.train_step import VOCABULARY, model_config
+from kernels import clock
 from trainer.config.schema import OptimizerConfig, Parallel, RecipeConfig, RuntimeConfig
 from trainer.model.llama import Llama
 from trainer.optim.optimizer import build_optimizers
@@ -119,7 +120,7 @@ def alone(folder: Path, rounds: int) -> dict[str, float]:
 
 
 def median_of(call: Callable[[], object], rounds: int) -> float:
-    return statistics.median(timing.once(call, None) for _ in range(rounds))
+    return statistics.median(clock.seconds_of(call, torch.device("cpu")) for _ in range(rounds))
 
 
 def main() -> None:

@@ -8,13 +8,14 @@ import importlib.metadata
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
+from kernels import clock
 from trainer.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,8 +30,8 @@ PACKAGES = (
     "liger-kernel",
     "cut-cross-entropy",
 )
-FLUSHES = 16  # of the L2 cache; about 1 ms of an H200's time
-Candidate = Callable[[], object]
+Candidate = clock.Call
+Row = dict[str, Any]
 
 
 def device() -> torch.device:
@@ -84,63 +85,31 @@ def processor() -> str:
 def interleaved(
     candidates: dict[str, Candidate], rounds: int, flush: bool = True
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Time all candidates in turn, round after round, so that clocks and heat hit them alike.
+    """Time all candidates in turn, round after round.
 
     Args:
         candidates: what to call, by name.
-        rounds: measurements of each; the order shifts by one every round.
-        flush: on CUDA, overwrite the L2 cache before each measurement, for so long that the host
-            has issued the call when its time begins: what is measured is the GPU's work alone.
+        rounds: measurements of each.
+        flush: on CUDA, overwrite the L2 cache before each measurement.
 
     Returns:
         For each name the median, lowest and highest seconds; and for each that failed, why.
     """
     on_gpu = torch.cuda.is_available()
-    cache = torch.empty(256 << 20, dtype=torch.uint8, device="cuda") if on_gpu and flush else None
-    failed: dict[str, str] = {}
-    for name, call in candidates.items():
-        try:
-            for _ in range(3 if on_gpu else 1):
-                call()
-            if on_gpu:
-                torch.cuda.synchronize()
-        except Exception as error:  # a peer may fail in its own way; the others go on
-            failed[name] = reason(error)
-            if on_gpu:
-                torch.cuda.empty_cache()
-    names = [name for name in candidates if name not in failed]
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for place in range(len(names)):
-            name = names[(place + turn) % len(names)]
-            times[name].append(once(candidates[name], cache))
+    place = torch.device("cuda" if on_gpu else "cpu")
+    cache = torch.empty(256 << 20, dtype=torch.uint8, device=place) if on_gpu and flush else None
+    times, failed = clock.interleaved(
+        candidates, place, rounds, warm_ups=3 if on_gpu else 1, cache=cache
+    )
     return {
         name: {"median": statistics.median(own), "lowest": min(own), "highest": max(own)}
         for name, own in times.items()
-    }, failed
+    }, {name: reason(error) for name, error in failed.items()}
 
 
 def reason(error: Exception) -> str:
     """What a failed peer's row says: kind and first line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def once(call: Candidate, cache: torch.Tensor | None) -> float:
-    """Seconds of one call."""
-    if not torch.cuda.is_available():
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    if cache is not None:
-        for _ in range(FLUSHES):
-            cache.zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    milliseconds: float = start.elapsed_time(end)
-    return milliseconds / 1e3
 
 
 def peak_bytes(call: Candidate) -> int | None:
@@ -155,8 +124,45 @@ def peak_bytes(call: Candidate) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def grouped_bars(axis: Any, groups: list[str], bars: dict[str, dict[str, float]]) -> None:
+def print_table(
+    title: str,
+    rows: list[Row],
+    names: tuple[str, ...],
+    values: Callable[[Row], Row],
+    floats: str | tuple[str, ...],
+) -> None:
+    """A line a row: what ``names`` it has, then its ``values``, or why it failed.
+
+    Args:
+        title: above the table.
+        rows: of a benchmark's file.
+        names: keys that every row has.
+        values: columns of a row that has not failed; None is an empty cell.
+        floats: how numbers are written, for all columns or for each.
+    """
+    print(f"\n{title}")
+    lines = [
+        {name: row[name] for name in names}
+        | ({"failed": row["failed"]} if "failed" in row else values(row))
+        for row in rows
+    ]
+    print(tabulate(lines, "keys", "plain", floatfmt=floats))
+
+
+def bars_of(
+    rows: list[Row], name: str, group: Callable[[Row], str], value: Callable[[Row], float]
+) -> dict[str, dict[str, float]]:
+    """Heights of bars by ``name`` and group, of rows that have not failed."""
+    bars: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if "failed" not in row:
+            bars.setdefault(row[name], {})[group(row)] = value(row)
+    return bars
+
+
+def grouped_bars(axis: Any, bars: dict[str, dict[str, float]]) -> None:
     """Bars of every name side by side in each group; ``bars`` are heights by name and group."""
+    groups = list(dict.fromkeys(group for heights in bars.values() for group in heights))
     width = 0.8 / max(1, len(bars))
     for place, (name, heights) in enumerate(bars.items()):
         left = [groups.index(group) + width * place for group in heights]

@@ -15,6 +15,7 @@ head, without recomputation, over the GPU's dense bf16 peak.
 from __future__ import annotations
 
 import importlib.util
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -329,23 +329,21 @@ def measure(
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[timing.Row]) -> None:
     """One line a way."""
     first = rows[0]
-    print(f"\n{first['model']}, context {first['context']:,}, documents of {first['document']:,}")
-    lines = [
-        {"way": row["way"], "failed": row["failed"]}
-        if "failed" in row
-        else {
-            "way": row["way"],
+    timing.print_table(
+        f"{first['model']}, context {first['context']:,}, documents of {first['document']:,}",
+        rows,
+        ("way",),
+        lambda row: {
             "ms": row["seconds"]["median"] * 1e3,
             "tokens/s": row["tokens_per_second"],
             "MFU %": None if row["mfu"] is None else 100 * row["mfu"],
             "peak GiB": None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30,
-        }
-        for row in rows
-    ]
-    print(tabulate(lines, "keys", "plain", floatfmt=",.1f"))
+        },
+        ",.1f",
+    )
 
 
 def group_label(row: dict[str, Any]) -> str:
@@ -359,15 +357,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    done = [row for row in rows if "failed" not in row]
-    settings = list(dict.fromkeys(map(group_label, done)))
-    ways = list(dict.fromkeys(row["way"] for row in done))
     figure, axis = plt.subplots(figsize=(10, 4))
-    bars = {
-        way: {group_label(row): row["tokens_per_second"] for row in done if row["way"] == way}
-        for way in ways
-    }
-    timing.grouped_bars(axis, settings, bars)
+    speed = operator.itemgetter("tokens_per_second")
+    timing.grouped_bars(axis, timing.bars_of(rows, "way", group_label, speed))
     axis.set_xlabel("model, context, tokens a document")
     axis.set_ylabel("tokens/s")
     axis.legend()

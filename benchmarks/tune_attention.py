@@ -63,9 +63,9 @@ class TimedKernels:
         tiles = make_tiles(self.borders, self.borders, tokens, tokens, config)
         options = (config, self.scale, None, 0.0)
         calls: dict[str, timing.Candidate] = {
-            "forward": lambda: attention_forward(q, k, v, tiles.rows, *options),
-            "dq": lambda: query_gradient(self.saved, tiles.rows, *options),
-            "dkdv": lambda: key_gradients(self.saved, self.delta, tiles.columns, *options),
+            "forward": lambda: attention_forward(q, k, v, tiles.q_tiles, *options),
+            "dq": lambda: query_gradient(self.saved, tiles.q_tiles, *options),
+            "dkdv": lambda: key_gradients(self.saved, self.delta, tiles.kv_tiles, *options),
         }
         return calls[kernel]
 
@@ -80,7 +80,7 @@ class TimedKernels:
 
 def variants(kernel: str, tile: int) -> Iterator[TileConfig]:
     """Every combination of step, warps and stages of one kernel with one tile size."""
-    table = "columns" if kernel == "dkdv" else "rows"
+    table = "kv_tile" if kernel == "dkdv" else "q_tile"
     for step, warps, stages in itertools.product(STEPS, WARPS, STAGES):
         yield BLANK._replace(
             **{
@@ -93,10 +93,10 @@ def variants(kernel: str, tile: int) -> Iterator[TileConfig]:
 
 
 def best(kernels: TimedKernels, rounds: int) -> TileConfig:
-    """Rows are shared by forward and dQ, so their sum decides; dK/dV stands alone."""
-    by_rows: list[tuple[float, TileConfig]] = []
+    """Query tiles are shared by forward and dQ, so their sum decides; dK/dV stands alone."""
+    by_q_tile: list[tuple[float, TileConfig]] = []
     for tile in TILES:
-        chosen, total = BLANK._replace(rows=tile), 0.0
+        chosen, total = BLANK._replace(q_tile=tile), 0.0
         for kernel in ("forward", "dq"):
             scores = kernels.score(kernel, list(variants(kernel, tile)), rounds)
             if not scores:
@@ -104,16 +104,16 @@ def best(kernels: TimedKernels, rounds: int) -> TileConfig:
             fastest = min(scores, key=scores.__getitem__)
             total += scores[fastest]
             chosen = copy_kernel(chosen, fastest, kernel)
-            print(f"  {kernel} rows {tile}: {scores[fastest] * 1e3:.3f} ms", flush=True)
+            print(f"  {kernel} query tile {tile}: {scores[fastest] * 1e3:.3f} ms", flush=True)
         else:
-            by_rows.append((total, chosen))
+            by_q_tile.append((total, chosen))
     dkdv = [config for tile in TILES for config in variants("dkdv", tile)]
     scores = kernels.score("dkdv", dkdv, rounds)
-    if not by_rows or not scores:
+    if not by_q_tile or not scores:
         raise RuntimeError("no combination of tiles runs on this GPU; nothing is written")
     fastest = min(scores, key=scores.__getitem__)
-    print(f"  dkdv columns {fastest.columns}: {scores[fastest] * 1e3:.3f} ms", flush=True)
-    return copy_kernel(min(by_rows)[1], fastest, "dkdv")._replace(columns=fastest.columns)
+    print(f"  dkdv key tile {fastest.kv_tile}: {scores[fastest] * 1e3:.3f} ms", flush=True)
+    return copy_kernel(min(by_q_tile)[1], fastest, "dkdv")._replace(kv_tile=fastest.kv_tile)
 
 
 def copy_kernel(target: TileConfig, source: TileConfig, kernel: str) -> TileConfig:

@@ -106,8 +106,8 @@ def triton_attention(
         q,
         k,
         v,
-        tiles.rows,
-        tiles.columns,
+        tiles.q_tiles,
+        tiles.kv_tiles,
         list(tiles.config),
         max_seqlen,
         scale,
@@ -139,7 +139,7 @@ def triton_refusal(device: torch.device, head_dim: int) -> str | None:
 
 def with_gluon_tiles(config: TileConfig) -> TileConfig:
     """The Gluon kernels have tiles of 128."""
-    return config._replace(rows=128, columns=128)
+    return config._replace(q_tile=128, kv_tile=128)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -155,8 +155,8 @@ def attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_tiles: Tensor,
-    column_tiles: Tensor,
+    q_tiles: Tensor,
+    kv_tiles: Tensor,
     config: Sequence[int],
     max_seqlen: int,
     scale: float,
@@ -171,10 +171,8 @@ def attention_op(
     if backend != "triton" and len(q) and len(k):  # TMA cannot describe a tensor without rows
         from .sm90.forward import attention_forward_sm90
 
-        return attention_forward_sm90(q, k, v, row_tiles, scale, multiprocessors(q.device))
-    return attention_forward(
-        q, k, v, row_tiles, TileConfig(*config), scale, window or None, softcap
-    )
+        return attention_forward_sm90(q, k, v, q_tiles, scale, multiprocessors(q.device))
+    return attention_forward(q, k, v, q_tiles, TileConfig(*config), scale, window or None, softcap)
 
 
 @attention_op.register_fake
@@ -182,8 +180,8 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_tiles: Tensor,
-    column_tiles: Tensor,
+    q_tiles: Tensor,
+    kv_tiles: Tensor,
     config: Sequence[int],
     max_seqlen: int,
     scale: float,
@@ -204,8 +202,8 @@ def attention_backward_op(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor,
-    row_tiles: Tensor,
-    column_tiles: Tensor,
+    q_tiles: Tensor,
+    kv_tiles: Tensor,
     config: Sequence[int],
     max_seqlen: int,
     scale: float,
@@ -223,11 +221,9 @@ def attention_backward_op(
 
         one_pass = backend == "gluon"
         programs = multiprocessors(q.device)
-        return attention_backward_sm90(saved, row_tiles, column_tiles, scale, programs, one_pass)
+        return attention_backward_sm90(saved, q_tiles, kv_tiles, scale, programs, one_pass)
     tile_sizes = TileConfig(*config)
-    return attention_backward(
-        saved, row_tiles, column_tiles, tile_sizes, scale, window or None, softcap
-    )
+    return attention_backward(saved, q_tiles, kv_tiles, tile_sizes, scale, window or None, softcap)
 
 
 @attention_backward_op.register_fake
@@ -238,15 +234,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the inputs, the output and the log-sum-exp; scores are computed again."""
-    q, k, v, row_tiles, column_tiles, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, row_tiles, column_tiles)
+    q, k, v, q_tiles, kv_tiles, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, q_tiles, kv_tiles)
 
 
 def attention_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     """Call the backward op; only q, k and v have gradients."""
-    q, k, v, out, lse, row_tiles, column_tiles = ctx.saved_tensors
+    q, k, v, out, lse, q_tiles, kv_tiles = ctx.saved_tensors
     gradients = attention_backward_op(
-        q, k, v, out, lse, dout, dlse, row_tiles, column_tiles, *ctx.options
+        q, k, v, out, lse, dout, dlse, q_tiles, kv_tiles, *ctx.options
     )
     return (*gradients, *[None] * 8)
 

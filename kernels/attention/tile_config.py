@@ -23,12 +23,12 @@ Entries = tuple[tuple[int, tuple[int, ...]], ...]
 class TileConfig(NamedTuple):
     """Tile sizes in tokens, warps and pipeline stages of the three kernels.
 
-    ``rows`` is the query tile of the forward pass and of dQ, ``columns`` the key tile of dK/dV:
+    ``q_tile`` is the query tile of the forward pass and of dQ, ``kv_tile`` the key tile of dK/dV:
     those the tile tables are made of. A ``step`` is what the loop inside a tile takes at a time.
     """
 
-    rows: int
-    columns: int
+    q_tile: int
+    kv_tile: int
     forward_step: int
     forward_warps: int
     forward_stages: int

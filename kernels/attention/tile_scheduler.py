@@ -24,8 +24,8 @@ class Tiles(NamedTuple):
     one, and the end of the loop for persistent programs.
     """
 
-    rows: Tensor
-    columns: Tensor
+    q_tiles: Tensor
+    kv_tiles: Tensor
     config: TileConfig
 
 
@@ -39,11 +39,12 @@ def make_tiles(
 ) -> Tiles:
     """Tables of a batch; no synchronisation.
 
-    A tile is ``(first, count, other_start, diagonal, other_length)``. For a row tile: the absolute
-    index of its first query, how many queries, where the segment's keys start, the last key the
-    first query sees (counted from there, possibly negative), how many keys. For a column tile: the
-    same with keys and queries exchanged, and the diagonal is the first query that sees the first
-    key. Tokens after the last border form tiles that see nothing. Unused entries have count 0.
+    A tile is ``(first, count, other_start, diagonal, other_length)``. For a query tile: the
+    absolute index of its first query, how many queries, where the segment's keys start, the last
+    key the first query sees (counted from there, possibly negative), how many keys. For a key tile:
+    the same with keys and queries exchanged, and the diagonal is the first query that sees the
+    first key. Tokens after the last border form tiles that see nothing. Unused entries have count
+    0.
 
     Args:
         cu_seqlens_q: int32 ``[S+1]``, starting at 0 and at most ``tokens_q``.
@@ -57,9 +58,9 @@ def make_tiles(
         RuntimeError: a border beyond the tokens, on a GPU as a device-side assertion.
     """
     queries, keys = segments(cu_seqlens_q, tokens_q), segments(cu_seqlens_k, tokens_k)
-    rows = tile_table(*queries, *keys, tokens_q, config.rows, 1, window)
-    columns = tile_table(*keys, *queries, tokens_k, config.columns, -1, window)
-    return Tiles(rows, columns, config)
+    q_tiles = tile_table(*queries, *keys, tokens_q, config.q_tile, 1, window)
+    kv_tiles = tile_table(*keys, *queries, tokens_k, config.kv_tile, -1, window)
+    return Tiles(q_tiles, kv_tiles, config)
 
 
 def segments(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

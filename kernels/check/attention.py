@@ -27,7 +27,7 @@ from .verdicts import (
     choose,
     circumstances,
     distance,
-    interleaved,
+    median_seconds,
     too_far,
 )
 
@@ -318,7 +318,7 @@ def attention_verdicts(
         large = AttentionCase(timed, heads, dtype, device)
         bound = {name: backends[name](timed) for name in right}
         calls = {name: partial(large.run, attend) for name, attend in bound.items()}
-        seconds, broken = interleaved(calls, device, rounds)
+        seconds, broken = median_seconds(calls, device, rounds)
         failed |= broken
     return [Verdict(name, failed[name], seconds.get(name)) for name in backends]
 

@@ -21,7 +21,7 @@ from .verdicts import (
     choose,
     circumstances,
     distance,
-    interleaved,
+    median_seconds,
     too_far,
 )
 
@@ -71,7 +71,7 @@ def loss_verdicts(
         large = torch.randn(tokens, width, **options).to(dtype)
         wanted = torch.randint(vocabulary, (tokens,), **options)
         calls = {name: partial(gradients, losses[name], large, weight, wanted) for name in right}
-        seconds, broken = interleaved(calls, device, rounds)
+        seconds, broken = median_seconds(calls, device, rounds)
         failed |= broken
     return [Verdict(name, failed[name], seconds.get(name)) for name in losses]
 

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..clock import Call, interleaved
 
 ROUNDS = 5
 
@@ -51,39 +52,15 @@ def too_far(name: str, found: Tensor, exact: Tensor, plain_error: float) -> str:
     return f"{name} is off by {error:.2g}, at most {allowed:.2g} is allowed"
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int
+def median_seconds(
+    calls: Mapping[str, Call], device: torch.device, rounds: int
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Median seconds of each call, taken in turn; and why a call failed."""
-    failed: dict[str, str] = {}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            if name in failed:
-                continue
-            try:
-                seconds = once(call, device)
-            except Exception as error:  # out of memory at the run's shape
-                failed[name] = f"raised {type(error).__name__} at the run's shape"
-                continue
-            if turn:  # the first warms up
-                times[name].append(seconds)
-    return {name: statistics.median(own) for name, own in times.items() if own}, failed
-
-
-def once(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    milliseconds: float = start.elapsed_time(end)
-    return milliseconds / 1e3
+    times, failed = interleaved(calls, device, rounds)
+    return {name: statistics.median(own) for name, own in times.items()}, {
+        name: f"raised {type(error).__name__} at the run's shape"  # out of memory
+        for name, error in failed.items()
+    }
 
 
 def choose(what: str, verdicts: list[Verdict]) -> Choice:

@@ -228,11 +228,11 @@ def placed(targets: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> 
 
 def combined(statistics: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp, target logit and sum of logits over the whole vocabulary, each ``[C]``."""
-    highest, sums = statistics[0], statistics[1:]
+    row_max, sums = statistics[0], statistics[1:]
     if group is not None:
-        own = highest
-        highest = own.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-        sums = torch.stack((sums[0] * (own - highest).exp(), sums[1], sums[2]))
+        own = row_max
+        row_max = own.clone()
+        dist.all_reduce(row_max, dist.ReduceOp.MAX, group)
+        sums = torch.stack((sums[0] * (own - row_max).exp(), sums[1], sums[2]))
         dist.all_reduce(sums, group=group)
-    return highest + sums[0].log(), sums[1], sums[2]
+    return row_max + sums[0].log(), sums[1], sums[2]

@@ -30,14 +30,14 @@ def statistics_of(
     """See ``Steps.statistics``."""
     z = capped(logits, bias, softcap)
     lowest = torch.finfo(z.dtype).min  # for a part of the vocabulary that is all -inf
-    highest = z.amax(1).clamp(min=lowest)
-    sums = (z - highest[:, None]).exp().sum(1)
+    row_max = z.amax(1).clamp(min=lowest)
+    row_sum = (z - row_max[:, None]).exp().sum(1)
     mine = (targets >= 0) & (targets < logits.shape[1])
     column = torch.where(mine, targets, 0)
     own_bias = None if bias is None else bias[column]
-    chosen = capped(logits.gather(1, column[:, None])[:, 0], own_bias, softcap)
-    total = z.sum(1) if wants_total else torch.zeros_like(sums)
-    return torch.stack((highest, sums, torch.where(mine, chosen, 0), total))
+    target_z = capped(logits.gather(1, column[:, None])[:, 0], own_bias, softcap)
+    total = z.sum(1) if wants_total else torch.zeros_like(row_sum)
+    return torch.stack((row_max, row_sum, torch.where(mine, target_z, 0), total))
 
 
 def gradient_of(
@@ -82,7 +82,7 @@ def gradient(
     row_weight: Tensor,
     options: Options,
     vocabulary: int,
-    _highest: Tensor | None,
+    _row_max: Tensor | None,
 ) -> Tensor:
     """``[C, V]`` gradient of the products, in place of the logits."""
     return compiled(gradient_of)(

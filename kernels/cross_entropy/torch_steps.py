@@ -32,14 +32,14 @@ def statistics(logits: Tensor, bias: Tensor | None, targets: Tensor, options: Op
     Without a softcap exp(z - m) takes the logits' place, so that :func:`gradient` need not take the
     exponential again: it is the dearest thing here but the matrix products.
     """
-    mine, chosen = own_targets(logits, targets)
-    target_logit = logits.gather(1, chosen)[:, 0] * mine
-    total = logits.sum(1) if options.label_smoothing else torch.zeros_like(target_logit)
+    mine, column = own_targets(logits, targets)
+    target_z = logits.gather(1, column)[:, 0] * mine
+    total = logits.sum(1) if options.label_smoothing else torch.zeros_like(target_z)
     lowest = torch.finfo(logits.dtype).min  # for a part of the vocabulary that is all -inf
-    highest = logits.amax(1).clamp(min=lowest)
-    below = highest[:, None]
+    row_max = logits.amax(1).clamp(min=lowest)
+    below = row_max[:, None]
     shifted = logits - below if options.softcap else logits.sub_(below)
-    return torch.stack((highest, shifted.exp_().sum(1), target_logit, total))
+    return torch.stack((row_max, shifted.exp_().sum(1), target_z, total))
 
 
 def gradient(
@@ -50,20 +50,20 @@ def gradient(
     row_weight: Tensor,
     options: Options,
     vocabulary: int,
-    highest: Tensor | None,
+    row_max: Tensor | None,
 ) -> Tensor:
     """``[C, V]`` gradient of the products ``x W^T``, in place of the logits."""
-    mine, chosen = own_targets(logits, targets)
+    mine, column = own_targets(logits, targets)
     scale = row_weight[:, None]  # [C, 1]
     smooth = options.label_smoothing
     slope = 1 - (logits / options.softcap).square() if options.softcap else None
     factor = scale * (1 + 2 * options.z_loss * lse[:, None])
-    if highest is None or options.softcap:
+    if row_max is None or options.softcap:
         result = logits.sub_(lse[:, None]).exp_()
     else:
-        result, factor = logits, factor * (highest - lse).exp()[:, None]
+        result, factor = logits, factor * (row_max - lse).exp()[:, None]
     result *= factor  # p (1 + 2 q L) g
-    result.scatter_add_(1, chosen, (smooth - 1) * scale * mine[:, None])
+    result.scatter_add_(1, column, (smooth - 1) * scale * mine[:, None])
     if smooth:
         result -= scale * (smooth / vocabulary)
     if slope is not None:

@@ -12,8 +12,8 @@ from .dq import delta_sm90, query_gradient_sm90
 
 def attention_backward_sm90(
     saved: Saved,
-    row_tiles: Tensor,
-    column_tiles: Tensor,
+    q_tiles: Tensor,
+    kv_tiles: Tensor,
     scale: float,
     programs: int,
     one_pass: bool,
@@ -22,8 +22,8 @@ def attention_backward_sm90(
 
     Args:
         saved: bfloat16 or float16, ``Dh`` 64, 96 or 128.
-        row_tiles: ``Tiles.rows`` made with 128 rows.
-        column_tiles: ``Tiles.columns`` made with 128 columns.
+        q_tiles: ``Tiles.q_tiles`` made with 128 rows.
+        kv_tiles: ``Tiles.kv_tiles`` made with 128 columns.
         scale: factor of the scores, positive.
         programs: programs to run, the GPU's multiprocessors.
         one_pass: five products instead of seven, but ``4 Tq Hq Dh`` bytes more and dQ summed in
@@ -33,10 +33,10 @@ def attention_backward_sm90(
         Gradients in the inputs' shapes and dtypes, contiguous.
     """
     if not one_pass:
-        dq, delta = query_gradient_sm90(saved, row_tiles, scale, programs)
-        return dq, *key_gradients_sm90(saved, delta, column_tiles, scale, programs)
+        dq, delta = query_gradient_sm90(saved, q_tiles, scale, programs)
+        return dq, *key_gradients_sm90(saved, delta, kv_tiles, scale, programs)
     dq_sum = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
     delta = delta_sm90(saved)
-    dk, dv = key_gradients_sm90(saved, delta, column_tiles, scale, programs, dq_sum)
+    dk, dv = key_gradients_sm90(saved, delta, kv_tiles, scale, programs, dq_sum)
     dq = torch.empty_like(saved.q, memory_format=torch.contiguous_format)
     return torch.mul(dq_sum, scale, out=dq), dk, dv

@@ -1,6 +1,6 @@
 """dK and dV for sm_90 in Gluon, and dQ in the same pass: one producer warp, eight consumer warps.
 
-A persistent kernel over the column tiles of ``tile_scheduler``. K and V of a tile stay in shared
+A persistent kernel over the key tiles of ``tile_scheduler``. K and V of a tile stay in shared
 memory, dK and dV in registers, while Q and dO of all query heads of the group stream by; scores are
 computed transposed, so that P and dS are operands in registers (FlashAttention-3, 2407.08608):
 
@@ -305,7 +305,7 @@ def dkdv_sm90_kernel(
 def key_gradients_sm90(
     saved: Saved,
     delta: Tensor,
-    column_tiles: Tensor,
+    kv_tiles: Tensor,
     scale: float,
     programs: int,
     dq_sum: Tensor | None = None,
@@ -315,7 +315,7 @@ def key_gradients_sm90(
     Args:
         saved: bfloat16 or float16, ``Dh`` 64, 96 or 128.
         delta: fp32 ``[Hq, Tq]`` of :func:`query_gradient_sm90` or :func:`delta_sm90`.
-        column_tiles: ``Tiles.columns`` made with 128 columns.
+        kv_tiles: ``Tiles.kv_tiles`` made with 128 columns.
         scale: factor of the scores, positive.
         programs: programs to run, the GPU's multiprocessors.
         dq_sum: fp32 contiguous ``[Tq, Hq, Dh]``, or None for dK and dV alone.
@@ -339,8 +339,8 @@ def key_gradients_sm90(
         dv,
         saved.lse,
         delta,
-        column_tiles,
-        len(column_tiles),
+        kv_tiles,
+        len(kv_tiles),
         key_heads,
         tokens,
         scale,

@@ -1,6 +1,6 @@
 """dQ for sm_90 in Gluon: one producer warp, two consumer warpgroups of 64 queries each.
 
-A persistent kernel over the row tiles of ``tile_scheduler``. Q and dO of a tile stay in shared
+A persistent kernel over the query tiles of ``tile_scheduler``. Q and dO of a tile stay in shared
 memory while K and V stream by:
 
     wait S(i);  P;  wait dQ(i-1);  wait dP(i);  dS;  issue S(i+1) = Q K^T;  issue dQ += dS K;
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..saved import Saved
 from ..tile_config import split
-from .forward import key_steps
 from .gluon_compat import (
     fence_async_shared,
     gl,
@@ -32,14 +31,13 @@ from .pipeline import (
     accumulate,
     descriptors,
     entry,
-    expect,
-    fill,
     finish,
-    load_rows,
+    key_steps,
     make_ring,
     matrix,
     operands,
     pair,
+    produce_keys,
     product,
     rows_layout,
     sizes,
@@ -56,37 +54,6 @@ from .pipeline import (
 BLOCK_N = {64: 128, 96: 64, 128: 64}  # keys a step
 STAGES = 3  # steps of K and of V in shared memory; K is needed for two steps
 DELTA_ROWS = 64  # rows of a program of ``delta_kernel``
-
-
-@gluon.jit
-def produce(
-    q_descs, k_descs, v_descs, dout_descs, q, dout, k, v, walk, GROUP: gl.constexpr,
-    D0: gl.constexpr, D1: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    FIELDS: gl.constexpr, RAGGED: gl.constexpr,
-):  # fmt: skip
-    """Copy every tile's Q and dO, then its K and V from the diagonal backwards."""
-    filled = 0  # steps copied so far
-    done = 0  # query tiles so far
-    for turn in range(turns_of(walk)):
-        head, first, count, k_start, diagonal, _length = tile_of(walk, turn, FIELDS)
-        if count > 0:
-            column = head * (D0 + D1)
-            mbarrier.wait(q.empty.index(0), (done & 1) ^ 1)
-            full = q.full.index(0)
-            expect(full, q_descs, 4)
-            for half in gl.static_range(2):
-                row, end = first + 64 * half, first + count
-                load_rows(q_descs, row, end, column, full, entry(q.tile, half), D0, RAGGED)
-                load_rows(dout_descs, row, end, column, full, entry(dout.tile, half), D0, RAGGED)
-            column = head // GROUP * (D0 + D1)
-            end = k_start + gl.maximum(diagonal + count, 0)
-            steps = key_steps(diagonal + count, BLOCK_N)
-            for i in range(steps):
-                row = k_start + (steps - 1 - i) * BLOCK_N
-                fill(k, k_descs, filled + i, row, end, column, D0, STAGES, RAGGED)
-                fill(v, v_descs, filled + i, row, end, column, D0, STAGES, RAGGED)
-            filled += steps
-            done += 1
 
 
 @gluon.jit
@@ -223,7 +190,7 @@ def dq_sm90_kernel(
     STAGES: gl.constexpr, FIELDS: gl.constexpr, RAGGED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Barriers and buffers; the work is in ``produce`` and ``consume``."""
+    """Barriers and buffers; the work is in ``produce_keys`` and ``consume``."""
     q_descs, k_descs = pair(q_desc, q_rest, D1), pair(k_desc, k_rest, D1)
     v_descs, dout_descs = pair(v_desc, v_rest, D1), pair(dout_desc, dout_rest, D1)
     # Both halves of Q and of dO come and go together.
@@ -239,8 +206,8 @@ def dq_sm90_kernel(
                        tokens, scale, scale_log2, 0, D0, D1, BLOCK_N, STAGES, FIELDS)),
             (consume, (q, do, k, v, out, dout, dout_row, dout_head, lse, dlse, delta, dq, walk,
                        tokens, scale, scale_log2, 1, D0, D1, BLOCK_N, STAGES, FIELDS)),
-            (produce, (q_descs, k_descs, v_descs, dout_descs, q, do, k, v, walk, GROUP, D0, D1,
-                       BLOCK_N, STAGES, FIELDS, RAGGED)),
+            (produce_keys, (q_descs, dout_descs, k_descs, v_descs, q, do, k, v, walk, True, GROUP,
+                            D0, D1, BLOCK_N, STAGES, FIELDS, RAGGED)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -285,13 +252,13 @@ def delta_sm90(saved: Saved) -> Tensor:
 
 
 def query_gradient_sm90(
-    saved: Saved, row_tiles: Tensor, scale: float, programs: int
+    saved: Saved, q_tiles: Tensor, scale: float, programs: int
 ) -> tuple[Tensor, Tensor]:
     """dQ, and delta fp32 ``[Hq, Tq]``, which the gradients of the keys need.
 
     Args:
         saved: bfloat16 or float16, ``Dh`` 64, 96 or 128.
-        row_tiles: ``Tiles.rows`` made with 128 rows.
+        q_tiles: ``Tiles.q_tiles`` made with 128 rows.
         scale: factor of the scores, positive.
         programs: programs to run, the GPU's multiprocessors.
     """
@@ -312,8 +279,8 @@ def query_gradient_sm90(
         saved.dlse,
         delta,
         dq,
-        row_tiles,
-        len(row_tiles),
+        q_tiles,
+        len(q_tiles),
         heads,
         tokens,
         scale,

@@ -1,6 +1,6 @@
 """Forward attention for sm_90 in Gluon: one producer warp, two consumer warpgroups.
 
-A persistent kernel over the row tiles of ``tile_scheduler``. The producer warp copies Q, K and V
+A persistent kernel over the query tiles of ``tile_scheduler``. The producer warp copies Q, K and V
 tiles to shared memory with TMA; each consumer warpgroup owns 64 query rows and runs
 
     issue S(i) = Q K(i)^T;  issue O += P(i-1) V(i-1);  wait S(i);  softmax S(i);  wait O
@@ -31,14 +31,13 @@ from .pipeline import (
     barriers,
     descriptors,
     entry,
-    expect,
-    fill,
     finish,
-    load_rows,
+    key_steps,
     make_ring,
     matrix,
     operands,
     pair,
+    produce_keys,
     product,
     scaled,
     sizes,
@@ -53,43 +52,6 @@ from .pipeline import (
 
 BLOCK_N = 128  # keys a step
 STAGES = {64: 3, 96: 3, 128: 2}  # steps of K and of V in shared memory
-
-
-@gluon.jit
-def key_steps(end, BLOCK_N: gl.constexpr):
-    """Steps up to ``end``; at least one, so that rows that see nothing are written too."""
-    return (gl.maximum(end, 1) + BLOCK_N - 1) // BLOCK_N
-
-
-@gluon.jit
-def produce(
-    q_descs, k_descs, v_descs, q, k, v, walk, GROUP: gl.constexpr, D0: gl.constexpr,
-    D1: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr,
-    RAGGED: gl.constexpr,
-):  # fmt: skip
-    """Copy every tile's Q halves, then its K and V from the diagonal backwards."""
-    filled = 0  # steps copied so far
-    done = 0  # query tiles so far
-    for turn in range(turns_of(walk)):
-        head, first, count, k_start, diagonal, _length = tile_of(walk, turn, FIELDS)
-        if count > 0:
-            column = head * (D0 + D1)
-            mbarrier.wait(q.empty.index(0), (done & 1) ^ 1)
-            full = q.full.index(0)
-            expect(full, q_descs, 2)
-            for half in gl.static_range(2):
-                half_tile = entry(q.tile, half)
-                row = first + 64 * half
-                load_rows(q_descs, row, first + count, column, full, half_tile, D0, RAGGED)
-            column = head // GROUP * (D0 + D1)
-            end = k_start + gl.maximum(diagonal + count, 0)
-            steps = key_steps(diagonal + count, BLOCK_N)
-            for i in range(steps):
-                row = k_start + (steps - 1 - i) * BLOCK_N
-                fill(k, k_descs, filled + i, row, end, column, D0, STAGES, RAGGED)
-                fill(v, v_descs, filled + i, row, end, column, D0, STAGES, RAGGED)
-            filled += steps
-            done += 1
 
 
 @gluon.jit
@@ -112,13 +74,13 @@ def softmax_step(
         layout: gl.constexpr = gl.SliceLayout(0, sums_layout(BLOCK_N, 4))
         keys = first_key + gl.arange(0, BLOCK_N, layout=layout)
         scores = gl.where(keys[None, :] <= limit[:, None], scores, float("-inf"))
-    highest = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
-    anchor = highest
+    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+    anchor = new_max
     if MASKED:  # a row that has seen no key yet: exp2(-inf - -inf) would be NaN
-        anchor = gl.where(highest == float("-inf"), 0.0, highest)
+        anchor = gl.where(new_max == float("-inf"), 0.0, new_max)
     weights = gl.exp2(scores * scale_log2 - anchor[:, None])
     rescale = gl.exp2(row_max - anchor)
-    return weights, highest, row_sum * rescale + gl.sum(weights, 1), rescale
+    return weights, new_max, row_sum * rescale + gl.sum(weights, 1), rescale
 
 
 @gluon.jit
@@ -220,7 +182,7 @@ def forward_sm90_kernel(
     STAGES: gl.constexpr, FIELDS: gl.constexpr, RAGGED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Barriers and buffers; the work is in ``produce`` and ``consume``."""
+    """Barriers and buffers; the work is in ``produce_keys`` and ``consume``."""
     q_descs, k_descs = pair(q_desc, q_rest, D1), pair(k_desc, k_rest, D1)
     v_descs = pair(v_desc, v_rest, D1)
     q = make_ring(q_descs, 64, D0, D1, 2, 2)  # both halves of a tile come and go together
@@ -235,8 +197,8 @@ def forward_sm90_kernel(
                        STAGES, FIELDS)),
             (consume, (q, k, v, order, out, lse, walk, tokens, scale_log2, 1, D0, D1, BLOCK_N,
                        STAGES, FIELDS)),
-            (produce, (q_descs, k_descs, v_descs, q, k, v, walk, GROUP, D0, D1, BLOCK_N, STAGES,
-                       FIELDS, RAGGED)),
+            (produce_keys, (q_descs, q_descs, k_descs, v_descs, q, q, k, v, walk, False, GROUP, D0,
+                            D1, BLOCK_N, STAGES, FIELDS, RAGGED)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -244,7 +206,7 @@ def forward_sm90_kernel(
 
 
 def attention_forward_sm90(
-    q: Tensor, k: Tensor, v: Tensor, row_tiles: Tensor, scale: float, programs: int
+    q: Tensor, k: Tensor, v: Tensor, q_tiles: Tensor, scale: float, programs: int
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of causal attention inside each segment.
 
@@ -252,7 +214,7 @@ def attention_forward_sm90(
         q: ``[Tq, Hq, Dh]``, bfloat16 or float16, ``Dh`` 64, 96 or 128, last dimension contiguous.
         k: ``[Tk, Hkv, Dh]``.
         v: ``[Tk, Hkv, Dh]``.
-        row_tiles: ``Tiles.rows`` made with 128 rows.
+        q_tiles: ``Tiles.q_tiles`` made with 128 rows.
         scale: factor of the scores, positive.
         programs: programs to run, the GPU's multiprocessors.
 
@@ -269,8 +231,8 @@ def attention_forward_sm90(
         *descriptors(v, BLOCK_N),
         out,
         lse,
-        row_tiles,
-        len(row_tiles),
+        q_tiles,
+        len(q_tiles),
         heads,
         tokens,
         scale * 1.4426950408889634,

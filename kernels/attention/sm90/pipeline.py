@@ -158,6 +158,46 @@ def fill(
 
 
 @gluon.jit
+def key_steps(end, BLOCK_N: gl.constexpr):
+    """Steps up to ``end``; at least one, so that rows that see nothing are written too."""
+    return (gl.maximum(end, 1) + BLOCK_N - 1) // BLOCK_N
+
+
+@gluon.jit
+def produce_keys(
+    q_descs, dout_descs, k_descs, v_descs, q, dout, k, v, walk, WITH_DOUT: gl.constexpr,
+    GROUP: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, FIELDS: gl.constexpr, RAGGED: gl.constexpr,
+):  # fmt: skip
+    """Copy every tile's halves of Q, and of dO where it is wanted, then its K and V from the
+    diagonal backwards."""
+    filled = 0  # steps copied so far
+    done = 0  # query tiles so far
+    for turn in range(turns_of(walk)):
+        head, first, count, k_start, diagonal, _length = tile_of(walk, turn, FIELDS)
+        if count > 0:
+            column = head * (D0 + D1)
+            mbarrier.wait(q.empty.index(0), (done & 1) ^ 1)
+            full = q.full.index(0)
+            expect(full, q_descs, 4 if WITH_DOUT else 2)
+            for half in gl.static_range(2):
+                row, end = first + 64 * half, first + count
+                load_rows(q_descs, row, end, column, full, entry(q.tile, half), D0, RAGGED)
+                if WITH_DOUT:
+                    tile = entry(dout.tile, half)
+                    load_rows(dout_descs, row, end, column, full, tile, D0, RAGGED)
+            column = head // GROUP * (D0 + D1)
+            end = k_start + gl.maximum(diagonal + count, 0)
+            steps = key_steps(diagonal + count, BLOCK_N)
+            for i in range(steps):
+                row = k_start + (steps - 1 - i) * BLOCK_N
+                fill(k, k_descs, filled + i, row, end, column, D0, STAGES, RAGGED)
+                fill(v, v_descs, filled + i, row, end, column, D0, STAGES, RAGGED)
+            filled += steps
+            done += 1
+
+
+@gluon.jit
 def product(a, b, c, ADD: gl.constexpr):
     """Issue ``a @ b.T``, added to c or not, over the whole head dimension: a product a part."""
     c = warpgroup_mma(a[0], b[0].permute((1, 0)), c, use_acc=ADD, is_async=True)

@@ -16,8 +16,8 @@ from .dq import query_gradient
 
 def attention_backward(
     saved: Saved,
-    row_tiles: Tensor,
-    column_tiles: Tensor,
+    q_tiles: Tensor,
+    kv_tiles: Tensor,
     config: TileConfig,
     scale: float,
     window: int | None,
@@ -27,8 +27,8 @@ def attention_backward(
 
     Args:
         saved: of the forward pass.
-        row_tiles: ``Tiles.rows``.
-        column_tiles: ``Tiles.columns``.
+        q_tiles: ``Tiles.q_tiles``.
+        kv_tiles: ``Tiles.kv_tiles``.
         config: ``Tiles.config``.
         scale: factor of the scores.
         window: keys a query sees, itself included; None for all.
@@ -37,5 +37,5 @@ def attention_backward(
     Returns:
         Gradients in the inputs' shapes and dtypes, contiguous.
     """
-    dq, delta = query_gradient(saved, row_tiles, config, scale, window, softcap)
-    return dq, *key_gradients(saved, delta, column_tiles, config, scale, window, softcap)
+    dq, delta = query_gradient(saved, q_tiles, config, scale, window, softcap)
+    return dq, *key_gradients(saved, delta, kv_tiles, config, scale, window, softcap)

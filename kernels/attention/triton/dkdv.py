@@ -17,12 +17,14 @@ from .dq import probabilities
 from .forward import (
     LOG2E,
     constants,
-    load_tile,
+    load_parts,
     loop_bounds,
     masked_step,
     product,
-    store_tile,
+    store_parts,
     strides,
+    tile_of,
+    zero_parts,
 )
 
 
@@ -61,13 +63,8 @@ def dkdv_step(
     """Add what queries ``m`` to ``m + BLOCK_M`` of one head contribute to dK / scale and dV."""
     first = q_start + m
     rest = q_length - m
-    q0 = load_tile(q, first, q_row, rest, BLOCK_M, 0, D0, MASKED)
-    do0 = load_tile(dout, first, dout_row, rest, BLOCK_M, 0, D0, MASKED)
-    q1 = q0
-    do1 = do0
-    if D1 > 0:
-        q1 = load_tile(q, first, q_row, rest, BLOCK_M, D0, D1, MASKED)
-        do1 = load_tile(dout, first, dout_row, rest, BLOCK_M, D0, D1, MASKED)
+    q0, q1 = load_parts(q, first, q_row, rest, BLOCK_M, D0, D1, MASKED)
+    do0, do1 = load_parts(dout, first, dout_row, rest, BLOCK_M, D0, D1, MASKED)
     row = tl.arange(0, BLOCK_M)
     if MASKED:
         row_lse = tl.load(lse + first + row, mask=row < rest, other=0.0)
@@ -129,14 +126,8 @@ def dkdv_kernel(
     PRECISION: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    """dk and dv [T, Hkv, Dh] of one column tile and key head."""
-    key_head = (tl.program_id(0) % KEY_HEADS).to(tl.int64)
-    tile = tiles + tl.program_id(0) // KEY_HEADS * FIELDS
-    first = tl.load(tile)
-    keys = tl.load(tile + 1)
-    q_start = tl.load(tile + 2)
-    diagonal = tl.load(tile + 3)
-    q_length = tl.load(tile + 4)
+    """dk and dv [T, Hkv, Dh] of one key tile and key head."""
+    key_head, first, keys, q_start, diagonal, q_length = tile_of(tiles, KEY_HEADS, FIELDS)
     if keys == 0:
         return
     size: tl.constexpr = D0 + D1
@@ -144,19 +135,10 @@ def dkdv_kernel(
     v += key_head * v_head
     dk += key_head * size
     dv += key_head * size
-    k0 = load_tile(k, first, k_row, keys, BLOCK_N, 0, D0, True)
-    v0 = load_tile(v, first, v_row, keys, BLOCK_N, 0, D0, True)
-    k1 = k0
-    v1 = v0
-    dk0 = tl.zeros((BLOCK_N, D0), tl.float32)
-    dv0 = tl.zeros((BLOCK_N, D0), tl.float32)
-    dk1 = 0.0
-    dv1 = 0.0
-    if D1 > 0:
-        k1 = load_tile(k, first, k_row, keys, BLOCK_N, D0, D1, True)
-        v1 = load_tile(v, first, v_row, keys, BLOCK_N, D0, D1, True)
-        dk1 = tl.zeros((BLOCK_N, D1), tl.float32)
-        dv1 = tl.zeros((BLOCK_N, D1), tl.float32)
+    k0, k1 = load_parts(k, first, k_row, keys, BLOCK_N, D0, D1, True)
+    v0, v1 = load_parts(v, first, v_row, keys, BLOCK_N, D0, D1, True)
+    dk0, dk1 = zero_parts(BLOCK_N, D0, D1)
+    dv0, dv1 = zero_parts(BLOCK_N, D0, D1)
     # Masked are the queries at the diagonal and where the segment or the window ends.
     begin = tl.maximum(0, diagonal)
     end = q_length
@@ -184,17 +166,15 @@ def dkdv_kernel(
                 dout_row, q_start, m, q_length, diagonal, window, scale, softcap, D0, D1, BLOCK_M,
                 BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, True, PRECISION,
             )  # fmt: skip
-    store_tile(dk, first, KEY_HEADS * size, keys, dk0 * scale, BLOCK_N, 0, D0)
-    store_tile(dv, first, KEY_HEADS * size, keys, dv0, BLOCK_N, 0, D0)
-    if D1 > 0:
-        store_tile(dk, first, KEY_HEADS * size, keys, dk1 * scale, BLOCK_N, D0, D1)
-        store_tile(dv, first, KEY_HEADS * size, keys, dv1, BLOCK_N, D0, D1)
+    row = KEY_HEADS * size
+    store_parts(dk, first, row, keys, dk0 * scale, dk1 * scale, BLOCK_N, D0, D1)
+    store_parts(dv, first, row, keys, dv0, dv1, BLOCK_N, D0, D1)
 
 
 def key_gradients(
     saved: Saved,
     delta: Tensor,
-    column_tiles: Tensor,
+    kv_tiles: Tensor,
     config: TileConfig,
     scale: float,
     window: int | None,
@@ -204,7 +184,7 @@ def key_gradients(
     q, k, v, _out, lse, dout, _dlse = saved
     key_heads = k.shape[1]
     dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    dkdv_kernel[((len(column_tiles) - 1) * key_heads,)](
+    dkdv_kernel[((len(kv_tiles) - 1) * key_heads,)](
         q,
         k,
         v,
@@ -213,7 +193,7 @@ def key_gradients(
         delta,
         dk,
         dv,
-        column_tiles,
+        kv_tiles,
         *strides(q, k, v, dout),
         q.shape[0],
         window or 0,
@@ -221,7 +201,7 @@ def key_gradients(
         softcap,
         KEY_HEADS=key_heads,
         BLOCK_M=config.dkdv_step,
-        BLOCK_N=config.columns,
+        BLOCK_N=config.kv_tile,
         num_warps=config.dkdv_warps,
         enable_fp_fusion=True,
         num_stages=config.dkdv_stages,

@@ -16,14 +16,16 @@ from ..tile_config import TileConfig
 from .forward import (
     LOG2E,
     constants,
-    load_tile,
+    key_bounds,
+    load_parts,
     masked_step,
     product,
-    row_bounds,
-    store_tile,
+    store_parts,
     strides,
     tanh,
+    tile_of,
     visible_keys,
+    zero_parts,
 )
 
 
@@ -70,13 +72,8 @@ def dq_step(
     PRECISION: tl.constexpr,
 ):
     """Add what keys ``n`` to ``n + BLOCK_N`` contribute to dQ / scale."""
-    k0 = load_tile(k, k_start + n, k_row, end - n, BLOCK_N, 0, D0, MASKED)
-    v0 = load_tile(v, k_start + n, v_row, end - n, BLOCK_N, 0, D0, MASKED)
-    k1 = k0
-    v1 = v0
-    if D1 > 0:
-        k1 = load_tile(k, k_start + n, k_row, end - n, BLOCK_N, D0, D1, MASKED)
-        v1 = load_tile(v, k_start + n, v_row, end - n, BLOCK_N, D0, D1, MASKED)
+    k0, k1 = load_parts(k, k_start + n, k_row, end - n, BLOCK_N, D0, D1, MASKED)
+    v0, v1 = load_parts(v, k_start + n, v_row, end - n, BLOCK_N, D0, D1, MASKED)
     s = product(q0, q1, k0, k1, D1, PRECISION)  # [M, N]
     p, slope = probabilities(s, lse[:, None], scale, softcap, HAS_SOFTCAP)
     if MASKED:
@@ -125,13 +122,8 @@ def dq_kernel(
     PRECISION: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    """dq [T, Hq, Dh] and delta [Hq, T] of one row tile and head."""
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    tile = tiles + tl.program_id(0) // HEADS * FIELDS
-    first = tl.load(tile)
-    rows = tl.load(tile + 1)
-    k_start = tl.load(tile + 2)
-    diagonal = tl.load(tile + 3)
+    """dq [T, Hq, Dh] and delta [Hq, T] of one query tile and head."""
+    head, first, rows, k_start, diagonal, _ = tile_of(tiles, HEADS, FIELDS)
     if rows == 0:
         return
     size: tl.constexpr = D0 + D1
@@ -141,20 +133,13 @@ def dq_kernel(
     dout += head * dout_head
     out += head * size
     dq += head * size
-    q0 = load_tile(q, first, q_row, rows, BLOCK_M, 0, D0, True)
-    do0 = load_tile(dout, first, dout_row, rows, BLOCK_M, 0, D0, True)
-    o0 = load_tile(out, first, HEADS * size, rows, BLOCK_M, 0, D0, True)
+    q0, q1 = load_parts(q, first, q_row, rows, BLOCK_M, D0, D1, True)
+    do0, do1 = load_parts(dout, first, dout_row, rows, BLOCK_M, D0, D1, True)
+    o0, o1 = load_parts(out, first, HEADS * size, rows, BLOCK_M, D0, D1, True)
+    dq0, dq1 = zero_parts(BLOCK_M, D0, D1)
     row_delta = tl.sum(o0.to(tl.float32) * do0.to(tl.float32), 1)
-    q1 = q0
-    do1 = do0
-    dq0 = tl.zeros((BLOCK_M, D0), tl.float32)
-    dq1 = 0.0
     if D1 > 0:
-        q1 = load_tile(q, first, q_row, rows, BLOCK_M, D0, D1, True)
-        do1 = load_tile(dout, first, dout_row, rows, BLOCK_M, D0, D1, True)
-        o1 = load_tile(out, first, HEADS * size, rows, BLOCK_M, D0, D1, True)
         row_delta += tl.sum(o1.to(tl.float32) * do1.to(tl.float32), 1)
-        dq1 = tl.zeros((BLOCK_M, D1), tl.float32)
     row = tl.arange(0, BLOCK_M)
     place = head * tokens + first + row
     row_lse = tl.load(lse + place, mask=row < rows, other=0.0)
@@ -163,7 +148,7 @@ def dq_kernel(
     row_delta = tl.where(row_lse == -float("inf"), 0.0, row_delta)
     tl.store(delta + place, row_delta, mask=row < rows)
     row_lse *= LOG2E
-    begin, full, partial, end, before, masked = row_bounds(
+    begin, full, partial, end, before, masked = key_bounds(
         diagonal, rows, window, HAS_WINDOW, BLOCK_N
     )
     for n in range(full, partial, BLOCK_N):
@@ -179,14 +164,12 @@ def dq_kernel(
             end, diagonal, window, scale, softcap, D0, D1, BLOCK_M, BLOCK_N, HAS_WINDOW,
             HAS_SOFTCAP, True, PRECISION,
         )  # fmt: skip
-    store_tile(dq, first, HEADS * size, rows, dq0 * scale, BLOCK_M, 0, D0)
-    if D1 > 0:
-        store_tile(dq, first, HEADS * size, rows, dq1 * scale, BLOCK_M, D0, D1)
+    store_parts(dq, first, HEADS * size, rows, dq0 * scale, dq1 * scale, BLOCK_M, D0, D1)
 
 
 def query_gradient(
     saved: Saved,
-    row_tiles: Tensor,
+    q_tiles: Tensor,
     config: TileConfig,
     scale: float,
     window: int | None,
@@ -196,7 +179,7 @@ def query_gradient(
     q, k, v, out, lse, dout, dlse = saved
     heads = q.shape[1]
     dq, delta = torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(lse)
-    dq_kernel[((len(row_tiles) - 1) * heads,)](
+    dq_kernel[((len(q_tiles) - 1) * heads,)](
         q,
         k,
         v,
@@ -206,14 +189,14 @@ def query_gradient(
         dlse,
         dq,
         delta,
-        row_tiles,
+        q_tiles,
         *strides(q, k, v, dout),
         q.shape[0],
         window or 0,
         scale,
         softcap,
         HEADS=heads,
-        BLOCK_M=config.rows,
+        BLOCK_M=config.q_tile,
         BLOCK_N=config.dq_step,
         num_warps=config.dq_warps,
         enable_fp_fusion=True,

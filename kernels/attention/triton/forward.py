@@ -55,6 +55,58 @@ def store_tile(
 
 
 @triton.jit
+def load_parts(
+    base,
+    first,
+    stride,
+    count,
+    BLOCK: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Both parts of the head dimension, as :func:`load_tile`; the first twice where it is all."""
+    x0 = load_tile(base, first, stride, count, BLOCK, 0, D0, MASKED)
+    x1 = x0
+    if D1 > 0:
+        x1 = load_tile(base, first, stride, count, BLOCK, D0, D1, MASKED)
+    return x0, x1
+
+
+@triton.jit
+def store_parts(
+    base, first, stride, count, x0, x1, BLOCK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+):
+    """Write the first ``count`` rows of both parts."""
+    store_tile(base, first, stride, count, x0, BLOCK, 0, D0)
+    if D1 > 0:
+        store_tile(base, first, stride, count, x1, BLOCK, D0, D1)
+
+
+@triton.jit
+def zero_parts(BLOCK: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Sums to begin with; a scalar for a part that is not there."""
+    x0 = tl.zeros((BLOCK, D0), tl.float32)
+    x1 = 0.0
+    if D1 > 0:
+        x1 = tl.zeros((BLOCK, D1), tl.float32)
+    return x0, x1
+
+
+@triton.jit
+def tile_of(tiles, HEADS: tl.constexpr, FIELDS: tl.constexpr):
+    """This program's head, and the fields of its tile; heads of a tile run side by side."""
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    tile = tiles + tl.program_id(0) // HEADS * FIELDS
+    first = tl.load(tile)
+    count = tl.load(tile + 1)
+    other_start = tl.load(tile + 2)
+    diagonal = tl.load(tile + 3)
+    other_length = tl.load(tile + 4)
+    return head, first, count, other_start, diagonal, other_length
+
+
+@triton.jit
 def tanh(x):
     """Through one exponential; its absolute error is a rounding of 1."""
     return 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
@@ -86,8 +138,8 @@ def visible_keys(
 def forward_step(
     acc0,
     acc1,
-    highest,
-    total,
+    row_max,
+    row_sum,
     q0,
     q1,
     k,
@@ -111,10 +163,7 @@ def forward_step(
     PRECISION: tl.constexpr,
 ):
     """Add keys ``n`` to ``n + BLOCK_N`` to the running softmax of the tile's rows."""
-    k0 = load_tile(k, k_start + n, k_row, end - n, BLOCK_N, 0, D0, MASKED)
-    k1 = k0
-    if D1 > 0:
-        k1 = load_tile(k, k_start + n, k_row, end - n, BLOCK_N, D0, D1, MASKED)
+    k0, k1 = load_parts(k, k_start + n, k_row, end - n, BLOCK_N, D0, D1, MASKED)
     s = product(q0, q1, k0, k1, D1, PRECISION)  # [M, N]
     factor = scale * LOG2E
     if HAS_SOFTCAP:
@@ -123,13 +172,13 @@ def forward_step(
     if MASKED:
         visible = visible_keys(diagonal, n, window, BLOCK_M, BLOCK_N, HAS_WINDOW)
         s = tl.where(visible, s, -float("inf"))
-    new = tl.maximum(highest, tl.max(s, 1) * factor)
+    new = tl.maximum(row_max, tl.max(s, 1) * factor)
     anchor = new
     if MASKED:  # a row that has seen no key yet
         anchor = tl.where(new == -float("inf"), 0.0, new)
     p = tl.math.exp2(s * factor - anchor[:, None])
-    shrink = tl.math.exp2(highest - anchor)
-    total = total * shrink + tl.sum(p, 1)
+    shrink = tl.math.exp2(row_max - anchor)
+    row_sum = row_sum * shrink + tl.sum(p, 1)
     # Rows of other segments may hold what is not finite, and 0 * inf is not 0: they are not loaded.
     v0 = load_tile(v, k_start + n, v_row, end - n, BLOCK_N, 0, D0, MASKED)
     p = p.to(v0.dtype)
@@ -137,7 +186,7 @@ def forward_step(
     if D1 > 0:
         v1 = load_tile(v, k_start + n, v_row, end - n, BLOCK_N, D0, D1, MASKED)
         acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision=PRECISION)
-    return acc0, acc1, new, total
+    return acc0, acc1, new, row_sum
 
 
 @triton.jit
@@ -168,8 +217,8 @@ def masked_step(i, begin, partial, before, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_bounds(diagonal, rows, window, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys that a row tile visits: ``begin``, ``end`` and what ``loop_bounds`` says of them."""
+def key_bounds(diagonal, rows, window, HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys that a query tile visits: ``begin``, ``end`` and what ``loop_bounds`` says of them."""
     end = diagonal + rows
     begin = 0
     full = 0
@@ -209,54 +258,45 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    """out [T, Hq, Dh] and lse [Hq, T] of one tile and head; heads of a tile run side by side."""
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    tile = tiles + tl.program_id(0) // HEADS * FIELDS
-    first = tl.load(tile)
-    rows = tl.load(tile + 1)
-    k_start = tl.load(tile + 2)
-    diagonal = tl.load(tile + 3)
+    """out [T, Hq, Dh] and lse [Hq, T] of one query tile and head."""
+    head, first, rows, k_start, diagonal, _ = tile_of(tiles, HEADS, FIELDS)
     if rows == 0:
         return
     q += head * q_head
     k += head // GROUP * k_head
     v += head // GROUP * v_head
-    q0 = load_tile(q, first, q_row, rows, BLOCK_M, 0, D0, True)
-    q1 = q0
-    acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
-    acc1 = 0.0
-    if D1 > 0:
-        q1 = load_tile(q, first, q_row, rows, BLOCK_M, D0, D1, True)
-        acc1 = tl.zeros((BLOCK_M, D1), tl.float32)
-    highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    begin, full, partial, end, before, masked = row_bounds(
+    q0, q1 = load_parts(q, first, q_row, rows, BLOCK_M, D0, D1, True)
+    acc0, acc1 = zero_parts(BLOCK_M, D0, D1)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    begin, full, partial, end, before, masked = key_bounds(
         diagonal, rows, window, HAS_WINDOW, BLOCK_N
     )
     for n in range(full, partial, BLOCK_N):
-        acc0, acc1, highest, total = forward_step(
-            acc0, acc1, highest, total, q0, q1, k, v, k_row, v_row, k_start, n, end, diagonal,
+        acc0, acc1, row_max, row_sum = forward_step(
+            acc0, acc1, row_max, row_sum, q0, q1, k, v, k_row, v_row, k_start, n, end, diagonal,
             window, scale, softcap, D0, D1, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, False,
             PRECISION,
         )  # fmt: skip
     for i in tl.range(masked, num_stages=1):
         n = masked_step(i, begin, partial, before, BLOCK_N)
-        acc0, acc1, highest, total = forward_step(
-            acc0, acc1, highest, total, q0, q1, k, v, k_row, v_row, k_start, n, end, diagonal,
+        acc0, acc1, row_max, row_sum = forward_step(
+            acc0, acc1, row_max, row_sum, q0, q1, k, v, k_row, v_row, k_start, n, end, diagonal,
             window, scale, softcap, D0, D1, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, True,
             PRECISION,
         )  # fmt: skip
-    blind = total == 0.0  # no key seen: output 0
-    total = tl.where(blind, 1.0, total)
-    divisor = 1.0 / total
+    blind = row_sum == 0.0  # no key seen: output 0
+    row_sum = tl.where(blind, 1.0, row_sum)
+    divisor = 1.0 / row_sum
     out += head * (D0 + D1)
     out_row = HEADS * (D0 + D1)
-    store_tile(out, first, out_row, rows, acc0 * divisor[:, None], BLOCK_M, 0, D0)
+    acc0 *= divisor[:, None]
     if D1 > 0:
-        store_tile(out, first, out_row, rows, acc1 * divisor[:, None], BLOCK_M, D0, D1)
+        acc1 *= divisor[:, None]
+    store_parts(out, first, out_row, rows, acc0, acc1, BLOCK_M, D0, D1)
     row = tl.arange(0, BLOCK_M)
     # -inf where no key was seen
-    value = (highest + tl.math.log2(total)) * LN2
+    value = (row_max + tl.math.log2(row_sum)) * LN2
     tl.store(lse + head * tokens + first + row, value, mask=row < rows)
 
 
@@ -264,7 +304,7 @@ def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_tiles: Tensor,
+    q_tiles: Tensor,
     config: TileConfig,
     scale: float,
     window: int | None,
@@ -277,7 +317,7 @@ def attention_forward(
             of two.
         k: ``[Tk, Hkv, Dh]``.
         v: ``[Tk, Hkv, Dh]``.
-        row_tiles: ``Tiles.rows``, int32 ``[N + 1, 5]``.
+        q_tiles: ``Tiles.q_tiles``, int32 ``[N + 1, 5]``.
         config: ``Tiles.config``.
         scale: factor of the scores, positive.
         window: keys a query sees, itself included; None for all.
@@ -289,20 +329,20 @@ def attention_forward(
     tokens, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    forward_kernel[((len(row_tiles) - 1) * heads,)](
+    forward_kernel[((len(q_tiles) - 1) * heads,)](
         q,
         k,
         v,
         out,
         lse,
-        row_tiles,
+        q_tiles,
         *strides(q, k, v),
         tokens,
         window or 0,
         scale,
         softcap,
         HEADS=heads,
-        BLOCK_M=config.rows,
+        BLOCK_M=config.q_tile,
         BLOCK_N=config.forward_step,
         **constants(q, k, window, softcap),
         num_warps=config.forward_warps,

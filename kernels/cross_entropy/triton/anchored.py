@@ -28,7 +28,7 @@ from .fused_exponentials import fused_exponentials
 SHIFT = 30.0  # c: p below exp(-57) counts as 0
 # Largest exponent that is not repaired. exp(88) is fp32's range, but E is also summed over the
 # vocabulary and multiplied by W, and the sum's reciprocal multiplies x: all must stay in range.
-HIGHEST = 50.0
+MAX_EXPONENT = 50.0
 BLOCK_V = 4096  # logits of one row that a program reads
 REPAIR_BLOCK_V = 32  # logits that a repair computes at a time; more would spill registers
 
@@ -57,16 +57,16 @@ def exponential_kernel(
     logits,
     targets,
     anchor,
-    sums,
+    row_sums,
     overflow,
     row_stride,
     V,
     TILES,
     SHIFT: tl.constexpr,
-    HIGHEST: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # one program a row and tile
-    """logits -> exp(logits - anchor - SHIFT) in place; sums[row, tile]; overflow[row] = 1."""
+    """logits -> exp(logits - anchor - SHIFT) in place; row_sums[row, tile]; overflow[row] = 1."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -75,11 +75,11 @@ def exponential_kernel(
     z = tl.load(place, mask=inside, other=-float("inf")).to(tl.float32)
     exponent = z - tl.load(anchor + row) - SHIFT
     exponent = tl.where(columns == tl.load(targets + row), -SHIFT, exponent)
-    if tl.max(exponent) > HIGHEST:
+    if tl.max(exponent) > MAX_EXPONENT:
         tl.store(overflow + row, 1)
-    e = tl.exp(tl.minimum(exponent, HIGHEST, propagate_nan=tl.PropagateNan.ALL))
+    e = tl.exp(tl.minimum(exponent, MAX_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
     tl.store(place, e.to(logits.dtype.element_ty), mask=inside)
-    tl.store(sums + row * TILES + tile, tl.sum(e))
+    tl.store(row_sums + row * TILES + tile, tl.sum(e))
 
 
 @triton.jit(do_not_specialize=["TILES"])
@@ -88,7 +88,7 @@ def repair_kernel(
     weight,
     logits,
     anchor,
-    sums,
+    row_sums,
     overflow,
     row_stride,
     V,
@@ -102,7 +102,7 @@ def repair_kernel(
     row = tl.program_id(0).to(tl.int64)
     if tl.load(overflow + row) == 0:
         return
-    highest = -float("inf")
+    row_max = -float("inf")
     for step in range(2):  # first the maximum, then the exponentials
         total = 0.0
         for first in range(0, V, BLOCK_V):
@@ -120,17 +120,17 @@ def repair_kernel(
                 z += tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :], 1)
             z = tl.where(inside, z, -float("inf"))
             if step == 0:
-                highest = tl.maximum(highest, tl.max(z))
+                row_max = tl.maximum(row_max, tl.max(z))
             else:
-                e = tl.exp(z - highest)
+                e = tl.exp(z - row_max)
                 place = logits + row * row_stride + columns
                 tl.store(place, e.to(logits.dtype.element_ty), mask=inside)
                 total += tl.sum(e)
         if step == 1:
             for tile in range(1, TILES):
-                tl.store(sums + row * TILES + tile, 0.0)
-            tl.store(sums + row * TILES, total)
-            tl.store(anchor + row, highest - SHIFT)
+                tl.store(row_sums + row * TILES + tile, 0.0)
+            tl.store(row_sums + row * TILES, total)
+            tl.store(anchor + row, row_max - SHIFT)
 
 
 @triton.jit(do_not_specialize=["TILES"])
@@ -141,7 +141,7 @@ def finish_kernel(
     targets,
     target_logit,
     anchor,
-    sums,
+    row_sums,
     row_weight,
     row_scale,
     losses,
@@ -163,12 +163,12 @@ def finish_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     tiles = tl.arange(0, BLOCK_T)
-    total = tl.sum(tl.load(sums + row * TILES + tiles, mask=tiles < TILES, other=0.0))
-    chosen = tl.load(target_logit + row)
+    total = tl.sum(tl.load(row_sums + row * TILES + tiles, mask=tiles < TILES, other=0.0))
+    target_z = tl.load(target_logit + row)
     shift = tl.load(anchor + row) + SHIFT
     counts = target >= 0
     lse = shift + tl.log(tl.where(counts, total, 1.0))
-    loss = lse - chosen + z_loss * lse * lse
+    loss = lse - target_z + z_loss * lse * lse
     tl.store(losses + row, tl.where(counts, loss, 0.0))
     tl.store(lses + row, lse)
     factor = 1.0 + 2.0 * z_loss * lse
@@ -176,7 +176,7 @@ def finish_kernel(
     scale = tl.where(counts & (weight != 0.0), weight * factor / total, 0.0)
     tl.store(row_scale + row, scale)
     if counts:
-        own = tl.exp(chosen - shift) - total / factor
+        own = tl.exp(target_z - shift) - total / factor
         tl.store(logits + row * row_stride + target, own.to(logits.dtype.element_ty))
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
@@ -228,8 +228,8 @@ def anchored_cross_entropy(
         count = x.shape[0]
         chunk = (targets[part], anchor[part], overflow[part])
         # E [C, V] and its sums [C, tiles]
-        e, sums = exponentials(x, weight, *chunk, fused)
-        tiles = sums.shape[1]
+        e, row_sums = exponentials(x, weight, *chunk, fused)
+        tiles = row_sums.shape[1]
         scale = torch.empty(count, **fp32)
         scaled = torch.empty_like(x)
         repair_kernel[(count,)](
@@ -237,7 +237,7 @@ def anchored_cross_entropy(
             weight,
             e,
             anchor[part],
-            sums,
+            row_sums,
             overflow[part],
             e.stride(0),
             vocabulary,
@@ -255,7 +255,7 @@ def anchored_cross_entropy(
             targets[part],
             target_logit[part],
             anchor[part],
-            sums,
+            row_sums,
             row_weight[part],
             scale,
             losses[part],
@@ -281,23 +281,23 @@ def exponentials(
 ) -> tuple[Tensor, Tensor]:
     """``E [C, V]`` and its sums ``[C, tiles]``, by cuBLAS and a pass or by one kernel."""
     if fused:
-        return fused_exponentials(x, weight, targets, anchor, overflow, SHIFT, HIGHEST)
+        return fused_exponentials(x, weight, targets, anchor, overflow, SHIFT, MAX_EXPONENT)
     logits = aligned_product(x, weight)
     rows, vocabulary = logits.shape
     tiles = triton.cdiv(vocabulary, BLOCK_V)
-    sums = torch.empty(rows, tiles, dtype=torch.float32, device=x.device)
+    row_sums = torch.empty(rows, tiles, dtype=torch.float32, device=x.device)
     exponential_kernel[(rows, tiles)](
         logits,
         targets,
         anchor,
-        sums,
+        row_sums,
         overflow,
         logits.stride(0),
         vocabulary,
         tiles,
         SHIFT,
-        HIGHEST,
+        MAX_EXPONENT,
         BLOCK_V,
         enable_fp_fusion=True,
     )
-    return logits, sums
+    return logits, row_sums

@@ -24,8 +24,8 @@ def forward_kernel(
     weight,
     bias,
     targets,
-    highest,
-    sums,
+    row_max,
+    row_sum,
     target_logit,
     softcap,
     N,
@@ -48,7 +48,7 @@ def forward_kernel(
     target = tl.load(targets + rows, mask=present, other=-1)
     m = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
-    chosen = tl.zeros((BLOCK_N,), tl.float32)
+    target_z = tl.zeros((BLOCK_N,), tl.float32)
     last = tl.minimum((share + 1) * TILES * BLOCK_V, V)
     for first in range(share * TILES * BLOCK_V, last, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
@@ -58,15 +58,15 @@ def forward_kernel(
         )
         z = capped(z, bias, columns, inside, softcap, HAS_BIAS, CAPPED)
         hit = (columns[None, :] == target[:, None]) & inside[None, :]
-        chosen += tl.sum(tl.where(hit, z, 0.0), 1)
+        target_z += tl.sum(tl.where(hit, z, 0.0), 1)
         z = tl.where(inside[None, :], z, -float("inf"))
         new = tl.maximum(m, tl.max(z, 1))
         s = s * tl.exp(m - new) + tl.sum(tl.exp(z - new[:, None]), 1)
         m = new
     place = share.to(tl.int64) * N + rows
-    tl.store(highest + place, m, mask=present)
-    tl.store(sums + place, s, mask=present)
-    tl.store(target_logit + place, chosen, mask=present)
+    tl.store(row_max + place, m, mask=present)
+    tl.store(row_sum + place, s, mask=present)
+    tl.store(target_logit + place, target_z, mask=present)
 
 
 def forward_only(
@@ -104,6 +104,6 @@ def forward_only(
         num_stages=3,
         enable_fp_fusion=True,
     )
-    highest, sums, target_logit = partial
-    lse = (highest + sums.log()).logsumexp(0)
+    row_max, row_sum, target_logit = partial
+    lse = (row_max + row_sum.log()).logsumexp(0)
     return lse - target_logit.sum(0), lse

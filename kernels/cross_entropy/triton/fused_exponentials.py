@@ -26,19 +26,19 @@ def fused_exponential_kernel(
     targets,
     anchor,
     logits,
-    sums,
+    row_sums,
     overflow,
     N,
     V,
     TILES,
     D: tl.constexpr,
     SHIFT: tl.constexpr,
-    HIGHEST: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # one program a tile; blocks of rows change fastest, so a tile of the weight stays in L2
-    """logits = exp(x W^T - anchor - SHIFT); sums[row, tile]; overflow[row] = 1 if too large."""
+    """logits = exp(x W^T - anchor - SHIFT); row_sums[row, tile]; overflow[row] = 1 if too large."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -50,14 +50,14 @@ def fused_exponential_kernel(
     target = tl.load(targets + rows, mask=present, other=-1)
     exponent = tl.where(inside[None, :], z - shift[:, None], -float("inf"))
     exponent = tl.where(columns[None, :] == target[:, None], -SHIFT, exponent)
-    tl.store(overflow + rows, 1, mask=present & (tl.max(exponent, 1) > HIGHEST))
-    e = tl.exp(tl.minimum(exponent, HIGHEST, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(overflow + rows, 1, mask=present & (tl.max(exponent, 1) > MAX_EXPONENT))
+    e = tl.exp(tl.minimum(exponent, MAX_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
     tl.store(
         logits + far[:, None] * V + columns[None, :],
         e.to(logits.dtype.element_ty),
         mask=present[:, None] & inside[None, :],
     )
-    tl.store(sums + far * TILES + tile, tl.sum(e, 1), mask=present)
+    tl.store(row_sums + far * TILES + tile, tl.sum(e, 1), mask=present)
 
 
 def fused_exponentials(
@@ -67,7 +67,7 @@ def fused_exponentials(
     anchor: Tensor,
     overflow: Tensor,
     shift: float,
-    highest: float,
+    max_exponent: float,
 ) -> tuple[Tensor, Tensor]:
     """``E [C, V]`` in the inputs' dtype and its fp32 sums ``[C, tiles]``.
 
@@ -76,29 +76,29 @@ def fused_exponentials(
         weight: contiguous ``[V, D]``.
         targets: int64 ``[C]``, negative where there is none.
         anchor: fp32 ``[C]``, the target's logit.
-        overflow: int32 ``[C]``, set to 1 where an exponent exceeded ``highest``.
+        overflow: int32 ``[C]``, set to 1 where an exponent exceeded ``max_exponent``.
         shift: subtracted with the anchor.
-        highest: exponents are cut off here.
+        max_exponent: exponents are cut off here.
     """
     rows, depth = x.shape
     vocabulary = weight.shape[0]
     tiles = triton.cdiv(vocabulary, BLOCK_V)
     logits = x.new_empty(rows, vocabulary)
-    sums = torch.empty(rows, tiles, dtype=torch.float32, device=x.device)
+    row_sums = torch.empty(rows, tiles, dtype=torch.float32, device=x.device)
     fused_exponential_kernel[(triton.cdiv(rows, BLOCK_N), tiles)](
         x,
         weight,
         targets,
         anchor,
         logits,
-        sums,
+        row_sums,
         overflow,
         rows,
         vocabulary,
         tiles,
         depth,
         shift,
-        highest,
+        max_exponent,
         BLOCK_N,
         BLOCK_V,
         BLOCK_D,
@@ -106,4 +106,4 @@ def fused_exponentials(
         num_stages=3,
         enable_fp_fusion=True,
     )
-    return logits, sums
+    return logits, row_sums

@@ -63,8 +63,8 @@ def statistics_kernel(
     logits,
     bias,
     targets,
-    highest,
-    sums,
+    row_max,
+    row_sum,
     target_logit,
     total,
     softcap,
@@ -82,22 +82,22 @@ def statistics_kernel(
     target = tl.load(targets + row)
     m = -float("inf")
     s = 0.0
-    chosen = 0.0
+    target_z = 0.0
     added = 0.0
     for first in range(0, V, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
         inside = columns < V
         raw = tl.load(logits + row * row_stride + columns, mask=inside, other=0.0)
         z = capped(raw, bias, columns, inside, softcap, HAS_BIAS, CAPPED)
-        chosen += tl.sum(tl.where(inside & (columns == target), z, 0.0))
+        target_z += tl.sum(tl.where(inside & (columns == target), z, 0.0))
         added += tl.sum(tl.where(inside, z, 0.0))
         z = tl.where(inside, z, -float("inf"))
         new = tl.maximum(m, tl.max(z))
         s = s * tl.exp(m - new) + tl.sum(tl.exp(z - new))
         m = new
-    tl.store(highest + row, m)
-    tl.store(sums + row, s)
-    tl.store(target_logit + row, chosen)
+    tl.store(row_max + row, m)
+    tl.store(row_sum + row, s)
+    tl.store(target_logit + row, target_z)
     tl.store(total + row, added)
 
 
@@ -166,7 +166,7 @@ def gradient(
     row_weight: Tensor,
     options: Options,
     vocabulary: int,
-    _highest: Tensor | None,
+    _row_max: Tensor | None,
 ) -> Tensor:
     """``[C, V]`` gradient of the products, in place."""
     rows, size = logits.shape

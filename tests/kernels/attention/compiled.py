@@ -43,9 +43,9 @@ def kernels_of(config: TileConfig) -> list[tuple[Any, int, int, int, int]]:
     """Kernel, BLOCK_M, BLOCK_N, warps, stages."""
     c = config
     return [
-        (forward_kernel, c.rows, c.forward_step, c.forward_warps, c.forward_stages),
-        (dq_kernel, c.rows, c.dq_step, c.dq_warps, c.dq_stages),
-        (dkdv_kernel, c.dkdv_step, c.columns, c.dkdv_warps, c.dkdv_stages),
+        (forward_kernel, c.q_tile, c.forward_step, c.forward_warps, c.forward_stages),
+        (dq_kernel, c.q_tile, c.dq_step, c.dq_warps, c.dq_stages),
+        (dkdv_kernel, c.dkdv_step, c.kv_tile, c.dkdv_warps, c.dkdv_stages),
     ]
 
 

@@ -224,7 +224,7 @@ def one_pass() -> None:
         tiles = make_tiles(borders, keys, len(q), len(k), config)
         inputs = (q, k, v, out.float(), lse.float(), noise(out.shape), noise(lse.shape))
         saved = Saved(*(x.contiguous() for x in inputs))
-        computed = twin_backward(saved, tiles.columns, size**-0.5)
+        computed = twin_backward(saved, tiles.kv_tiles, size**-0.5)
         for ours, theirs in zip(computed, expected, strict=True):
             theirs = theirs.nan_to_num()
             assert (ours - theirs).norm() < 1e-5 * theirs.norm(), (lengths, size)
@@ -235,7 +235,7 @@ def op() -> None:
     q, k, v, borders, _ = draw([12, 0, 7], extra=3)
     q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
     tiles = attention_tiles(borders, 22, 16, 2)
-    options = (tiles.rows, tiles.columns, list(tiles.config), 12, 0.25, 0, 0.0, "triton")
+    options = (tiles.q_tiles, tiles.kv_tiles, list(tiles.config), 12, 0.25, 0, 0.0, "triton")
     torch.library.opcheck(attention_op, (q, k, v, *options))
     out, lse = (x.detach() for x in attention_op(q, k, v, *options))
     saved = [x.detach() for x in (q, k, v, out, lse, out.transpose(0, 1).clone().transpose(0, 1))]

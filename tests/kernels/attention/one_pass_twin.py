@@ -42,7 +42,7 @@ def twin_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
     FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """One column tile and key head; all tensors are contiguous fp32."""
+    """One key tile and key head; all tensors are contiguous fp32."""
     LOG2E: tl.constexpr = 1.4426950408889634
     key_heads: tl.constexpr = HEADS // GROUP
     head = tl.program_id(0) % key_heads
@@ -86,14 +86,14 @@ def twin_kernel(
     add_or_store_rows(dv + head * D, first, end, key_stride, dv_sum, KEYS, D, False)
 
 
-def twin_backward(saved: Saved, column_tiles: Tensor, scale: float) -> tuple[Tensor, ...]:
+def twin_backward(saved: Saved, kv_tiles: Tensor, scale: float) -> tuple[Tensor, ...]:
     """As ``attention_backward_sm90`` in one pass, of contiguous fp32 tensors."""
     q, k, v, out, lse, dout, dlse = saved
     tokens, heads, size = q.shape
     key_heads = k.shape[1]
     delta = torch.where(lse.isinf(), 0, (out * dout).sum(-1).T - dlse).contiguous()
     dq_sum, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
-    twin_kernel[((len(column_tiles) - 1) * key_heads,)](
+    twin_kernel[((len(kv_tiles) - 1) * key_heads,)](
         q,
         k,
         v,
@@ -103,7 +103,7 @@ def twin_backward(saved: Saved, column_tiles: Tensor, scale: float) -> tuple[Ten
         dv,
         lse,
         delta,
-        column_tiles,
+        kv_tiles,
         tokens,
         scale,
         HEADS=heads,

@@ -90,7 +90,7 @@ def test_on_the_model_of_the_machine(
     for x in (q[sum(lengths) :], dout[sum(lengths) :], k[sum(keys) :], v[sum(keys) :]):
         x.fill_(torch.nan)  # what lies behind the last border
     forward = modelled["forward"].attention_forward_sm90
-    out, lse = forward(q, k, v, tiles.rows, 0.1, programs)
+    out, lse = forward(q, k, v, tiles.q_tiles, 0.1, programs)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
     for pass_over in (split_backward, one_pass_backward):
@@ -105,7 +105,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of both passes' own source."""
     run: Any = modelled["backward"].attention_backward_sm90
-    return list(run(saved, tiles.rows, tiles.columns, scale, programs, one_pass))
+    return list(run(saved, tiles.q_tiles, tiles.kv_tiles, scale, programs, one_pass))
 
 
 split_backward = partial(backward, False)
@@ -121,7 +121,7 @@ def test_segments_do_not_leak_bit_for_bit(modelled: Model) -> None:
     tiles = make_tiles(borders, borders, 340, 340, CONFIG)
 
     def everything() -> list[Tensor]:
-        out, lse = modelled["forward"].attention_forward_sm90(q, k, v, tiles.rows, 0.1, 2)
+        out, lse = modelled["forward"].attention_forward_sm90(q, k, v, tiles.q_tiles, 0.1, 2)
         saved = Saved(q, k, v, out, lse, dout, dlse)
         # One program adds to dQ in one order.
         one_pass = one_pass_backward(modelled, saved, tiles, 1)
@@ -146,7 +146,7 @@ class OnTheModel(torch.autograd.Function):
         tiles: Tiles,
         pass_over: Callable[..., list[Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        out, lse = modelled["forward"].attention_forward_sm90(q, k, v, tiles.rows, 0.125, 2)
+        out, lse = modelled["forward"].attention_forward_sm90(q, k, v, tiles.q_tiles, 0.125, 2)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rest = (modelled, tiles, pass_over)
         return out, lse

@@ -128,8 +128,8 @@ def test_tables_hold_every_token_once_and_the_longest_loop_first(
     tokens = [int(queries.sum()) + extra, int(keys.sum()) + extra]
     tiles = make_tiles(borders_q, borders_k, tokens[0], tokens[1], config, window)
     for table, count, size, lengths, side in (
-        (tiles.rows, tokens[0], block, queries, 1),
-        (tiles.columns, tokens[1], 48 - block, keys, -1),
+        (tiles.q_tiles, tokens[0], block, queries, 1),
+        (tiles.kv_tiles, tokens[1], 48 - block, keys, -1),
     ):
         used = table[table[:, 1] > 0]
         assert table[-1].tolist() == [len(used), 0, 0, 0, 0]
@@ -169,12 +169,12 @@ def test_other_head_dimensions_are_refused(head_dim: int) -> None:
 
 def test_configs_are_found_by_nearest_size_and_missing_ones_are_named() -> None:
     entry = dict.fromkeys(TileConfig._fields, 1)
-    long = {"1": entry | {"rows": 2}, "8192": entry | {"rows": 3}}
+    long = {"1": entry | {"q_tile": 2}, "8192": entry | {"q_tile": 3}}
     configs = {"sm_90": {"64": {"1": {"1": entry}, "4": long}}}
-    assert config_for(find_entries(configs, "sm_90", 32, 3), 10**6).rows == 1
-    assert config_for(find_entries(configs, "sm_90", 64, 8), 8191).rows == 2
-    assert config_for(find_entries(configs, "sm_90", 64, 8), 8192).rows == 3
-    assert config_for(find_entries(configs, "sm_90", 64, 8), 0).rows == 2
+    assert config_for(find_entries(configs, "sm_90", 32, 3), 10**6).q_tile == 1
+    assert config_for(find_entries(configs, "sm_90", 64, 8), 8191).q_tile == 2
+    assert config_for(find_entries(configs, "sm_90", 64, 8), 8192).q_tile == 3
+    assert config_for(find_entries(configs, "sm_90", 64, 8), 0).q_tile == 2
     with pytest.raises(ValueError, match=r"no tiles for sm_80.*tune_attention"):
         find_entries(configs, "sm_80", 64, 1)
     with pytest.raises(ValueError, match="no tiles for head dimension 128"):

@@ -139,7 +139,7 @@ import kernels.cross_entropy.triton.fused_exponentials as fused
 import kernels.cross_entropy.triton.steps as steps
 
 TILE = {"D": 768, "BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_D": 64}
-EDGES = {"SHIFT": 30.0, "HIGHEST": 50.0}
+EDGES = {"SHIFT": 30.0, "MAX_EXPONENT": 50.0}
 KERNELS = [
     (anchored.anchor_kernel, {"D": 768, "BLOCK_D": 1024}, {}),
     (anchored.exponential_kernel, {**EDGES, "BLOCK_V": 4096}, {}),

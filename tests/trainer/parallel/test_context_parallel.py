@@ -31,6 +31,6 @@ def test_every_query_of_a_rank_is_in_one_tile_and_every_key_before_it() -> None:
                         assert key_start + keys > place
             assert sorted(seen) == list(range(chunk * 64, (chunk + 1) * 64))
             assert int(columns[:, 1].sum()) == 512
-            assert tile.rows > 0
+            assert tile.q_tile > 0
     assert chunk_tiles(KernelBackends("flash"), config, 0, 4, whole.cu_seqlens, 256, 128) is None
     assert torch.equal(whole.cu_seqlens, split_batch(whole, 0, 4).cu_seqlens)
