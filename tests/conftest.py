@@ -17,6 +17,7 @@ from filelock import FileLock
 from hypothesis import settings
 from moto.server import ThreadedMotoServer
 
+from tests.warm import Program
 from trainer.logs import LOGGING
 
 # The same examples every time: no test fails by chance. `make test-random` draws others.
@@ -47,17 +48,18 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 
 def run_script(
-    script: str, *arguments: str, check: bool = True
+    script: str, *arguments: str, check: bool = True, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run an entry point as a user would."""
-    done = subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    """Run an entry point as a user would: ``fresh``, or but for its imports."""
+    if fresh:
+        command = [sys.executable, script, *arguments]
+        done = subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False
+        )
+    else:
+        with Program(script, *arguments) as program:
+            output, errors = program.communicate(timeout=280)
+        done = subprocess.CompletedProcess(program.arguments, program.wait(), output, errors)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

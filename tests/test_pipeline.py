@@ -1,5 +1,6 @@
 """The whole way as a user goes it: documents, real generations, streams, training, report."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,22 @@ TRAINING = [
 ]
 
 
+fresh = partial(run_script, fresh=True)
+
+
 @pytest.mark.slow
 def test_from_documents_to_a_report(corpus_root: Path, tmp_path: Path) -> None:
-    again = run_script("generate.py", *TINY, f"root={corpus_root}", "method=rephrase")
+    again = fresh("generate.py", *TINY, f"root={corpus_root}", "method=rephrase")
     assert "all G=2 generations are there" in again.stdout
     assert again.stdout.count("up to date") == 4  # real, val, simple-g2, stitched-g2
-    status = run_script("generate.py", "status", f"root={corpus_root}")
+    status = fresh("generate.py", "status", f"root={corpus_root}")
     assert "generations/rephrase: " in status.stdout
     assert "generations/latent-g2: " in status.stdout
-    quality = run_script("generate.py", "report", f"root={corpus_root}")
+    quality = fresh("generate.py", "report", f"root={corpus_root}")
     assert f"report: {corpus_root}/reports/rephrase.html" in quality.stdout
 
     options = [*TRAINING, f"data.root={corpus_root}", f"output={tmp_path}"]
-    run_script("train.py", "--multirun", *options, "recipe=real,simple,stitched,latent")
+    fresh("train.py", "--multirun", *options, "recipe=real,simple,stitched,latent")
     runs = sorted(path for path in tmp_path.iterdir() if (path / "result.json").exists())
     assert [run.name.rsplit("-", 1)[0] for run in runs] == [
         "latent-g2",
@@ -36,13 +40,13 @@ def test_from_documents_to_a_report(corpus_root: Path, tmp_path: Path) -> None:
         "stitched-g2",
     ]
     assert list((runs[0] / "tensorboard").iterdir())
-    skipped = run_script("train.py", "--multirun", *options, "recipe=real,simple")
+    skipped = fresh("train.py", "--multirun", *options, "recipe=real,simple")
     assert skipped.stdout.count("(was finished)") == 2
 
-    both = run_script("evaluate.py", f"runs=[{runs[0]},{runs[1]}]", f"output={tmp_path / 's.json'}")
+    both = fresh("evaluate.py", f"runs=[{runs[0]},{runs[1]}]", f"output={tmp_path / 's.json'}")
     assert "nats per token" in both.stdout
     assert (tmp_path / "s.json").exists()
-    report = run_script("report.py", f"runs={tmp_path}")
+    report = fresh("report.py", f"runs={tmp_path}")
     assert [line.split()[0] for line in report.stdout.splitlines()[1:5]] == [
         "real",
         "latent",

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.damage.small_study import outcome, rewriter, write_source
-from tests.damage.user import PROCESSES, Undisturbed, User
+from tests.damage.user import Undisturbed, User
 
 
 @pytest.fixture(scope="package")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
     folder = tmp_path_factory.mktemp("user")
     write_source(folder / "source.jsonl")
-    PROCESSES.set_forkserver_preload(["tests.damage.small_study"])
     with rewriter() as url:
         yield User(folder / "source.jsonl", url, folder / "said.txt")
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.damage.small_study import as_a_user
-
-# Each start is forked from a process that has imported everything and done nothing.
-PROCESSES = multiprocessing.get_context("forkserver")
+from tests.warm import PROCESSES
 
 
 @dataclass

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from gen.exchange.upload import upload
-from tests.conftest import REPOSITORY, ObjectStore, run_script, wait_until
+from tests.conftest import ObjectStore, run_script, wait_until
+from tests.warm import Program
 from trainer.config.schema import (
     AttentionBackend,
     Averaging,
@@ -117,13 +118,11 @@ def test_every_mask_trains(corpus_root: Path, tmp_path: Path, mask: Mask) -> Non
 def test_sigkill_at_random_moments_changes_nothing(corpus_root: Path, tmp_path: Path) -> None:
     common = [*ARGUMENTS, f"data.root={corpus_root}"]
     run_script("train.py", *common, f"output={tmp_path / 'calm'}")
-    command = [sys.executable, "train.py", *common, f"output={tmp_path / 'killed'}"]
+    command = ["train.py", *common, f"output={tmp_path / 'killed'}"]
     run = tmp_path / "killed" / "run"
     for seed in range(2):
         before = len(list((run / "checkpoints").glob("*"))) and checkpoints(run)[-1].name
-        with subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
+        with Program(*command) as process:
             deadline = time.monotonic() + 90
             while process.poll() is None and (
                 not checkpoints(run) or checkpoints(run)[-1].name == before
@@ -145,13 +144,7 @@ def test_sigkill_at_random_moments_changes_nothing(corpus_root: Path, tmp_path: 
 def test_sigterm_saves_and_the_next_start_goes_on(corpus_root: Path, tmp_path: Path) -> None:
     arguments = [*ARGUMENTS, "checkpoint.count=1", f"data.root={corpus_root}"]
     arguments += ["recipe.epochs=12", f"output={tmp_path}"]
-    with subprocess.Popen(
-        [sys.executable, "train.py", *arguments],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
+    with Program("train.py", *arguments) as process:
         log = tmp_path / "run" / "metrics.jsonl"
         wait_until(lambda: log.exists() and log.stat().st_size > 0)
         process.send_signal(signal.SIGTERM)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -45,13 +44,10 @@ ARGUMENTS = [
 
 
 def torchrun(processes: int) -> list[str]:
+    """Ranks are forked from torchrun, which has imported what they need."""
     return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "train.py",
+        *("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
+        *("--run-path", "--start-method=fork", str(REPOSITORY / "train.py")),
     ]
 
 
@@ -60,12 +56,13 @@ def curve(output: Path) -> torch.Tensor:
     return torch.tensor([row["train/loss"] for row in rows if "train/loss" in row])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def alone(corpus_root: Path) -> Path:
     """The run of one process, shared by all tests."""
     output = corpus_root.parent / "alone"
     with FileLock(corpus_root.parent / "alone.lock"):
-        run_script("train.py", *ARGUMENTS, f"data.root={corpus_root}", f"output={output}")
+        if not (output / "run" / "result.json").exists():
+            run_script("train.py", *ARGUMENTS, f"data.root={corpus_root}", f"output={output}")
     return output
 
 
@@ -94,21 +91,8 @@ def same_learning(output: Path, alone: Path) -> None:
 def test_many_processes_learn_what_one_does(
     corpus_root: Path, alone: Path, tmp_path: Path, processes: int, options: list[str]
 ) -> None:
-    done = subprocess.run(
-        [
-            *torchrun(processes),
-            *ARGUMENTS,
-            *options,
-            f"data.root={corpus_root}",
-            f"output={tmp_path}",
-        ],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    where = [f"data.root={corpus_root}", f"output={tmp_path}"]
+    run_script(*torchrun(processes), *ARGUMENTS, *options, *where)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     same_learning(tmp_path, alone)
 
@@ -116,14 +100,9 @@ def test_many_processes_learn_what_one_does(
 def one_and_two_processes(folder: Path, options: list[str], *shared: str) -> tuple[Path, Path]:
     """A short run of one process, and of two with the options ``shared`` as well."""
     outputs = (folder / "one", folder / "two")
-    programs = ([sys.executable, "train.py"], [*torchrun(2), *shared])
+    programs = (["train.py"], [*torchrun(2), *shared])
     for program, output in zip(programs, outputs, strict=True):
-        subprocess.run(
-            [*program, *ARGUMENTS, *options, "recipe.epochs=0.3", f"output={output}"],
-            cwd=REPOSITORY,
-            check=True,
-            timeout=280,
-        )
+        run_script(*program, *ARGUMENTS, *options, "recipe.epochs=0.3", f"output={output}")
     return outputs
 
 

@@ -2,16 +2,15 @@
 
 import csv
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, run_script, wait_until
+from tests.conftest import run_script, wait_until
 from tests.trainer.conftest import StreamMaker
+from tests.warm import Program
 from trainer.config.schema import (
     DataConfig,
     ModelConfig,
@@ -115,13 +114,7 @@ def test_sigterm_reaches_the_jobs_which_save_and_the_next_start_goes_on(
 ) -> None:
     options = [*SWEEP, f"output={tmp_path}", f"data.root={corpus_root}", "recipe.epochs=30"]
     options += ["hydra.launcher.devices=[cpu]", "seed=0,1", "tracking.log_every=1"]
-    with subprocess.Popen(
-        [sys.executable, "train.py", *options],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as launcher:
+    with Program("train.py", *options) as launcher:
         wait_until(lambda: any(log.stat().st_size for log in tmp_path.glob("*/metrics.jsonl")))
         jobs = psutil.Process(launcher.pid).children()
         launcher.terminate()
