@@ -56,6 +56,7 @@ def test_from_documents_to_a_report(corpus_root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,6 +84,7 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, arguments: list[str], messa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_streams_with_more_generations_than_there_are(corpus_root: Path) -> None:
     done = run_script(
         "generate.py",

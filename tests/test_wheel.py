@@ -113,6 +113,7 @@ def test_the_wheel_holds_the_clone_below_one_folder(wheel: Path) -> None:
     assert not [name for name in names if "/results/" in name or name.endswith(".pyc")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("megadocs_first", [True, False])
 def test_hugging_faces_kernels_package_is_left_alone(
     tmp_path: Path, wheel: Path, hugging_face: Path, megadocs_first: bool

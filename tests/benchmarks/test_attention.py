@@ -34,6 +34,7 @@ def test_tile_efficiency_counts_what_the_tiles_cover() -> None:
     assert parse_heads("16/8x128") == (16, 8, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU: the programs run in earnest there")
 def test_both_programs_say_that_there_is_no_gpu(tmp_path: Path) -> None:
     def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

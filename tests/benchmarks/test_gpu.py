@@ -12,6 +12,7 @@ from benchmarks.gpu import STEPS, State, Step
 MODULE = "tests.benchmarks.gpu_step"
 
 
+@pytest.mark.slow
 def test_the_whole_list_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     code = gpu.main(["--rehearse"])
     printed = capsys.readouterr().out

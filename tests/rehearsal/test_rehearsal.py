@@ -104,6 +104,7 @@ def check(found: dict[str, Any]) -> None:
     assert bool(recomputed) == (mode == "full"), found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_steps_trace_whole_and_fit_their_estimate(fakes: dict[str, str]) -> None:
     for found in run("steps", SOME, fakes):

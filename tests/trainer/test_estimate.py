@@ -56,6 +56,7 @@ def test_flops_tokens_and_hours_are_those_of_the_plan(run: TrainConfig) -> None:
     assert estimate(whole).flops > found.flops
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_what_fits(run: TrainConfig) -> None:
     data = replace(run.data, context_length=100_000, batch_size=1)
     long = replace(run, data=data, recipe=RecipeConfig(epochs=400))

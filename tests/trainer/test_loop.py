@@ -256,6 +256,7 @@ def test_every_way_to_optimise_learns_and_resumes_to_the_bit(
     assert all(torch.equal(value, final[name]) for name, value in weights(run).items())
 
 
+@pytest.mark.slow
 def test_training_from_a_bucket_is_training_from_the_folder(
     corpus_root: Path, tmp_path: Path, object_store: ObjectStore
 ) -> None:

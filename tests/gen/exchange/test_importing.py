@@ -345,6 +345,7 @@ def test_mistakes_are_named_before_anything_is_read(
     assert not (tmp_path / "root").exists()
 
 
+@pytest.mark.slow
 def test_a_misspelt_key_is_one_line(tmp_path: Path) -> None:
     command = ["generate.py", f"root={tmp_path}", "generator=import", "import.pth=a"]
     done = run_script(*command, check=False)

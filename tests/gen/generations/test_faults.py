@@ -106,6 +106,7 @@ def test_thinking_is_no_text_and_gets_room(
     assert not all_failures(store.folder)
 
 
+@pytest.mark.slow
 def test_a_document_that_can_never_be_generated_does_not_block_the_streams(
     server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_document_that_can_never_be_generated_does_not_block_the_streams(
             generate(config)
 
 
+@pytest.mark.slow
 def test_lasting_faults_are_reported(server: str) -> None:
     with (
         faulty(server, ["500"] * 9) as url,
@@ -153,6 +155,7 @@ def test_lasting_faults_are_reported(server: str) -> None:
         ask(url, attempts=1, outage=1.0)
 
 
+@pytest.mark.slow
 def test_a_job_behind_a_bad_network_ends_complete(
     server: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +216,7 @@ def test_documents_of_a_lost_server_go_to_another(
     assert keys(GenerationStore(tmp_path / "generations" / "rephrase")) == ALL_KEYS
 
 
+@pytest.mark.slow
 def test_documents_of_a_server_that_hangs_go_to_another(
     server: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +236,7 @@ def test_documents_of_a_server_that_hangs_go_to_another(
         ask(url, attempts=9, outage=0.5, timeout=0.3)
 
 
+@pytest.mark.slow
 def test_an_attached_server_that_comes_back_is_waited_for(
     server: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -328,6 +333,7 @@ def run_with_attack(
     return seen[0].restarted
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_the_middle_is_started_again(
     tokenizer: Tokenizer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,6 +347,7 @@ def test_a_server_killed_in_the_middle_is_started_again(
     assert "restart 1 of 3" in told
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_started_again(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +360,7 @@ def test_a_server_that_hangs_is_started_again(
     assert keys(GenerationStore(tmp_path / "generations" / "rephrase")) == ALL_KEYS
 
 
+@pytest.mark.slow
 def test_a_server_that_keeps_dying_ends_the_job_with_its_log(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -183,6 +183,7 @@ def test_a_second_job_on_the_same_store_is_refused(
     assert session.generations == 3 * len(DOCUMENTS)
 
 
+@pytest.mark.slow
 def test_adaptive_concurrency_fills_a_real_server(
     server: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +209,7 @@ def test_adaptive_concurrency_fills_a_real_server(
     assert 4 <= sum(settled) / len(settled) <= 20  # llama.cpp tells its queue between two steps
 
 
+@pytest.mark.slow
 def test_the_cuts_of_a_document_share_the_text_before_them(
     tokenizer: Tokenizer, tmp_path: Path, server: str
 ) -> None:

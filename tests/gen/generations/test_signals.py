@@ -42,6 +42,7 @@ def keys(store: GenerationStore) -> Counter[tuple[str, int]]:
     return Counter((row["document_id"], row["index"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_what_was_answered_is_stored(server: str, tmp_path: Path) -> None:
     """Nothing would be written for 1,000 s, and requests are in flight when the signal comes."""
     words = ["method.generations=40", "generator.flush_seconds=1000", "generator.concurrency=2"]
@@ -144,6 +145,7 @@ def test_requests_that_are_not_answered_in_time_are_dropped(
     assert not all_failures(store.folder)
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_being_built_is_gone_on_with(tmp_path: Path) -> None:
     source = tmp_path / "texts.jsonl"
     numbers = range(20_000)  # a second or two of building

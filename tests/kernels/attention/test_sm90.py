@@ -194,6 +194,7 @@ def test_the_self_check_judges_both_passes_in_bf16(
         assert "refused: gluon: dq is off by" in choice.line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_compiles_with_overlapping_products(head_dim: int, tmp_path: Path) -> None:
     printed = run("attention.compiled", "gluon", str(head_dim), TRITON_CACHE_DIR=str(tmp_path))

@@ -41,6 +41,7 @@ def run(module: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["gradients", "isolation", "one_pass", "op"])
 def test_interpreted(check: str) -> None:
     assert run("attention.interpreted", check, TRITON_INTERPRET="1") == "passed\n"
@@ -74,6 +75,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "head_dim", "group"), OFTEN)
 def test_kernels_compile_without_spills(
     architecture: str, head_dim: int, group: int, tmp_path: Path

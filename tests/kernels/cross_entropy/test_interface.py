@@ -388,6 +388,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_vocabulary() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -196,14 +196,17 @@ def run(code: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_equal_float64() -> None:
     assert run(INTERPRETED, TRITON_INTERPRET="1") == "equal\n"
 
 
+@pytest.mark.slow
 def test_interpreted_sweeps_with_every_option_equal_float64() -> None:
     assert run(SWEPT, TRITON_INTERPRET="1") == "equal\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_every_kernel_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     printed = run(COMPILED, arch, TRITON_CACHE_DIR=str(tmp_path))

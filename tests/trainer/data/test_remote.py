@@ -208,6 +208,7 @@ def test_ranks_of_two_machines_bring_every_shard_once_a_machine(
     assert len(shards) == len(set(shards))
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_is_waited_for(
     local: MegadocStream, remote: str, tmp_path: Path, object_store: ObjectStore
 ) -> None:

@@ -115,6 +115,7 @@ def test_the_tokenizer_of_the_corpus_adds_cuts_and_pads() -> None:
     assert len(ids) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("packages", "major"), [(None, 4), ("transformers-5", 5)])
 def test_transformers_reads_what_was_trained(
     packages: str | None, major: int, run: Path, tmp_path: Path

@@ -295,6 +295,7 @@ def test_what_the_study_fixes_is_no_argument_and_what_it_lacks_is_named(tmp_path
         assert sweeper.arms["real"][1].axes != sweeper.arms["whole"][1].axes
 
 
+@pytest.mark.slow
 def test_arms_of_unequal_batches_are_not_compared(make_stream: StreamMaker, tmp_path: Path) -> None:
     for name in ("real", "val", "stitched-g8", "simple-g8"):
         make_stream(name, [[40, 30]] * 60)

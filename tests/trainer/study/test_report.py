@@ -193,6 +193,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_every_figure_of_the_paper_is_drawn(study: Path, tmp_path: Path) -> None:
     text, page = write_report(study, tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == FIGURES
