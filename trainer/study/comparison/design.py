@@ -5,9 +5,8 @@ An arm is a list of Hydra overrides, what one would type after ``train.py``.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,15 +124,6 @@ class StudyDesign:
         """The tuned size whose optimum an arm takes at ``size``: the nearest, of two the larger."""
         return min(self.tuned_sizes(arm), key=lambda tuned: (abs(math.log(tuned / size)), -tuned))
 
-    def grid_of(self, arm: str, mixes: bool) -> dict[str, Any]:
-        """The grid of an arm's search; its overrides may bring axes of its own."""
-        axes = self.tuning.grid if mixes else without(self.tuning.grid, MIXING)
-        return dict(axes)
-
-
-def without(grid: Mapping[str, Any], axis: str) -> dict[str, Any]:
-    return {name: values for name, values in grid.items() if name != axis}
-
 
 def arms_of(question: str) -> tuple[str, str] | None:
     """The two arms of ``whole_against_cut``; None where the question is another one."""
@@ -147,8 +137,3 @@ def size_text(size: float) -> str:
         return "all"
     whole = round(1 / size)
     return f"1/{whole}" if math.isclose(whole * size, 1) else f"{size:g}"
-
-
-def neighbours(sizes: Sequence[float]) -> list[tuple[float, float]]:
-    """Sizes next to each other, ascending."""
-    return list(itertools.pairwise(sorted(sizes)))
