@@ -112,6 +112,42 @@ def test_a_star_search_goes_on_from_a_job_that_was_cancelled(
     assert second > 0
 
 
+STUDY = """\
+# @package _global_
+defaults:
+  - override /hydra/sweeper: study
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    question: long_against_short
+    arms:
+      long:
+        overrides: [recipe=real, data.context_length=64, data.batch_size=2]
+      short:
+        overrides: [recipe=real, data.context_length=32, data.batch_size=4]
+    reference: short
+    seeds: [1]
+    common: ["evaluation.context_lengths=[64]", "evaluation.masks=[megadoc]"]
+    tuning:
+      sizes: [1.0]
+      runs: 1
+      grid:
+        recipe.epochs: choice(1)
+"""
+
+
+def test_a_study_by_submitit(start: Start, corpus: str, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "study").mkdir(parents=True)
+    (tmp_path / "conf" / "study" / "contexts.yaml").write_text(STUDY)
+    own = {"data.context_length", "experiment"}  # the arms have theirs
+    words = [word for word in TINY if word.partition("=")[0] not in own]
+    words += [f"data.root={corpus}", "output=runs", "launcher=slurm", "tracking.num_evaluations=1"]
+    words = ["--config-dir=conf", "-m", "study=contexts", *words]
+    said = start("train.py", *words).wait()
+    assert "Not known yet: with one seed long differs from short by " in said
+    assert len(losses(tmp_path / "runs")) == 4  # a search and a final run of each arm
+
+
 def test_a_folder_that_a_node_sees_late(
     start: Start, slurm: Slurm, streams: Path, tmp_path: Path
 ) -> None:

@@ -241,5 +241,7 @@ def axis_values(override: Override) -> list[float]:
     """
     values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
     if not all(isinstance(value, int | float) for value in values):
-        raise ValueError(f"the axis {override.input_line} must be a list of numbers")
+        raise ValueError(
+            f"the axis {override.input_line} must be a list of numbers: 0.5,1 or choice(1)"
+        )
     return [float(value) for value in values]  # type: ignore[arg-type]
