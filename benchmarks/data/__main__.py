@@ -234,13 +234,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, default=RESULTS / "data-2-core-cpu.json")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        loading = measure_loading(Path(folder), options.loading) if options.loading else {}
         rows = [
             measure_size(documents, Path(folder), not options.no_peers)
             for documents in options.documents
         ]
         memory = [measure_memory(documents, Path(folder)) for documents in options.memory]
         plans = {name: measured(plan_costs, Path(folder), name) for name in PLANS}
-        loading = measure_loading(Path(folder), options.loading) if options.loading else {}
     from benchmarks.timing import processor  # imports torch, which none of the processes should
 
     result = {

@@ -56,10 +56,12 @@ def text_of(words: int, start: int = 0) -> str:
     return f"Note {start}: " + " ".join(WORDS[(i * i + start) % len(WORDS)] for i in range(words))
 
 
-def with_client(target: Target, use: Callable[[ChatClient], Coroutine[Any, Any, Any]]) -> Any:
+def with_client(
+    target: Target, use: Callable[[ChatClient], Coroutine[Any, Any, Any]], **extra_body: Any
+) -> Any:
     async def run() -> Any:
         routing = Routing([target.url], 60.0)
-        async with ChatClient(routing, target.model, 64, 300.0, 2) as client:
+        async with ChatClient(routing, target.model, 64, 300.0, 2, extra_body=extra_body) as client:
             return await use(client)
 
     return asyncio.run(run())
@@ -161,7 +163,8 @@ def test_a_request_that_is_given_up_stops_running(target: Target) -> None:
         request.cancel()
         return seen
 
-    assert with_client(target, give_up) > 0
+    # A random model may end its answer at once, before the server has counted it.
+    assert with_client(target, give_up, ignore_eos=True) > 0
     wait_until(lambda: running() == 0, seconds=60)
 
 
