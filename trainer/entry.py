@@ -26,6 +26,8 @@ from trainer.stop import Stopped, hand_on
 
 Result = TypeVar("Result")
 
+# Hydra copies the schemas, which nothing changes, for each of the ninety groups that --help lists.
+ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 

@@ -12,14 +12,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trainer.files import read_sealed, write_sealed
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 SHINGLE = 5  # words
 THRESHOLD = 0.8  # Jaccard similarity of the sets of shingles
@@ -110,6 +112,8 @@ def find(training: Iterable[Text], held_out: Iterable[Text], action: str) -> Nea
     """
     known = {document.id: shingles(document.text) for document in held_out}
     found = NearDuplicates(action, len(known))
+    from datasketch import MinHashLSH  # half a second, for SciPy
+
     index = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS)
     for name, hashes in tqdm(known.items(), desc="held-out", unit="doc", leave=False):
         index.insert(name, signature(hashes))
@@ -166,6 +170,8 @@ def mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def signature(hashes: NDArray[np.uint64]) -> MinHash:
     """MinHash of a set of shingles."""
+    from datasketch import MinHash
+
     made = MinHash(num_perm=PERMUTATIONS, hashfunc=int)  # they are hashes already
     made.update_batch((hashes >> np.uint64(32)).tolist())
     return made

@@ -18,7 +18,6 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -177,6 +176,8 @@ class Export:
 
     def export_store(self, store: GenerationStore, folder: Path) -> Part:
         """Every document with its generations of one method."""
+        import pyarrow.dataset as ds  # and with it pandas
+
         name = store.folder.name
         part = Part(name, store.settings(), store.imported)
         with connect(folder) as connection:
