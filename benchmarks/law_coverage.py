@@ -5,8 +5,9 @@
 10,000 random power laws are fitted to their own exact values. Then 1,000 studies are planted: a
 power law, 3 to 8 sizes of corpus, one to three seeds with normal noise, in a third of the studies
 one loss that is off by 5 to 20 times the noise. For each the 95 % intervals of the curve and of a
-recipe's data efficiency are asked for, and whether the planted value lies inside. One core is
-enough. What was found is kept beside the result as it is found, so a call that was ended goes on.
+recipe's data efficiency are asked for, and whether the planted value lies inside; then of a recipe
+one of whose own losses is as far off. One core is enough. What was found is kept beside the result
+as it is found, so a call that was ended goes on.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from tabulate import tabulate
 
 from benchmarks.timing import arguments, write_results
 from trainer.files import sha256
-from trainer.study import laws, scaling_laws
+from trainer.study import laws, points, scaling_laws
 from trainer.study.laws import POWER
-from trainer.study.scaling_laws import Points, data_efficiency, fit_law
+from trainer.study.points import Points
+from trainer.study.scaling_laws import data_efficiency, fit_law
 
 LARGEST = 1.6e9  # tokens of the largest planted corpus
 
@@ -46,34 +48,35 @@ def exact_law(number: int) -> float:
 def planted_study(number: int) -> dict[str, Any]:
     """One study and which of its intervals hold the planted value; None where there is none."""
     generator = np.random.default_rng((1, number))
-    points, seeds = int(generator.integers(3, 9)), int(generator.integers(1, 4))
+    sizes, seeds = int(generator.integers(3, 9)), int(generator.integers(1, 4))
     exponent, asymptote = generator.uniform(0.15, 0.6), generator.uniform(1.0, 3.0)
-    x = LARGEST / 2.0 ** np.arange(points)[::-1]
+    x = LARGEST / 2.0 ** np.arange(sizes)[::-1]
     values = np.array([generator.uniform(0.3, 2.0) * x[0] ** exponent, asymptote, exponent])
     noise = 10 ** generator.uniform(-3.3, -2)
-    losses = POWER.predict(values, x[:, None])[:, None] + generator.normal(
-        0, noise, (points, seeds)
-    )
+    losses = POWER.predict(values, x[:, None])[:, None] + generator.normal(0, noise, (sizes, seeds))
     outlier = bool(generator.random() < 1 / 3)
     if outlier:
         far = noise * generator.uniform(5, 20) * generator.choice((-1, 1))
-        losses[generator.integers(points), generator.integers(seeds)] += far
+        losses[generator.integers(sizes), generator.integers(seeds)] += far
     fit = fit_law(POWER, Points(x, losses), replicates=200, seed=0)
-    base = x[points // 2]
+    base = x[sizes // 2]
     factor = generator.uniform(1.1, 1.9)
     loss = POWER.predict(values, np.array([[base * factor]]))[0]
     recipe = loss + generator.normal(0, noise, seeds)
     interval = data_efficiency(fit, recipe.tolist(), base).interval
-    middle = np.array([x[points // 2] * 1.4])
+    recipe[0] += noise * generator.uniform(5, 20) * generator.choice((-1, 1))
+    beside = data_efficiency(fit, recipe.tolist(), base).interval
+    middle = np.array([x[sizes // 2] * 1.4])
     low, high = fit.predict_interval(middle)
     truth = POWER.predict(values, middle[:, None])[0]
     asked = bool(np.isfinite(low[0]))
     return {
-        "points": points,
+        "points": sizes,
         "seeds": seeds,
         "outlier": outlier,
         "curve": bool(low[0] <= truth <= high[0]) if asked else None,
         "efficiency": bool(interval.low <= factor <= interval.high) if asked else None,
+        "recipe_off": bool(beside.low <= factor <= beside.high) if asked else None,
         "width": float(interval.high - interval.low) if asked else None,
     }
 
@@ -94,6 +97,7 @@ def coverage(studies: list[dict[str, Any]]) -> dict[str, Any]:
             "studies": len(group),
             "curve": round(float(np.mean([one["curve"] for one in group])), 3),
             "efficiency": round(float(np.mean([one["efficiency"] for one in group])), 3),
+            "recipe_off": round(float(np.mean([one["recipe_off"] for one in group])), 3),
             "median_width": round(float(np.median([one["width"] for one in group])), 4),
         }
         for name, group in sorted(groups.items())
@@ -112,8 +116,8 @@ def kept(file: Path, count: int, work: Callable[[int], Any]) -> list[Any]:
 
 def version() -> str:
     """Changes with the code that fits and the code that plants."""
-    sources = [Path(str(module.__file__)) for module in (laws, scaling_laws)] + [Path(__file__)]
-    return hashlib.sha256("".join(map(sha256, sources)).encode()).hexdigest()[:8]
+    modules = [Path(str(module.__file__)) for module in (laws, points, scaling_laws)]
+    return hashlib.sha256("".join(map(sha256, [*modules, Path(__file__)])).encode()).hexdigest()[:8]
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ from trainer.study import paper
 from trainer.study.figures import label_of, row
 from trainer.study.laws import POWER, REPEATED_DATA
 from trainer.study.page import Drawing, Missing, colour, legend, log_ticks, marker, new_figure
+from trainer.study.points import Points
 from trainer.study.runs import Group, Study, best_by
 from trainer.study.scaling_laws import (
     DataEfficiency,
     Fit,
-    Points,
     choose_law,
     data_efficiency,
     fit_law,

@@ -20,58 +20,22 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
 from trainer.study.laws import POWER, Law
+from trainer.study.points import (
+    EXACT,
+    Noise,
+    Points,
+    estimate_noise,
+    leave_out_outliers,
+    noise_of,
+)
 
 HUBER_DELTA = 1e-3  # of log-residuals, as in Hoffmann et al.
 STARTS = 3  # of the grid, refined in full
 STEP = 1e-7  # of the logarithm of a shape, in forward differences
 TOLERANCE = 1e-13  # relative; scipy's 1e-8 stops where residuals are 1e-8 and A, B, C still far off
-EXACT = 1e-9  # relative misses below which points lie on a law
 REPLICATES = 200
 LEVEL = 0.95
 SMALLEST = 1e-12  # stands for a coefficient of 0, which has no logarithm
-
-
-@dataclass(frozen=True)
-class Points:
-    """Measured losses: ``inputs [n, k]``, and for each point one loss a seed, nats per token.
-
-    Raises:
-        ValueError: a loss or an input is not finite and positive, or a point has no loss.
-    """
-
-    inputs: NDArray[np.float64]
-    losses: Sequence[Sequence[float]] | NDArray[np.float64]
-
-    def __post_init__(self) -> None:
-        inputs = np.asarray(self.inputs, dtype=np.float64)
-        object.__setattr__(self, "inputs", inputs[:, None] if inputs.ndim == 1 else inputs)
-        if len(self.inputs) != len(self.losses) or not all(len(seeds) for seeds in self.losses):
-            raise ValueError(
-                f"{len(self.inputs)} points with losses of {[len(s) for s in self.losses]} seeds; "
-                "every point needs at least one loss"
-            )
-        for values, seeds in zip(self.inputs, self.losses, strict=True):
-            for value in (*values, *seeds):
-                if not (math.isfinite(value) and value > 0):
-                    raise ValueError(
-                        f"the point {values.tolist()} with losses {list(seeds)} holds {value}; a "
-                        "law is fitted to finite numbers above 0: leave that run out or redo it"
-                    )
-
-    @property
-    def rows(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """One row a seed: inputs ``[m, k]`` and losses ``[m]``."""
-        counts = [len(seeds) for seeds in self.losses]
-        return np.repeat(self.inputs, counts, axis=0), np.concatenate(
-            [np.asarray(seeds, dtype=np.float64) for seeds in self.losses]
-        )
-
-    def distinct(self) -> int:
-        return len(np.unique(self.inputs, axis=0))
-
-    def without(self, index: int) -> Points:
-        keep = [place for place in range(len(self.losses)) if place != index]
-        return Points(self.inputs[keep], [self.losses[place] for place in keep])
 
 
 @dataclass(frozen=True)
@@ -84,29 +48,6 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{self.level:.0%} interval {self.low:.4g} to {self.high:.4g}"
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Residuals to draw from, in nats, and the degrees of freedom they rest on."""
-
-    residuals: NDArray[np.float64]  # [m], scaled to be unbiased
-    freedom: int
-    source: str  # seeds or points
-
-    def draw(
-        self, generator: np.random.Generator, rows: int, replicates: int
-    ) -> NDArray[np.float64]:
-        """``[replicates, rows]``.
-
-        Every replicate is widened by ``sqrt(f / chi2_f)``: few residuals do not know their own
-        spread well, and without it intervals from three seeds would be far too narrow (this is
-        what turns a normal interval into Student's).
-        """
-        chosen = generator.choice(self.residuals, (replicates, rows))
-        widen = np.sqrt(self.freedom / generator.chisquare(self.freedom, (replicates, 1)))
-        drawn: NDArray[np.float64] = chosen * widen
-        return drawn
 
 
 @dataclass(frozen=True)
@@ -166,7 +107,8 @@ def fit_law(law: Law, points: Points, *, replicates: int = REPLICATES, seed: int
 
     With several seeds the noise is their spread around each point's mean, pooled over the points;
     with one seed it is the distance of the points from the law. Either is resampled, added to the
-    fitted curve at every measured place, and refitted.
+    fitted curve at every measured place, and refitted. A loss far from the other seeds of its point
+    is left out of both, and named in the warnings.
 
     Raises:
         ValueError: fewer distinct points than parameters, or points with as many columns as the
@@ -182,13 +124,13 @@ def fit_law(law: Law, points: Points, *, replicates: int = REPLICATES, seed: int
             f"parameters of the {law.name} ({law.formula}); measure at least "
             f"{len(law.parameters)}, better {len(law.parameters) + 2}"
         )
+    points, warnings = leave_out_outliers(law, points)
     inputs, losses = points.rows
     starts = grid_starts(law, inputs, losses)[:STARTS]
     starts.append(least_squares_start(law, inputs, losses, starts[0]))
     values = refine(law, inputs, losses, starts)
     fitted = law.predict(values, inputs)
     noise = estimate_noise(law, points, losses - fitted)
-    warnings = []
     samples = np.empty((0, len(values)))
     if noise is None:
         warnings.append(
@@ -225,21 +167,6 @@ def rises(points: Points) -> bool:
     inputs, losses = points.rows
     x = np.log(inputs[:, 0])
     return float((x - x.mean()) @ (losses - losses.mean())) >= 0
-
-
-def estimate_noise(law: Law, points: Points, residuals: NDArray[np.float64]) -> Noise | None:
-    """Pooled spread of the seeds; of the points around the law where there is one seed each."""
-    several = [np.asarray(seeds) for seeds in points.losses if len(seeds) > 1]
-    if several:
-        scaled = [
-            (seeds - seeds.mean()) * math.sqrt(len(seeds) / (len(seeds) - 1)) for seeds in several
-        ]
-        freedom = sum(len(seeds) - 1 for seeds in several)
-        return Noise(np.concatenate(scaled), freedom, "seeds")
-    freedom = len(residuals) - len(law.parameters)
-    if freedom < 1:
-        return None
-    return Noise(residuals * math.sqrt(len(residuals) / freedom), freedom, "points")
 
 
 def grid_starts(
@@ -450,11 +377,18 @@ def data_efficiency(
     equivalent = float(invert_power_law(fit.values, loss))
     amplitude, asymptote, exponent = fit.values
     samples = np.empty(0)
+    warnings = list(fit.warnings)
     if fit.noise is not None and len(fit.replicates):
         generator = np.random.default_rng(seed)
-        noise = fit.noise.draw(generator, len(losses), len(fit.replicates)).mean(axis=1)
+        own = noise_of(losses, fit.noise)
+        if own is not fit.noise:
+            warnings.append(
+                f"its seeds differ by {np.std(losses, ddof=1):.4f} nats where those of the law "
+                f"differ by {np.sqrt(np.mean(fit.noise.residuals**2)):.4f}, so the interval rests "
+                "on its seeds alone: look at these runs"
+            )
+        noise = own.draw(generator, len(losses), len(fit.replicates)).mean(axis=1)
         samples = invert_power_law(fit.replicates, loss + noise) / reference_tokens
-    warnings = list(fit.warnings)
     measured = fit.points.inputs[:, 0]
     if math.isinf(equivalent):
         warnings.append(

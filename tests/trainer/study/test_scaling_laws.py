@@ -16,8 +16,8 @@ from trainer.study.laws import (
     REPEATED_DATA,
     Law,
 )
+from trainer.study.points import Points
 from trainer.study.scaling_laws import (
-    Points,
     choose_law,
     data_efficiency,
     fit_law,
