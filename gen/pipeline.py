@@ -44,7 +44,7 @@ from gen.megadocs.work import Work
 from gen.prompts import MethodConfig
 from gen.quality.gates import QualityConfig, ReportConfig
 from gen.serving.servers import GeneratorConfig, serving
-from trainer.config.fields import check_bounds, group, setting
+from trainer.config.fields import Place, check_bounds, group, setting
 from trainer.files import only_one
 from trainer.stop import Stopped, stopping_at_once
 
@@ -60,16 +60,20 @@ class GenerateConfig:
     task: str = setting(
         "all", "What is done; all: the corpus, generations, streams.", choices=TASKS
     )
-    root: str = setting("data/pydoc", "Corpus folder: documents, generations, streams.")
+    root: str = setting(
+        "data/pydoc", "Corpus folder: documents, generations, streams.", place=Place.here
+    )
     export: str | None = setting(
         None,
         "Instead of a task: write documents, generations and megadocs of root to this new folder, "
         "as Parquet that datasets.load_dataset opens.",
+        place=Place.here,
     )
     upload: str | None = setting(
         None,
         "Instead of a task: send the streams and the tokenizer of root there (s3://..., gs://...), "
         "where train.py data.root= reads them.",
+        place=Place.anywhere,
     )
     corpus: CorpusConfig = group(CorpusConfig, "Where the real documents come from.")
     tokenizer: TokenizerConfig = group(TokenizerConfig, "What the streams are written with.")

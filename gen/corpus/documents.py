@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from gen.corpus import near_duplicates
 from gen.corpus.files import files_below, lines_of, parquet_rows, whole_text
-from trainer.config.fields import setting
+from trainer.config.fields import Place, setting
 from trainer.data.format import describe, verify
 from trainer.files import read_sealed, replace_file, write_sealed
 
@@ -43,7 +43,9 @@ class CorpusConfig:
         "What the documents are read from; import: the files of generator=import.",
         choices=("pydoc", "text", "jsonl", "parquet", "huggingface", "import"),
     )
-    path: str | None = setting(None, "Folder, file, or the name of a Hugging Face dataset.")
+    path: str | None = setting(
+        None, "Folder, file, or the name of a Hugging Face dataset.", place=Place.anywhere
+    )
     pattern: str = setting("*.txt", "text: which files of the folder.")
     text_column: str = setting("text", "Column or key of the text.")
     id_column: str | None = setting(None, "Column or key of the id; null: a hash of the text.")

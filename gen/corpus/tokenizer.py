@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trainer.config.fields import setting
+from trainer.config.fields import Place, setting
 from trainer.files import DamagedFileError, read_sealed, replace_file, sha256, write_sealed
 
 
@@ -22,7 +22,9 @@ class TokenizerConfig:
         "bpe (byte-level, trained on the training documents), a file, or one from the hub.",
         choices=("bpe", "file", "hub"),
     )
-    path: str | None = setting(None, "file: a tokenizers JSON file; hub: a model name.")
+    path: str | None = setting(
+        None, "file: a tokenizers JSON file; hub: a model name.", place=Place.here
+    )
     vocab_size: int = setting(4096, "bpe: tokens of the vocabulary.", unit="tokens", at_least=1)
     eos_token: str = setting("<|endoftext|>", "Ends every document; must be in the vocabulary.")
 

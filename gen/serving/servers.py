@@ -22,7 +22,7 @@ from gen.client.connection import Connection, api_of, check_secrets, proxy_for, 
 from gen.serving import sglang_environment
 from gen.serving.sglang import SglangConfig
 from gen.serving.supervisor import SupervisedServer, free_port
-from trainer.config.fields import check_bounds, group, setting
+from trainer.config.fields import Place, check_bounds, group, setting
 from trainer.files import only_one
 
 logger = logging.getLogger(__name__)
@@ -60,12 +60,13 @@ class GeneratorConfig:
         "Added to every request: top_k, min_p, repetition_penalty, chat_template_kwargs, ...",
     )
     ca_file: str | None = setting(
-        None, "Certificates of the authority that signed the servers' own."
+        None, "Certificates of the authority that signed the servers' own.", place=Place.here
     )
     tokenizer: str | None = setting(
         None,
         "Counts prompts where servers have no /tokenize: a tokenizer.json, a folder with one, or a "
         "name at the hub; null: their bytes are counted, three to a token.",
+        place=Place.here,
     )
     thinking_tokens: int = setting(
         0,

@@ -42,6 +42,32 @@ def test_a_choice_of_ones_own_may_have_any_name(how: str, tmp_path: Path) -> Non
     assert "\nseed: 7\n" in composed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train.py", "data.root=file:///data/my%20corpus"],
+            "data.root=file:///data/my%20corpus names a path of this machine: write "
+            "data.root=/data/my corpus",
+        ),
+        (["train.py", "output=s3://bucket/runs"], "output=s3://bucket/runs must be a path of"),
+        (["generate.py", "root=s3://bucket/corpus"], "root=s3://bucket/corpus must be a path of"),
+        (["generate.py", "upload=file:///mnt/x"], "machine: write upload=/mnt/x"),
+        (["evaluate.py", "runs=[gs://bucket/run]"], "runs=gs://bucket/run must be a path of"),
+        (["evaluate.py", "runs=[a]", "sets=[file:///data/val]"], "machine: write sets=/data/val"),
+        (["report.py", "runs=s3://bucket/runs"], "runs=s3://bucket/runs must be a path of"),
+    ],
+)
+def test_a_uri_where_a_path_belongs_is_refused_and_makes_no_folder(
+    arguments: list[str], message: str
+) -> None:
+    done = run_script(*arguments, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(REPOSITORY.glob("*:"))  # such as s3:, where nobody looks
+
+
 def test_a_key_that_there_is_not() -> None:
     done = run_script("train.py", "+misspelt=1", check=False)
     assert done.returncode == 1

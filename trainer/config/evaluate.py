@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from trainer.config.fields import check_bounds, required_list, setting
+from trainer.config.fields import Place, check_bounds, required_list, setting
 
 
 class Mean(enum.Enum):
@@ -19,17 +19,23 @@ class Mean(enum.Enum):
 class EvaluateConfig:
     """What is evaluated."""
 
-    runs: list[str] = required_list("Run folders; several: an ensemble.")
+    runs: list[str] = required_list("Run folders; several: an ensemble.", place=Place.here)
     mean: Mean = setting(Mean.logits, "What an ensemble averages: logits or probabilities.")
     validation: str | None = setting(
-        None, "Held-out stream, by name or folder; null: the first run's."
+        None, "Held-out stream, by name or folder; null: the first run's.", place=Place.anywhere
     )
-    sets: list[str] = setting([], "More text sets: streams by name or folder.")
+    sets: list[str] = setting(
+        [], "More text sets: streams by name or folder.", place=Place.anywhere
+    )
     tasks: list[str] = setting([], "Tasks of lm-eval, for a single run.")
-    task_folder: str | None = setting(None, "Folder with lm-eval task files of your own.")
+    task_folder: str | None = setting(
+        None, "Folder with lm-eval task files of your own.", place=Place.here
+    )
     task_limit: int | None = setting(None, "Questions of each task; null: all.", at_least=1)
-    export: str | None = setting(None, "Write this run as a Hugging Face folder instead.")
-    output: str | None = setting(None, "Also write the scores to this JSON file.")
+    export: str | None = setting(
+        None, "Write this run as a Hugging Face folder instead.", place=Place.here
+    )
+    output: str | None = setting(None, "Also write the scores to this JSON file.", place=Place.here)
 
     def check(self) -> None:
         """Raise ValueError where options do not fit together."""

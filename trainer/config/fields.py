@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from omegaconf import MISSING
 
@@ -54,6 +56,13 @@ class Bounds:
         return f"in {opening}{low:g}, {high:g}{closing}"
 
 
+class Place(enum.Enum):
+    """Where a path may lead."""
+
+    here = "here"  # this machine, or a folder it shares
+    anywhere = "anywhere"  # also what a URI names
+
+
 def setting(
     default: Any,
     meaning: str,
@@ -64,6 +73,7 @@ def setting(
     below: float | None = None,
     at_most: float | None = None,
     choices: Sequence[str] = (),
+    place: Place | None = None,
 ) -> Any:
     """A dataclass field with its meaning, its unit and the values that are allowed.
 
@@ -73,12 +83,14 @@ def setting(
         unit: of the number, such as ``tokens`` or ``seconds``.
         above, at_least, below, at_most: bounds of a number, checked by :func:`check_bounds`.
         choices: the allowed strings, where an Enum would be too much.
+        place: of a path: where it may lead.
     """
     metadata = {
         "meaning": meaning,
         "unit": unit,
         "bounds": Bounds(above, at_least, below, at_most),
         "choices": tuple(choices),
+        "place": place,
     }
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy(default), metadata=metadata)
@@ -90,9 +102,10 @@ def group(schema: type, meaning: str) -> Any:
     return field(default_factory=schema, metadata={"meaning": meaning})
 
 
-def required_list(meaning: str) -> Any:
+def required_list(meaning: str, place: Place | None = None) -> Any:
     """A list without a default: Hydra asks for it where it is missing."""
-    return field(default_factory=lambda: MISSING, metadata={"meaning": meaning})
+    metadata = {"meaning": meaning, "bounds": Bounds(), "choices": (), "place": place}
+    return field(default_factory=lambda: MISSING, metadata=metadata)
 
 
 def size_in_bytes(text: str | None, name: str) -> int | None:
@@ -131,6 +144,20 @@ def check_bounds(config: Any, prefix: str = "") -> None:
                     raise ValueError(f"{key}={value} {verb} {wanted}: {meaning}")
             elif choices and single not in choices:
                 raise ValueError(f"{key}={value} is not one of {', '.join(choices)}: {meaning}")
+            elif metadata["place"] is not None:
+                check_place(key, single, metadata["place"])
+
+
+def check_place(key: str, path: str, place: Place) -> None:
+    """Raise ValueError where a URI is no path, which would quietly be a folder ``s3:``."""
+    if path.startswith("file:"):
+        plain = url2pathname(urlsplit(path).path)
+        raise ValueError(f"{key}={path} names a path of this machine: write {key}={plain}")
+    if "://" in path and place is Place.here:
+        raise ValueError(
+            f"{key}={path} must be a path of this machine, or of a folder it shares with others; "
+            "URIs are for data.root, upload, import.path and text sets"
+        )
 
 
 @dataclass(frozen=True)

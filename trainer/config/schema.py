@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trainer.config.estimate import TrainEstimate
-from trainer.config.fields import check_bounds, group, setting, size_in_bytes
+from trainer.config.fields import Place, check_bounds, group, setting, size_in_bytes
 from trainer.config.renamed import translated
 
 VERSION = 2  # of the keys that decide what is learnt; part of the hash
@@ -47,8 +47,12 @@ class Packing(enum.Enum):
 class DataConfig:
     """Where the streams lie and how they become batches."""
 
-    root: str = setting("data/pydoc", "Corpus folder written by generate.py, or its URL.")
-    validation: str = setting("val", "Held-out stream to evaluate on, by name or folder.")
+    root: str = setting(
+        "data/pydoc", "Corpus folder written by generate.py, or its URL.", place=Place.anywhere
+    )
+    validation: str = setting(
+        "val", "Held-out stream to evaluate on, by name or folder.", place=Place.anywhere
+    )
     share: float = setting(
         1.0,
         "Share of the training documents that is read, chosen by a hash of the id: the same ones "
@@ -80,7 +84,7 @@ class DataConfig:
     )
     order_seed: int = setting(42, "Seed of the order of the documents.", at_least=0, at_most=10**18)
     cache: str | None = setting(
-        None, "Local folder for the shards of a remote root; needed only then."
+        None, "Local folder for the shards of a remote root; needed only then.", place=Place.here
     )
     cache_limit: str | None = setting(
         None,
@@ -300,7 +304,9 @@ class OptimizerConfig:
 class DistillationConfig:
     """Teachers whose mean prediction the model learns beside the text."""
 
-    teachers: list[str] = setting([], "Run folders of the teachers; empty: plain training.")
+    teachers: list[str] = setting(
+        [], "Run folders of the teachers; empty: plain training.", place=Place.here
+    )
     alpha: float = setting(0.5, "Share of the teachers in the loss.", above=0, at_most=1)
 
 
@@ -454,9 +460,9 @@ class TrainConfig:
         at_most=10**18,
     )
     initial_weights: str | None = setting(
-        None, "Hugging Face Llama folder to start from; null: random weights."
+        None, "Hugging Face Llama folder to start from; null: random weights.", place=Place.here
     )
-    output: str = setting("runs", "Folder that holds the run folders.")
+    output: str = setting("runs", "Folder that holds the run folders.", place=Place.here)
     name: str | None = setting(None, "Run folder; null: the recipe and a hash of the config.")
 
     def check(self) -> None:

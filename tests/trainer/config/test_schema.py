@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from trainer.config.schema import TrainConfig, load_config, save_config
+from trainer.entry import program
 from trainer.run.inputs import run_dir_of
 
 CONF = str(Path(__file__).parents[3] / "conf" / "train")
 
 
 def composed(*overrides: str) -> TrainConfig:
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    program("train", TrainConfig)(lambda _: None)  # tells Hydra of the schema and of the log
     with initialize_config_dir(CONF, version_base="1.3"):
         config = OmegaConf.to_object(compose("config", list(overrides)))
     assert isinstance(config, TrainConfig)

@@ -105,14 +105,15 @@ NUMBERS: dict[str, list[Any]] = {
 }
 TEXTS: dict[str, list[Any]] = {
     "name": ["", ".", "..", "../x", "a/b"],
-    "output": ["", "/proc/none", "/dev/null"],
-    "data.root": ["", "nosuch", "/dev/null"],
+    "output": ["", "/proc/none", "/dev/null", "s3://bucket/runs", "file:///tmp/runs"],
+    "data.root": ["", "nosuch", "/dev/null", "file:///tmp/corpus"],
+    "data.cache": ["s3://bucket/cache"],
     "data.validation": ["", "nosuch", "../x"],
     "recipe.real_stream": ["nosuch", "../x"],
     "runtime.attention_backend": ["gluon", "cudnn"],
     "runtime.device": ["", "cuda:0", "meta", "mps", "nosuch"],
-    "initial_weights": ["", "nosuch", "/dev/null"],
-    "distillation.teachers": [["nosuch"], [""], ["/dev/null"]],
+    "initial_weights": ["", "nosuch", "/dev/null", "hf://llama"],
+    "distillation.teachers": [["nosuch"], [""], ["/dev/null"], ["gs://bucket/runs/a"]],
     "tracking.wandb_project": ["p"],
 }
 ODD = [
