@@ -48,17 +48,21 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 
 def run_script(
-    script: str, *arguments: str, check: bool = True, fresh: bool = False
+    script: str,
+    *arguments: str,
+    check: bool = True,
+    fresh: bool = False,
+    timeout: float = 280,
 ) -> subprocess.CompletedProcess[str]:
     """Run an entry point as a user would: ``fresh``, or but for its imports."""
     if fresh:
         command = [sys.executable, script, *arguments]
         done = subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False
+            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False
         )
     else:
         with Program(script, *arguments) as program:
-            output, errors = program.communicate(timeout=280)
+            output, errors = program.communicate(timeout=timeout)
         done = subprocess.CompletedProcess(program.arguments, program.wait(), output, errors)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

@@ -29,14 +29,27 @@ def split_document(text: str, pieces: int, tokenizer: Tokenizer) -> list[Piece]:
         fewer token borders.
     """
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    starts = [start for start, _ in encoding.offsets]
-    cuts, places = cut_places(starts, len(text), pieces)
+    cuts, places = cut_places(starts_in(encoding.offsets), len(text), pieces)
     return [
         Piece(text[place:end], encoding.ids[token:last])
         for (place, end), (token, last) in zip(
             itertools.pairwise(places), itertools.pairwise(cuts), strict=True
         )
     ]
+
+
+def starts_in(offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """The character at which each token starts, from where it starts and ends.
+
+    A token may begin with the rest of a character that the one before it began: that one's start
+    is then told for both, so that no cut falls between them.
+    """
+    starts: list[int] = []
+    covered = 0
+    for start, end in offsets:
+        starts.append(starts[-1] if start < covered else start)
+        covered = end
+    return starts
 
 
 def cut_places(starts: Sequence[int], characters: int, pieces: int) -> tuple[list[int], list[int]]:

@@ -12,6 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trainer.config.fields import Place, setting
 from trainer.files import DamagedFileError, read_sealed, replace_file, sha256, write_sealed
 
+# Bytes that tokens are learnt from in one piece: so many characters of two, three or four bytes.
+LONGEST_WORD = 4092
+
 
 @dataclass
 class TokenizerConfig:
@@ -148,7 +151,10 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             "end-of-text token"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # A run of 200,000 equal letters, learnt from whole, takes minutes.
+    pieces = pre_tokenizers.FixedLength(LONGEST_WORD)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -157,6 +163,7 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return tokenizer
 
 

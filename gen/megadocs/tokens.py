@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from gen.corpus.split import starts_in
 from gen.corpus.tokenizer import encode, plain
 from trainer.files import hash_file, is_whole, replace_file, sha256, write_hash
 
@@ -270,4 +271,4 @@ def add_part(folder: Path, texts: Sequence[str]) -> None:
 def starts_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """The character where each token of each text starts."""
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-    return [[start for start, _ in encoding.offsets] for encoding in encodings]
+    return [starts_in(encoding.offsets) for encoding in encodings]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import shlex
 import signal
 import socket
@@ -30,6 +31,7 @@ HEALTH_TIMEOUT = 30.0  # seconds
 HANGS_AFTER = 4  # unhealthy answers in a row
 STABLE_AFTER = 600.0  # seconds of health that give all restarts back
 LONGEST_PAUSE = 60.0  # seconds between restarts
+PORTS = 20_000, 32_768  # above Ray's workers, below outgoing connections (Linux, macOS, Windows)
 
 
 class ServerFailed(ValueError):
@@ -190,11 +192,17 @@ class SupervisedServer:
 
 
 def free_port() -> int:
-    """A port nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """A port nobody listens at, and that the system gives to no outgoing connection.
+
+    A server takes its port up to minutes later, and again when it is started anew; meanwhile
+    clients that look for it could be given the very port that they look at.
+    """
+    chooser = random.SystemRandom()  # a seeded one would give every process the same
+    while True:
+        port = chooser.randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def without_our_tree(environment: Mapping[str, str]) -> dict[str, str]:

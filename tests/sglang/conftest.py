@@ -13,6 +13,11 @@ from tests.gen.serving.target import Target
 from tests.sglang.tiny_llama import CONTEXT, write_tiny_llama
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Only what hangs is ended: SGLang takes half a minute to start, or several on a busy core."""
+    item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model's folder."""

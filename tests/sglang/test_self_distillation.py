@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from gen.generations.store import GenerationStore
 from tests.conftest import run_script
 from trainer.files import read_json
@@ -15,7 +13,6 @@ TRAINING = [
 ]
 
 
-@pytest.mark.timeout(1500)
 def test_a_student_of_a_model_trained_here(tmp_path: Path) -> None:
     root, runs, teacher = tmp_path / "data", tmp_path / "runs", tmp_path / "teacher"
     corpus = [*CORPUS, "tokenizer.vocab_size=400", f"root={root}"]
@@ -27,6 +24,7 @@ def test_a_student_of_a_model_trained_here(tmp_path: Path) -> None:
         *("generate.py", *corpus, "method=self", "method.generations=2", "method.max_tokens=24"),
         *("generator=sglang", f"generator.model={teacher}", "generator.sglang.device=cpu"),
         *("generator.context_length=64", "generator.threads=1", "streams.real_document=absent"),
+        timeout=3000,
     )
     rows = GenerationStore(root / "generations" / "self").read().to_pylist()
     assert {row["index"] for row in rows} == {0, 1}

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
@@ -14,7 +13,6 @@ from gen.serving.sglang_environment import folder
 from gen.serving.supervisor import SupervisedServer, free_port
 
 
-@pytest.mark.timeout(900)
 def test_a_job_runs_on_transformers_serve(
     tiny_llama: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -7,13 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from gen.corpus.split import split_text
+from gen.corpus.split import split_document, split_text
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer, encode, train_bpe
 
 CONFIG = TokenizerConfig(vocab_size=300)
 TEXTS = ["The cat sat on the mat. " * 20, "Zwölf Boxkämpfer jagen Viktor. 数学 🙂 " * 20]
 BPE = train_bpe(TEXTS, CONFIG)
 BPE.encode_special_tokens = True
+# Characters that end with the same byte: the likeliest pair is the end of one and the next's head.
+ALIKE = [chr(0x4E00 + 64 * place) for place in range(48)]
+STRADDLING = train_bpe(
+    ["".join(ALIKE[i * i % 47] for i in range(start, 2000)) for start in range(9)], CONFIG
+)
 
 
 @given(st.text())
@@ -36,6 +41,15 @@ def test_pieces_make_the_text_and_are_near_equal(text: str, pieces: int) -> None
             sizes[sum(end <= start for end in ends)] += 1
         assert max(sizes) - min(sizes) <= 1
         assert sizes == sorted(sizes, reverse=True)
+
+
+@settings(max_examples=200)
+@given(st.text([*ALIKE, "a"], min_size=1, max_size=60), st.integers(2, 9))
+def test_no_cut_falls_inside_a_character(text: str, pieces: int) -> None:
+    """This tokenizer's tokens hold the end of one character and the beginning of the next."""
+    cut = split_document(text, pieces, STRADDLING)
+    assert "".join(piece.text for piece in cut) == text
+    assert all(STRADDLING.decode(piece.tokens) == piece.text for piece in cut)
 
 
 def test_training_twice_gives_the_same_file() -> None:

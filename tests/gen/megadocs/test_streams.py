@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,30 @@ def test_samples_and_manifest_agree(root: Path, kind: str) -> None:
         assert sample["tokens"][-1] == manifest["eos_id"]
         member_lengths.extend(np.diff([0, *sample["member_ends"]]))
     assert member_lengths == np.load(folder / "member_lengths.npy").tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("letter", ["a", "字"])
+def test_a_run_of_equal_letters_hangs_nothing(tmp_path: Path, letter: str) -> None:
+    """Learning tokens from 200,000 of the second one in one piece took over seven minutes."""
+    documents = [Document("run", letter * 200_000), *DOCUMENTS]
+    for method in ("rephrase", "latent"):
+        store = GenerationStore.of_method(tmp_path, method, 1, method == "latent")
+        store.claim({})
+        rows = [replace(generation(d, method, 0), text=d.text) for d in documents]
+        store.append(rows, 0)
+    settings = TokenizerConfig(vocab_size=320)
+    tokenizer, vocabulary = build_tokenizer(settings, tmp_path, [d.text for d in documents])
+    for kind, method in (("real", "rephrase"), ("stitched", "rephrase"), ("latent", "latent")):
+        manifest = build_stream(
+            *(kind, method, 1, documents, "h", tokenizer, vocabulary),
+            *(StreamConfig(), QualityConfig(), tmp_path),
+        )
+        dataset = LocalDataset(str(tmp_path / "streams" / manifest["name"]))
+        samples = [dataset[place] for place in range(len(dataset))]
+        run = [one for one in samples if one["provenance"]["document_id"] == "run"]
+        letters = sum(tokenizer.decode(one["tokens"].tolist()).count(letter) for one in run)
+        assert letters == (1 if kind == "real" else 2) * 200_000
 
 
 def test_members_end_with_the_separator(root: Path) -> None:

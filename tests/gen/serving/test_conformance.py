@@ -9,6 +9,7 @@ SGLang needs --enable-metrics --enable-cache-report.
 
 import asyncio
 import time
+import uuid
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, train_bpe
 from gen.generations.job import run_job
 from gen.prompts import MethodConfig
-from gen.serving.load import parse_load
+from gen.serving.load import parse_load, read_samples
 from gen.serving.servers import GeneratorConfig, check_model, serving
-from tests.conftest import wait_until
 from tests.gen.serving.target import Target
 
 pytestmark = pytest.mark.server
@@ -51,8 +51,18 @@ WORDS = [
 ]
 
 
-def text_of(words: int, start: int = 0) -> str:
-    """Different starts share no prefix."""
+# What a server has written since its start: counted as it writes, or at the end of an answer.
+GENERATED = (
+    "sglang:generation_tokens_total",
+    "vllm:generation_tokens_total",
+    "llamacpp:tokens_predicted_total",
+)
+FULL_LENGTH = {"ignore_eos": True}  # a model may end its answer at any token
+
+
+def fresh_text(words: int) -> str:
+    """A text that shares no prefix with any other, of this run or an earlier one."""
+    start = uuid.uuid4().int % 10**12
     return f"Note {start}: " + " ".join(WORDS[(i * i + start) % len(WORDS)] for i in range(words))
 
 
@@ -84,7 +94,9 @@ def test_it_is_healthy_and_lists_its_model(target: Target) -> None:
 
 
 def test_an_answer_has_text_reason_and_counts(target: Target) -> None:
-    answer = with_client(target, lambda client: chat(client, "Tell me a long story.", 5))
+    answer = with_client(
+        target, lambda client: chat(client, "Tell me a long story.", 5), **FULL_LENGTH
+    )
     assert answer.text
     assert answer.finish_reason == "length"
     assert answer.completion_tokens == 5
@@ -103,13 +115,13 @@ def test_plain_completions_without_a_chat_template(target: Target) -> None:
             seed=1,
         )
 
-    answer = with_client(target, plain)
+    answer = with_client(target, plain, **FULL_LENGTH)
     assert answer.completion_tokens == 4
     assert answer.prompt_tokens < 10
 
 
 def test_a_prompt_that_was_just_sent_comes_from_the_cache(target: Target) -> None:
-    text = text_of(150, start=int(time.time()) % 10_000)
+    text = fresh_text(150)
 
     async def twice(client: ChatClient) -> tuple[Completion, Completion]:
         return await chat(client, text, 1, seed=1), await chat(client, text, 1, seed=2)
@@ -129,7 +141,7 @@ def test_seeds_give_different_texts(target: Target) -> None:
 
 def test_a_prompt_longer_than_the_context_is_refused(target: Target) -> None:
     with pytest.raises(PromptTooLong):
-        with_client(target, lambda client: chat(client, text_of(2 * target.context_length), 1))
+        with_client(target, lambda client: chat(client, fresh_text(2 * target.context_length), 1))
 
 
 def test_tokens_are_counted(target: Target) -> None:
@@ -148,24 +160,36 @@ def test_its_queue_is_shown(target: Target) -> None:
     assert load.waiting >= 0
 
 
-def test_a_request_that_is_given_up_stops_running(target: Target) -> None:
-    def running() -> float:
-        load = parse_load(httpx.get(f"{target.url}/metrics", timeout=30.0).text)
+def test_requests_that_are_given_up_stop_running(target: Target) -> None:
+    """A server that ran them to their end would write all of their tokens, and count them."""
+    room, count = target.context_length - 100, 6
+
+    def page() -> str:
+        return httpx.get(f"{target.url}/metrics", timeout=60.0).text
+
+    def generated() -> float:
+        return sum(read_samples(page(), GENERATED).values())
+
+    def busy() -> bool:
+        load = parse_load(page())
         assert load is not None
-        return load.running + load.waiting
+        return load.running + load.waiting > 0
 
-    async def give_up(client: ChatClient) -> float:
-        room = target.context_length - 100
-        request = asyncio.create_task(chat(client, "Count from one to ten thousand.", room))
-        deadline = time.monotonic() + 60
-        while (seen := await asyncio.to_thread(running)) == 0 and time.monotonic() < deadline:
+    async def give_up(client: ChatClient) -> bool:
+        texts = [f"Count from {number} to ten thousand." for number in range(count)]
+        requests = [asyncio.create_task(chat(client, text, room)) for text in texts]
+        while not await asyncio.to_thread(busy):  # SGLang tells every 40 tokens
             await asyncio.sleep(0.05)
-        request.cancel()
-        return seen
+        for request in requests:
+            request.cancel()
+        answers = await asyncio.gather(*requests, return_exceptions=True)
+        return all(isinstance(answer, asyncio.CancelledError) for answer in answers)
 
-    # A random model may end its answer at once, before the server has counted it.
-    assert with_client(target, give_up, ignore_eos=True) > 0
-    wait_until(lambda: running() == 0, seconds=60)
+    before = generated()
+    assert with_client(target, give_up, **FULL_LENGTH), "answered before they were given up"
+    while busy():
+        time.sleep(3)  # llama.cpp looks after clients once it has answered nobody for a second
+    assert generated() - before < 0.75 * count * room
 
 
 def test_the_prompts_of_siblings_come_from_the_cache(target: Target, tmp_path: Path) -> None:
@@ -180,7 +204,7 @@ def test_the_prompts_of_siblings_come_from_the_cache(target: Target, tmp_path: P
         concurrency=max(2, target.siblings),
         siblings_in_flight=target.siblings,
     )
-    documents = [Document(f"d{i}", text_of(120, start=i + 20_000)) for i in range(4)]
+    documents = [Document(f"d{i}", fresh_text(120)) for i in range(4)]
     tokenizer = train_bpe([], TokenizerConfig(vocab_size=257))
     session = run_job(method, config, documents, tokenizer, tmp_path, serving)
     assert session.generations == generations * len(documents)
