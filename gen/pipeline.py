@@ -33,6 +33,7 @@ from gen.exchange.config import ImportConfig
 from gen.exchange.export import Export
 from gen.exchange.importing import Import
 from gen.exchange.upload import upload
+from gen.generations.allocation import allotment
 from gen.generations.job import run_job
 from gen.generations.sessions import Session
 from gen.generations.status import JOBS, status
@@ -137,6 +138,8 @@ def run_task(config: GenerateConfig) -> None:
         return
     config.generator.check()
     config.streams.check()
+    if config.method.by_loss:
+        check_by_loss(config)
     if config.generator.kind == "import":
         import_and_build(config, root)
         return
@@ -150,6 +153,26 @@ def run_task(config: GenerateConfig) -> None:
         generate_missing(config, corpus, root)
     if config.task in ("all", "streams", "corpus"):
         build_streams(config, corpus, root)
+
+
+def check_by_loss(config: GenerateConfig) -> None:
+    """Raise ValueError for streams that ``method.allocation=by_loss`` cannot make."""
+    wanted = config.streams.generations
+    if wanted and wanted != [config.method.generations]:
+        raise ValueError(
+            f"streams.generations={wanted}: with method.allocation=by_loss streams have the "
+            f"method's G={config.method.generations}, because every G is allotted differently"
+        )
+    if config.streams.methods:
+        raise ValueError(
+            f"streams.methods={config.streams.methods}: method.allocation=by_loss allots the "
+            "generations of one method"
+        )
+    if config.generator.kind == "import":
+        raise ValueError(
+            "generator=import takes the generations that there are; method.allocation=by_loss is "
+            "for a generator that makes them"
+        )
 
 
 def generate_missing(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
@@ -255,6 +278,9 @@ def cut_to_budget(documents: list[Document], budget: int, tokenizer: Tokenizer) 
 
 def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
     """``real``, ``val`` and the synthetic streams that the method's generations allow."""
+    allotted = None
+    if config.method.by_loss and config.task != "corpus":
+        allotted = allotment(config.method, corpus.train)
     with Work(config.streams.processes, config.streams.writer, config.streams.writers) as work:
         for kind, generations in streams_of(config, root):
             documents = corpus.val if kind == "val" else corpus.train
@@ -270,6 +296,7 @@ def build_streams(config: GenerateConfig, corpus: Corpus, root: Path) -> None:
                 config.quality,
                 root,
                 work,
+                allotted,
             )
 
 

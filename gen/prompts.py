@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from trainer.config.fields import check_bounds, setting
+from trainer.config.fields import Place, check_bounds, setting
 from trainer.data.format import is_variant
 
 FIELD = re.compile(r"\{(text|prefix|suffix|variant)\}")
@@ -19,6 +19,17 @@ class MethodConfig:
     name: str = setting("rephrase", "Folder of the generations; latent ones get their G added.")
     latent: bool = setting(False, "A thought for each of G cuts instead of G rewrites.")
     generations: int = setting(8, "G: generations a document.", unit="generations", at_least=1)
+    allocation: str = setting(
+        "uniform",
+        "uniform: G for every document; by_loss: G on the mean, more of them for documents whose "
+        "loss (losses) is high.",
+        choices=("uniform", "by_loss"),
+    )
+    losses: str | None = setting(
+        None,
+        "by_loss: what evaluate.py document_losses= wrote of a model on the real stream.",
+        place=Place.here,
+    )
     chat: bool = setting(
         True, "false: the prompt as it stands, for base models without a chat template."
     )
@@ -55,9 +66,24 @@ class MethodConfig:
             )
         if is_variant(self.name):
             raise ValueError(
-                f"method.name={self.name!r} would be taken for the place of the real document in "
-                "the name of its streams; choose one that does not end so"
+                f"method.name={self.name!r} would be taken for the place of the real document or "
+                "the allocation in the name of its streams; choose one that does not end so"
             )
+        if self.by_loss and self.latent:
+            raise ValueError(
+                "method.allocation=by_loss gives documents different numbers of generations, and "
+                "the cuts of latent thoughts belong to one: use it with rewrites"
+            )
+        if self.by_loss != (self.losses is not None):
+            raise ValueError(
+                f"method.allocation={self.allocation} and method.losses={self.losses or 'null'} do "
+                "not fit: by_loss needs the file that evaluate.py document_losses=FILE wrote, "
+                "uniform none"
+            )
+
+    @property
+    def by_loss(self) -> bool:
+        return self.allocation == "by_loss"
 
     @property
     def version(self) -> str:

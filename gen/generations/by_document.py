@@ -24,7 +24,7 @@ class Generations:
         place: of the document of each row of a store, -1 for none: int ``[rows]``.
         index: of each row: int ``[rows]``.
         documents: the documents in corpus order.
-        count: G.
+        counts: G, the same for all or of each document: int ``[documents]``.
         where: what to name in errors: the store's folder.
         may_lack: whether documents may have fewer than G.
 
@@ -37,11 +37,13 @@ class Generations:
         place: NDArray[np.integer[Any]],
         index: NDArray[np.integer[Any]],
         documents: Sequence[Document],
-        count: int,
+        counts: int | NDArray[np.integer[Any]],
         where: str,
         may_lack: bool = False,
     ) -> None:
-        chosen = np.flatnonzero((place >= 0) & (index < count))
+        self.counts = np.broadcast_to(counts, len(documents))
+        wanted = counts if isinstance(counts, int) else counts[place]
+        chosen = np.flatnonzero((place >= 0) & (index < wanted))
         order = chosen[np.lexsort((index[chosen], place[chosen]))]
         self.rows = order.astype(np.int32 if len(place) < 1 << 31 else np.int64)
         self.places = place[order].astype(np.int32)  # of the document of each, ascending
@@ -57,7 +59,7 @@ class Generations:
             )
         self.found = np.bincount(self.places, minlength=len(documents))
         self.starts = np.concatenate(([0], self.found.cumsum()))
-        self.count = count
+        self.count = int(self.counts.max(initial=0))  # the largest G
         self.where = where
         self.may_lack = may_lack
         self.kept = np.ones(len(self.rows), dtype=bool)
@@ -69,7 +71,10 @@ class Generations:
 
     @classmethod
     def of_store(
-        cls, store: GenerationStore, documents: Sequence[Document], count: int
+        cls,
+        store: GenerationStore,
+        documents: Sequence[Document],
+        counts: int | NDArray[np.integer[Any]],
     ) -> Generations:
         """From the keys of a store, a part at a time.
 
@@ -84,7 +89,7 @@ class Generations:
             found.append(places.of(table))
             indices.append(table["index"].to_numpy())
         arrays = np.concatenate(found), np.concatenate(indices)
-        one = cls(*arrays, documents, count, str(store.folder))
+        one = cls(*arrays, documents, counts, str(store.folder))
         one.parts, one.part_starts = parts, np.cumsum([0, *map(len, found)])
         return one
 
@@ -116,7 +121,7 @@ class Generations:
 
     def require_all(self, documents: Sequence[Document]) -> None:
         """Raise ValueError unless every document has G generations, or may lack some."""
-        short = np.flatnonzero(self.found < self.count)
+        short = np.flatnonzero(self.found < self.counts)
         if len(short) and not self.may_lack:
             raise ValueError(
                 f"{len(short)} of {len(documents)} documents have fewer than G={self.count} "

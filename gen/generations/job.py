@@ -34,6 +34,7 @@ from gen.client.fitting import counting_tokenizer, latent_fields, rephrase_field
 from gen.client.routing import Routing, ServersLost
 from gen.corpus.documents import Document
 from gen.corpus.split import split_text
+from gen.generations.allocation import allotment
 from gen.generations.failures import Failures
 from gen.generations.sessions import Session
 from gen.generations.siblings import Siblings, Work
@@ -364,7 +365,9 @@ def missing_works(
     with all the text that stands before any other cut.
     """
     works, expected = [], 0
-    for document, done in zip(documents, store.done(documents), strict=True):
+    allotted = allotment(method, documents)
+    done_of = store.done(documents)
+    for document, done, count in zip(documents, done_of, allotted.tolist(), strict=True):
         if not owns(document.id, config.writer, config.writers):
             continue
         if method.latent:
@@ -372,7 +375,7 @@ def missing_works(
             wanted = range(len(pieces) - 2, -1, -1)
             fields = latent_fields(pieces)
         else:
-            wanted = range(method.generations)
+            wanted = range(count)
             fields = rephrase_fields(document.text)
         expected += len(wanted)
         indices = [index for index in wanted if index not in done]

@@ -22,7 +22,7 @@ class Missing:
     """Of one stream and one store."""
 
     where: str  # the store's folder
-    count: int  # G
+    count: int  # G, or its mean
     generations: int  # missing
     wanted: int  # in all
     documents: int = 0  # that lack some
@@ -75,8 +75,10 @@ def missing_of(
         tokenizer: where generations are thoughts: short documents have fewer cuts than G.
     """
     wanted, missing = 0, []
-    for place, document in enumerate(documents):
-        count = generations.count
+    mean = round(generations.counts.mean())
+    for place, (document, count) in enumerate(
+        zip(documents, generations.counts.tolist(), strict=True)
+    ):
         if generations.found[place] < count and tokenizer is not None:
             count = len(split_text(document.text, count + 1, tokenizer)) - 1
         wanted += count
@@ -84,12 +86,12 @@ def missing_of(
             made = generations.made_indices(place)
             missing += [(document.id, index) for index in range(count) if index not in made]
     if not missing:
-        return Missing(generations.where, generations.count, 0, wanted)
+        return Missing(generations.where, mean, 0, wanted)
     reasons = reasons_of(missing, all_failures(store.folder))
     lacking = {document_id for document_id, _ in missing}
     return Missing(
         generations.where,
-        generations.count,
+        mean,
         len(missing),
         wanted,
         len(lacking),

@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -27,6 +28,7 @@ def choose_generations(
     config: StreamConfig,
     quality: QualityConfig,
     tokenizer: Tokenizer | None,
+    allotted: NDArray[np.int64] | None = None,
 ) -> tuple[list[Generations], dict[str, Any], list[Missing]]:
     """What a stream takes of each store, what the quality gates found, and what is missing.
 
@@ -38,6 +40,7 @@ def choose_generations(
         config: shares, and what to do where generations are missing.
         quality: which generations are left out.
         tokenizer: of the corpus where these are thoughts, which it cuts for; else None.
+        allotted: G of each document where they differ: int64 ``[documents]``.
 
     Raises:
         FileNotFoundError: a store is empty.
@@ -46,7 +49,8 @@ def choose_generations(
     judged: dict[str, Any] = {}
     chosen, lacking = [], []
     for place, store in enumerate(stores):
-        one = Generations.of_store(store, documents, generations)
+        counts = generations if allotted is None else allotted
+        one = Generations.of_store(store, documents, counts)
         one.may_lack = store.imported
         if store.imported and max(one.found, default=0) < generations:
             raise ValueError(
@@ -94,7 +98,9 @@ def select_generations(
 ) -> dict[str, Any]:
     """Drop what the quality gates say from ``generations``; returns the counts for the manifest."""
     table = quality_table(store, documents, documents_hash, quality.processes)
-    columns = columns_of(table.filter(pc.less(table["index"], generations.count)))
+    columns = columns_of(
+        table.filter(pc.less(table["index"], limits(generations, table, documents)))
+    )
     failed = gates(columns, quality)
     selection = select(failed, quality)
     strip = quality.preamble == "strip"
@@ -109,6 +115,15 @@ def select_generations(
         "dropped": selection.dropped,
         "stripped": int((failed["preamble"] & selection.kept).sum()) if strip else 0,
     }
+
+
+def limits(generations: Generations, table: pa.Table, documents: list[Document]) -> pa.Array | int:
+    """G of the document of each row of a table; one number where all have the same."""
+    if (generations.counts == generations.count).all():
+        return generations.count
+    ids = pa.array([document.id for document in documents])
+    places = pc.index_in(table["document_id"], ids).to_numpy()
+    return pa.array(generations.counts[places])
 
 
 def describe_judged(judged: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
@@ -56,14 +57,16 @@ FORMAT = 3  # of the samples and the manifest; a change rebuilds the streams
 PLAIN = ("rephrase", "latent")  # methods that streams do not name: the paper's
 
 
-def name_of(kind: str, method: str, generations: int, config: StreamConfig) -> str:
+def name_of(
+    kind: str, method: str, generations: int, config: StreamConfig, by_loss: bool = False
+) -> str:
     """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-faq-real-first``, ...
 
     The G in it counts all generations of a document: ``stitched-g2-faq+table`` has one a style.
     """
     styles = config.styles(kind, method)
     style = "" if len(styles) == 1 and styles[0] in PLAIN else "+".join(styles)
-    return format.stream_name(kind, generations * len(styles), style, config.real_document)
+    return format.stream_name(kind, generations * len(styles), style, config.real_document, by_loss)
 
 
 def build_stream(
@@ -78,6 +81,7 @@ def build_stream(
     quality: QualityConfig,
     root: Path,
     work: Work | None = None,
+    allotted: NDArray[np.int64] | None = None,
 ) -> dict[str, Any]:
     """Write ``root/streams/<name>`` unless it is current.
 
@@ -94,6 +98,8 @@ def build_stream(
         quality: which generations are left out.
         root: corpus folder.
         work: processes that do it; None: as the config says.
+        allotted: G of each document where a model's loss decides it, ``generations`` on the mean:
+            int64 ``[documents]``; ignored for ``real`` and ``val``.
 
     Returns:
         The manifest.
@@ -103,7 +109,9 @@ def build_stream(
         OSError: the disk is full; what is whole is kept, nothing half-written is.
     """
     config.check()
-    name = name_of(kind, method, generations, config)
+    if kind not in SYNTHETIC:
+        allotted = None
+    name = name_of(kind, method, generations, config, allotted is not None)
     folder = root / "streams" / name
     styles = config.styles(kind, method)
     stores = [
@@ -112,6 +120,8 @@ def build_stream(
     identity = identity_of(
         kind, styles, stores, generations, documents_hash, vocabulary, config, quality, root
     )
+    if allotted is not None:
+        identity["allotted"] = hashlib.sha256(allotted.astype("<i8").tobytes()).hexdigest()[:16]
     config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     if (current := current_manifest(folder, config_hash)) is not None:
         for known in current.get("missing", []):
@@ -126,6 +136,7 @@ def build_stream(
         config,
         quality,
         tokenizer if kind == "latent" else None,
+        allotted,
     )
     description = {
         **identity,

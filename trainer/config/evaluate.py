@@ -36,6 +36,12 @@ class EvaluateConfig:
         None, "Write this run as a Hugging Face folder instead.", place=Place.here
     )
     output: str | None = setting(None, "Also write the scores to this JSON file.", place=Place.here)
+    document_losses: str | None = setting(
+        None,
+        "Also write the loss of every document of validation to this Parquet file; of the stream "
+        "real it is what generate.py method.losses= takes.",
+        place=Place.here,
+    )
 
     def check(self) -> None:
         """Raise ValueError where options do not fit together."""

@@ -32,6 +32,9 @@ REAL, REPHRASE, THOUGHT = range(3)
 SYNTHETIC = ("simple", "stitched", "latent")  # kinds of streams; the others are real and val
 # What a stream's name ends with, by where the real document stands in its megadocs.
 VARIANTS = {"last": "", "first": "real-first", "absent": "no-real"}
+BY_LOSS = "by-loss"  # before that, where documents have generations by a model's loss
+# Of the table that evaluate.py document_losses= writes: a document's id, nats per token.
+LOSS_COLUMNS = ("document_id", "loss")
 
 MANIFEST = "manifest.json"
 SAID = 1 << 32  # bytes above which verifying takes seconds and is announced
@@ -41,24 +44,29 @@ class DamagedStreamError(ValueError):
     """A file of a stream is not the one that was written; the message names it and what to do."""
 
 
-def stream_name(kind: str, generations: int, style: str, real_document: str) -> str:
+def stream_name(
+    kind: str, generations: int, style: str, real_document: str, by_loss: bool = False
+) -> str:
     """Folder name: ``real``, ``val``, ``stitched-g8``, ``stitched-g8-faq-real-first``, ...
 
     Args:
         kind: of the stream.
-        generations: all generations of a document, of all styles together.
+        generations: all generations of a document, of all styles together; their mean ``by_loss``.
         style: methods of the generations; empty where names leave it out.
         real_document: a key of :data:`VARIANTS`; means nothing for ``latent``.
+        by_loss: whether documents have more generations where a model's loss is high.
     """
     if kind not in SYNTHETIC:
         return kind
     variant = "" if kind == "latent" else VARIANTS[real_document]
-    return "-".join(part for part in (kind, f"g{generations}", style, variant) if part)
+    allocation = BY_LOSS if by_loss else ""
+    return "-".join(part for part in (kind, f"g{generations}", style, allocation, variant) if part)
 
 
 def is_variant(name: str) -> bool:
-    """Whether a method's name would be taken for the place of the real document."""
-    return any(f"-{name}".endswith(f"-{variant}") for variant in VARIANTS.values() if variant)
+    """Whether a method's name would be taken for a variant of a stream of another method."""
+    variants = [BY_LOSS, *filter(None, VARIANTS.values())]
+    return any(f"-{name}".endswith(f"-{variant}") for variant in variants)
 
 
 def real_document_of(name: str) -> str:

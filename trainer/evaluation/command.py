@@ -6,14 +6,19 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tabulate import tabulate
 
 from trainer.config.evaluate import EvaluateConfig
 from trainer.config.schema import load_config
+from trainer.data.format import LOSS_COLUMNS
 from trainer.data.mds import read_stream_manifest
 from trainer.evaluation.downstream import SETS, TASKS, check_tasks, evaluate_tasks, keep_scores
 from trainer.evaluation.ensemble import evaluate_ensemble, held_out_path
-from trainer.files import check_writable, write_sealed
+from trainer.evaluation.losses import Scores
+from trainer.files import check_writable, replace_file, write_sealed
 from trainer.run.export import export_run
 from trainer.run.progress import newest_checkpoint
 
@@ -38,10 +43,10 @@ def evaluate(config: EvaluateConfig) -> float | None:
                 f"{run} is not finished: this is its newest checkpoint, {checkpoint.name}"
             )
     check_early(config)
-    sizes = [
-        scores.to_dict()
-        for scores in evaluate_ensemble(config.runs, config.validation, config.mean)
-    ]
+    found = evaluate_ensemble(config.runs, config.validation, config.mean)
+    if config.document_losses:
+        write_document_losses(found[-1], Path(config.document_losses))
+    sizes = [one.to_dict() for one in found]
     scores = sizes[-1]
     show(sizes)
     scores["sets"] = score_sets(config)
@@ -71,10 +76,26 @@ def check_early(config: EvaluateConfig) -> None:
         read_stream_manifest(held_out_path(first, name))
     if config.tasks:
         check_tasks(config.tasks, config.task_folder)
-    if config.output:
-        if Path(config.output).is_dir():
-            raise ValueError(f"output={config.output} is a folder; name a JSON file in it")
-        check_writable(Path(config.output).parent, "output=... to a file in another folder")
+    for key, file in (("output", config.output), ("document_losses", config.document_losses)):
+        if file is not None:
+            if Path(file).is_dir():
+                raise ValueError(f"{key}={file} is a folder; name a file in it")
+            check_writable(Path(file).parent, f"{key}=... to a file in another folder")
+
+
+def write_document_losses(scores: Scores, path: Path) -> None:
+    """Id and nats per token of every document, as :data:`LOSS_COLUMNS`.
+
+    A document of which nothing is predicted (one token, read alone) costs nothing: 0.
+    """
+    stream = scores.stream
+    ids = [stream.document_of(index) for index in range(len(stream))]
+    losses = scores.document_loss / np.maximum(1, scores.document_tokens)
+    table = pa.table([pa.array(ids), pa.array(losses)], names=list(LOSS_COLUMNS))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd", write_page_checksum=True)
+    logger.info(f"written: {path}, the losses of {len(ids):,} documents")
 
 
 def show(sizes: list[dict[str, Any]]) -> None:

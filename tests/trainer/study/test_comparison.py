@@ -228,9 +228,28 @@ def test_tuning_comes_first_and_seeds_last() -> None:
     finals = list(plan.finals())
     assert [seed for seed, _ in finals] == [1, 2]
     assert len(finals[0][1]) == 3 * 4 + 1
-    assert [plan.tuned_for("whole", size) for size in SIZES] == [0.125, 0.125, 1.0, 1.0]
+    nearest = [("whole", tuned) for tuned in (0.125, 0.125, 1.0, 1.0)]
+    assert [plan.tuned_for("whole", size) for size in SIZES] == nearest
     assert [size_text(size) for size in (*SIZES, 0.3)] == ["1/8", "1/4", "1/2", "all", "0.3"]
     assert {row.key for row in rows(StudyDesign)} >= {"question", "arms", "tuning.grid"}
+
+
+def test_an_arm_may_take_the_optimum_of_another() -> None:
+    plan = design(arms=design().arms | {"ema": Arm(sizes=[0.25, 0.5], optimum_of="whole")})
+    plan.check()
+    assert all(arm != "ema" for _, pairs in plan.searches() for arm, _ in pairs)
+    assert [plan.tuned_for("ema", size) for size in plan.sizes_of("ema")] == [
+        ("whole", 0.125),
+        ("whole", 1.0),
+    ]
+    chain = replace(plan, arms=plan.arms | {"more": Arm(optimum_of="ema")})
+    with pytest.raises(
+        ValueError, match=r"arms\.more\.optimum_of=ema must be an arm with a search"
+    ):
+        chain.check()
+    record = planted(0.05, 0.004, optimum_of={"cut": "whole"})
+    text = answer_question(record, "whole_against_cut")
+    assert "a search of its own for cut, which takes the optimum of whole" in text
 
 
 @pytest.mark.parametrize(
@@ -243,6 +262,10 @@ def test_tuning_comes_first_and_seeds_last() -> None:
         (lambda d: replace(d, sizes=[0.0, 0.125, 1.0]), "must all be in"),
         (lambda d: replace(d, question="whole_against_muon"), "'muon' is none of whole, cut, real"),
         (lambda d: replace(d, tuning=Tuning()), "needs sizes and a grid"),
+        (
+            lambda d: replace(d, arms=d.arms | {"ema": Arm(optimum_of="muon")}),
+            "optimum_of=muon must be an arm with a search of its own: whole, cut, real",
+        ),
     ],
 )
 def test_a_study_that_cannot_be_run_is_refused(

@@ -56,6 +56,7 @@ class StudySweeper(StarSweeper):  # type: ignore[misc]  # mypy does not see hydr
         design.check()
         self.folder = Path(self.master.hydra.sweep.dir)
         self.arms = {arm: self.arm_of(arm, arguments) for arm in design.arms}
+        self.check_shared_optima()
         configs = {
             (arm, size): (self.config_of(self.at_size(arm, size)), grid)
             for arm, (_, grid) in self.arms.items()
@@ -106,6 +107,20 @@ class StudySweeper(StarSweeper):  # type: ignore[misc]  # mypy does not see hydr
             grids.pop(MIXING, None)
         return words, Grid(grids)
 
+    def check_shared_optima(self) -> None:
+        """Raise ValueError where an arm cannot take another's optimum as it is."""
+        parser = OverridesParser.create(config_loader=self.loader)
+        for name, arm in self.design.arms.items():
+            if arm.optimum_of is None:
+                continue
+            own = {one.get_key_element() for one in parser.parse_overrides(arm.overrides)}
+            axes, known = self.arms[name][1].axes, self.arms[arm.optimum_of][1].axes
+            if clash := sorted(own & axes.keys()) or sorted(axes.keys() ^ known.keys()):
+                raise ValueError(
+                    f"the arm {name} takes the optimum of {arm.optimum_of} and cannot differ from "
+                    f"it in {', '.join(clash)}: leave optimum_of out, so that it is tuned itself"
+                )
+
     def at_size(self, arm: str, size: float) -> list[str]:
         """Overrides of an arm at a size of corpus."""
         words, _ = self.arms[arm]
@@ -134,6 +149,7 @@ class StudySweeper(StarSweeper):  # type: ignore[misc]  # mypy does not see hydr
             planned=sum(len(pairs) for _, pairs in design.finals()),
             readings=[reading.name for reading in readings],
             corpus=dict(sorted(corpus.items())),
+            optimum_of={arm: one.optimum_of for arm, one in design.arms.items() if one.optimum_of},
         )
 
     def tune(self) -> dict[tuple[str, float], list[str]]:
@@ -161,7 +177,7 @@ class StudySweeper(StarSweeper):  # type: ignore[misc]  # mypy does not see hydr
         """The final runs of one seed; what has ended is in study.json, whatever happens."""
         jobs = []
         for arm, size in pairs:
-            optimum = optima[arm, self.design.tuned_for(arm, size)]
+            optimum = optima[self.design.tuned_for(arm, size)]
             jobs.append([*self.at_size(arm, size), *optimum, *seeded(seed)])
         try:
             self.launch([job for job in jobs if self.outcome(job) is None])

@@ -61,6 +61,7 @@ def lines_of(record: Record, ours: str, theirs: str) -> Iterator[str]:
     yield from by_position(record, ours, theirs, largest)
     yield from efficiencies(record)
     yield from power(record, headline, largest)
+    yield from untuned(record, (ours, theirs))
 
 
 def common_seeds(record: Record, arms: Sequence[str], size: float) -> list[int]:
@@ -216,6 +217,13 @@ def efficiencies(record: Record) -> Iterator[str]:
             yield f"  {arm} at {tokens_text(record, size)}: {found.mean:.2f} times{interval}"
         if outside:
             yield f"  {arm} at {', '.join(outside)}: outside the sizes of {reference}"
+
+
+def untuned(record: Record, arms: Sequence[str]) -> Iterator[str]:
+    """Arms that another one was tuned for: what they could do is not known."""
+    for arm in arms:
+        if source := record.optimum_of.get(arm):
+            yield f"  a search of its own for {arm}, which takes the optimum of {source}"
 
 
 def power(record: Record, found: Estimate, size: float) -> Iterator[str]:

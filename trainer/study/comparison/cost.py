@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from trainer.config.estimate import DEVICES
 from trainer.config.schema import TrainConfig, load_config
+from trainer.data.format import BY_LOSS
 from trainer.estimate import Work, chosen_mfu, work_of
 from trainer.files import optional, read_sealed
 from trainer.run.inputs import stream_path
@@ -83,6 +84,12 @@ def generate_line(config: TrainConfig, name: str) -> str:
     if name != recipe.synthetic:
         return f"python generate.py root={root} corpus=... task=corpus"
     kind, _, style = str(recipe.stream).partition("-")
+    if style == BY_LOSS:
+        return (
+            f"python generate.py root={root} corpus=... generator=... method=rephrase "
+            f"method.generations={recipe.used_generations} method.allocation=by_loss "
+            "method.losses=... (docs/generate.md)"
+        )
     known = f"python generate.py root={root} corpus=... generator=..."
     if kind == "latent":
         return f"{known} method=latent method.generations={recipe.used_generations}"

@@ -26,6 +26,9 @@ class Arm:
         "values of an axis of the grid (recipe.epochs=8,16,32) are the arm's own grid.",
     )
     sizes: list[float] = setting([], "Its sizes, where it has not all of them.")
+    optimum_of: str | None = setting(
+        None, "Arm whose optimum it takes, instead of a search of its own."
+    )
 
 
 @dataclass
@@ -93,6 +96,13 @@ class StudyDesign:
                 f"hydra.sweeper.tuning.seed={self.tuning.seed} is one of seeds={self.seeds}: the "
                 "luckiest run of a search would count among the final ones"
             )
+        for name, arm in self.arms.items():
+            source = self.arms.get(arm.optimum_of or name)
+            if source is None or (source is not arm and source.optimum_of is not None):
+                raise ValueError(
+                    f"hydra.sweeper.arms.{name}.optimum_of={arm.optimum_of} must be an arm with a "
+                    f"search of its own: {', '.join(self.searched)}"
+                )
         for name in (self.reference, *(arms_of(self.question) or ())):
             if name not in self.arms:
                 raise ValueError(
@@ -100,18 +110,25 @@ class StudyDesign:
                     f"arms; {name!r} is none of {', '.join(self.arms)}"
                 )
 
+    @property
+    def searched(self) -> list[str]:
+        """Arms with a search of their own."""
+        return [name for name, arm in self.arms.items() if arm.optimum_of is None]
+
     def sizes_of(self, arm: str) -> list[float]:
         """Sizes an arm is trained at, ascending."""
         return sorted(self.arms[arm].sizes or self.sizes)
 
     def tuned_sizes(self, arm: str) -> list[float]:
-        """Sizes an arm is tuned at, in the order of the searches."""
+        """Sizes an arm is tuned at, in the order of the searches; none with another's optimum."""
+        if self.arms[arm].optimum_of is not None:
+            return []
         wanted = [size for size in self.tuning.sizes if size in self.sizes_of(arm)]
         return wanted or self.sizes_of(arm)[-1:]
 
     def searches(self) -> Iterator[tuple[int, list[tuple[str, float]]]]:
         """Round after round of searches that do not wait for each other: (arm, size) pairs."""
-        sizes = {arm: self.tuned_sizes(arm) for arm in self.arms}
+        sizes = {arm: self.tuned_sizes(arm) for arm in self.searched}
         for place in range(max(map(len, sizes.values()))):
             yield place, [(arm, own[place]) for arm, own in sizes.items() if place < len(own)]
 
@@ -120,9 +137,11 @@ class StudyDesign:
         for seed in self.seeds:
             yield seed, [(arm, size) for arm in self.arms for size in self.sizes_of(arm)]
 
-    def tuned_for(self, arm: str, size: float) -> float:
-        """The tuned size whose optimum an arm takes at ``size``: the nearest, of two the larger."""
-        return min(self.tuned_sizes(arm), key=lambda tuned: (abs(math.log(tuned / size)), -tuned))
+    def tuned_for(self, arm: str, size: float) -> tuple[str, float]:
+        """The search whose optimum an arm takes at ``size``: the nearest, of two the larger."""
+        source = self.arms[arm].optimum_of or arm
+        distances = {tuned: abs(math.log(tuned / size)) for tuned in self.tuned_sizes(source)}
+        return source, min(distances, key=lambda tuned: (distances[tuned], -tuned))
 
 
 def arms_of(question: str) -> tuple[str, str] | None:

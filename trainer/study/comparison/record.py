@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import TrainConfig
-from trainer.files import read_sealed, write_sealed
+from trainer.files import SEAL, read_sealed, write_sealed
 
 NAME = "study.json"
 FORMAT = "megadocs study 1"  # other study.json are older, of a study by hand
@@ -54,6 +54,8 @@ class Record:
     corpus: dict[str, str]  # stream -> content hash
     searches: list[Search] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
+    # arm -> the arm whose optimum it takes, instead of a search of its own
+    optimum_of: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
         """Put it into the study's folder; returns the file."""
@@ -113,8 +115,8 @@ def read_record(folder: Path) -> Record:
     content = found[0][1]
     searches = [Search(**one) for one in content["searches"]]
     points = [Point(**one) for one in content["points"]]
-    parsed = ("searches", "points")
-    plain = {name: content[name] for name in Record.__dataclass_fields__ if name not in parsed}
+    parsed = ("searches", "points", "format", SEAL)
+    plain = {name: value for name, value in content.items() if name not in parsed}
     return Record(**plain, searches=searches, points=points)
 
 
