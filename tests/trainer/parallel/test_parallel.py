@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -17,6 +18,8 @@ from torch import multiprocessing
 
 from gen.serving.supervisor import free_port
 from tests.conftest import REPOSITORY, run_script, wait_until
+from tests.trainer.conftest import StreamMaker
+from tests.warm import Program
 from trainer.config.schema import ModelConfig, Parallel, RuntimeConfig
 from trainer.data.random_stream import random_windows
 from trainer.loop import accumulate_gradients
@@ -196,6 +199,34 @@ def test_killed_ranks_and_nodes_restart_and_another_number_of_ranks_goes_on(
     last = run_script("train.py", *arguments)
     assert "resuming" in last.stdout
     same_learning(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_told_to_end_gives_its_ranks_time_to_save(
+    make_stream: StreamMaker, tmp_path: Path
+) -> None:
+    """It ends with its own traceback and status, which is torch's to say; nothing is lost."""
+    for name in ("real", "val"):
+        make_stream(name, [[40, 24]] * 16)
+    run = tmp_path / "run"
+    alone = [option for option in ARGUMENTS if not option.startswith("recipe")]
+    command = [*torchrun(2), *alone, f"data.root={tmp_path}", f"output={tmp_path}"]
+    command.append("recipe.epochs=20")
+    with Program(*command) as agent:
+        wait_until(lambda: (run / "metrics.jsonl").exists() and len(curve(tmp_path)) > 1)
+        ranks = psutil.Process(agent.pid).children()
+        agent.send_signal(signal.SIGTERM)
+        output, errors = agent.communicate(timeout=90)
+    assert agent.returncode not in (0, None)
+    assert all(not rank.is_running() for rank in ranks)
+    (newest,) = checkpoints(run)
+    step = read_progress(newest).step
+    assert step == len(curve(tmp_path)) < 80
+    assert f"stopped at step {step} of 80" in output
+    assert "error: " not in errors
+    assert not list(newest.parent.glob(".*"))
+    assert f"after step {step}" in run_script(*command).stdout
+    assert (run / "result.json").exists()
 
 
 def agree(rank: int, store: str) -> None:
