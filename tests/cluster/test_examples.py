@@ -85,7 +85,7 @@ def run(
 def check_evaluation(clone: Path, said: str) -> None:
     """Of two runs, each by a job of its own."""
     for seed in range(2):
-        assert set(read_sealed(clone / "runs" / f"seed-{seed}" / "sets.json")) == {"val"}
+        assert set(read_sealed(clone / "runs" / f"seed-{seed}" / "sets.json")) == {"trained", "val"}
         assert re.search(rf"done   runs=\[runs/seed-{seed}\]: \d\.\d+", said)
 
 

@@ -15,12 +15,19 @@ from trainer.config.evaluate import EvaluateConfig
 from trainer.config.schema import load_config
 from trainer.data.format import LOSS_COLUMNS
 from trainer.data.mds import read_stream_manifest
-from trainer.evaluation.downstream import SETS, TASKS, check_tasks, evaluate_tasks, keep_scores
+from trainer.evaluation.downstream import (
+    SETS,
+    TASKS,
+    TRAINED,
+    check_tasks,
+    evaluate_tasks,
+    keep_scores,
+)
 from trainer.evaluation.ensemble import evaluate_ensemble, held_out_path
 from trainer.evaluation.losses import Scores
 from trainer.files import check_writable, replace_file, write_sealed
 from trainer.run.export import export_run
-from trainer.run.progress import newest_checkpoint
+from trainer.run.progress import newest_checkpoint, trained_now
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +137,12 @@ def write_scores(
 ) -> None:
     """Scores of the whole ensemble, and of its parts if there are several, to ``output``."""
     if config.output:
-        ensemble = {"members": config.runs, "mean": config.mean.value, "sizes": sizes}
+        trained = [trained_now(run) for run in config.runs]
+        ensemble = {
+            "members": config.runs,
+            TRAINED: trained,
+            "mean": config.mean.value,
+            "sizes": sizes,
+        }
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         write_sealed(Path(config.output), scores | (ensemble if len(sizes) > 1 else {}))

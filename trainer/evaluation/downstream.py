@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.files import read_sealed, write_sealed
+from trainer.files import optional, read_sealed, write_sealed
+from trainer.run.progress import what_is_trained
 
 # In a run's folder, for the report.
 TASKS = "tasks.json"
 SETS = "sets.json"
+TRAINED = "trained"  # key of what the scores of a file belong to
+
+logger = logging.getLogger(__name__)
 
 # Accuracy of guessing.
 CHANCE = {
@@ -106,6 +111,27 @@ def evaluate_tasks(
 
 def keep_scores(path: Path, scores: dict[str, Any]) -> Path:
     """Keep scores in a finished run's folder, beside those of other names, for the report."""
-    before = read_sealed(path) if path.exists() else {}
-    write_sealed(path, before | scores)
+    result = read_sealed(path.parent / "result.json")
+    write_sealed(path, kept_scores(path, result) | scores | {TRAINED: trained_by(result)})
     return path
+
+
+def kept_scores(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`keep_scores` kept of the run with this result; nothing where that is damaged.
+
+    A folder may hold another run than the one that was scored there, trained under its name.
+    """
+    scores = optional(path, read_sealed) or {}
+    told = scores.pop(TRAINED, "")
+    if told and told != trained_by(result):
+        logger.warning(
+            f"{path} holds scores of weights that were trained here before; they are left out: "
+            "start evaluate.py again"
+        )
+        return {}
+    return scores
+
+
+def trained_by(result: dict[str, Any]) -> str:
+    """What the run of a ``result.json`` has trained."""
+    return what_is_trained(result.get("identity", ""), result["steps"])

@@ -22,7 +22,7 @@ from trainer.data.mds import MegadocStream
 from trainer.evaluation.losses import Scores, evaluation_batches
 from trainer.parallel.ranks import choose_device
 from trainer.run.checkpoint import load_model
-from trainer.run.progress import newest_checkpoint, read_progress
+from trainer.run.progress import newest_checkpoint, read_progress, trained_now
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time
 
@@ -41,8 +41,7 @@ def evaluate_ensemble(
     Raises:
         ValueError: the members differ in data, tokenizer, context or mask, or one is named twice.
     """
-    if len({Path(run).resolve() for run in runs}) < len(runs):
-        raise ValueError(f"runs={[str(run) for run in runs]} names a member twice")
+    check_distinct(runs)
     device = choose_device("auto")
     first: TrainConfig | None = None
     hidden: list[list[Tensor]] = []  # [member][batch] -> [T, D]
@@ -81,6 +80,19 @@ def evaluate_ensemble(
         ):
             size.add(batch, losses)
     return scores
+
+
+def check_distinct(runs: Sequence[str | Path]) -> None:
+    """Raise ValueError where a member stands twice, be it as a copy in another folder."""
+    seen: dict[str, str | Path] = {}
+    for run in runs:
+        for name in filter(None, (str(Path(run).resolve()), trained_now(run))):
+            if name in seen:
+                raise ValueError(
+                    f"runs={[str(one) for one in runs]} names a member twice: {run} holds the "
+                    f"weights of {seen[name]}"
+                )
+            seen[name] = run
 
 
 def held_out_path(config: TrainConfig, name: str) -> str:

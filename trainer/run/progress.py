@@ -72,6 +72,17 @@ def damage_of(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
+def what_is_trained(identity: str, step: int) -> str:
+    """What scores say of the weights they belong to; empty where an older version trained them."""
+    return f"{identity}@{step}" if identity else ""
+
+
+def trained_now(run: str | Path) -> str:
+    """:func:`what_is_trained` of the newest checkpoint of a run, or of a checkpoint."""
+    progress = read_progress(newest_checkpoint(run))
+    return what_is_trained(progress.identity, progress.step)
+
+
 def require_whole(checkpoint: Path) -> None:
     """Raise DamagedFileError where a checkpoint is damaged; says how to go on."""
     if (problem := damage_of(checkpoint)) is not None:

@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer.config.schema import TrainConfig, load_config
+from trainer.config.schema import TrainConfig, load_config, to_dict
 from trainer.data.format import real_document_of
 from trainer.evaluation import downstream
 from trainer.files import DamagedFileError, optional, read_sealed, sha256
@@ -297,8 +297,9 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
             result = read_sealed(path / "result.json")
             if missing := [key for key in NEEDED if key not in result]:
                 raise DamagedFileError(f"result.json lacks {', '.join(missing)}")
-            tasks = optional(path / downstream.TASKS, read_sealed) or {}
-            result["sets"] = optional(path / downstream.SETS, read_sealed) or {}
+            check_config_of_result(config, result)
+            tasks = downstream.kept_scores(path / downstream.TASKS, result)
+            result["sets"] = downstream.kept_scores(path / downstream.SETS, result)
             further = result["sets"] | further_readings(config, result)
             result["loss"] |= {name: one["loss"]["iid"] for name, one in further.items()}
             read_metrics = partial(metrics_of, expected=result.get("metrics_sha256"))
@@ -310,6 +311,19 @@ def read_runs(folder: Path) -> tuple[list[Run], list[Path]]:
                 "move it out of the folder"
             ) from error
     return sorted(runs, key=lambda run: (run.kind != "real", run.kind, run.generations)), unfinished
+
+
+def check_config_of_result(config: TrainConfig, result: dict[str, Any]) -> None:
+    """Raise DamagedFileError where ``config.yaml`` is that of another run than ``result.json``."""
+    ours = {"recipe": to_dict(config)["recipe"], "seed": config.seed}
+    told = {"recipe": result.get("recipe", {}), "seed": result.get("seed", config.seed)}
+    known = ours["recipe"].keys() & told["recipe"].keys()  # an older version has others
+    differs = [f"recipe.{key}" for key in known if ours["recipe"][key] != told["recipe"][key]]
+    differs += ["seed"] if ours["seed"] != told["seed"] else []
+    if differs:
+        raise DamagedFileError(
+            f"config.yaml and result.json are of two runs: {', '.join(sorted(differs))} differ"
+        )
 
 
 def further_readings(config: TrainConfig, result: dict[str, Any]) -> dict[str, Any]:
@@ -376,6 +390,18 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 check_same_evaluation(str(first.path), expected, str(run.path), one, key)
 
 
+def trained_again(ensemble: dict[str, Any]) -> list[str]:
+    """Members of a scored ensemble that hold other weights now than then, where both are known."""
+    changed = []
+    for member, told in zip(
+        ensemble["members"], ensemble.get(downstream.TRAINED, []), strict=False
+    ):
+        result = optional(Path(member) / "result.json", read_sealed)
+        if result and told and downstream.trained_by(result) not in ("", told):
+            changed.append(member)
+    return changed
+
+
 def check_same_evaluation(
     first: str, expected: dict[str, Any], other: str, result: dict[str, Any], key: str
 ) -> None:
@@ -406,5 +432,11 @@ def read_ensembles(folder: Path, first: Run) -> list[Ensemble]:
             check_same_evaluation(
                 str(first.path), first.result["evaluation"], str(path), content, key
             )
+        if changed := trained_again(content):
+            logger.warning(
+                f"{path} is left out: {', '.join(changed)} was trained again since; start "
+                "evaluate.py again"
+            )
+            continue
         found.append(Ensemble(path.stem, content["mean"], losses, content["evaluation"]))
     return found

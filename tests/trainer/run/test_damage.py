@@ -97,7 +97,7 @@ def test_damaged_optional_files_cost_themselves_alone(
         ({"sets": ["nosuch"]}, "nosuch is not a finished stream"),
         ({"validation": "nosuch"}, "nosuch is not a finished stream"),
         ({"tasks": ["nosuch"]}, "nosuch"),
-        ({"output": "."}, "is a folder; name a JSON file"),
+        ({"output": "."}, "is a folder; name a file"),
         ({"output": "/dev/null/x.json"}, "/dev/null is no folder: set output"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.trainer.conftest import EOS, VOCABULARY, StreamMaker
+from trainer.config.evaluate import EvaluateConfig
 from trainer.config.schema import (
     DataConfig,
     ModelConfig,
@@ -18,6 +19,7 @@ from trainer.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from trainer.evaluation.command import evaluate
 from trainer.loop import train
 from trainer.model.llama import Llama
 from trainer.run.export import hugging_face_config, save_shards
@@ -157,6 +159,59 @@ def test_the_report_keeps_runs_of_different_data_apart(
     train(replace(settings, seed=2))
     with pytest.raises(ValueError, match="evaluated with content_sha256="):
         read_study(Path(settings.output))
+
+
+def test_scores_are_of_the_weights_that_were_scored(
+    settings: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (replace(settings, name=f"seed-{seed}", seed=seed) for seed in (0, 1))
+    for named in (first, second):
+        train(named)
+    runs = [str(run_dir_of(named)) for named in (first, second)]
+    both = str(tmp_path / "runs" / "ensembles" / "both.json")
+    evaluate(EvaluateConfig(runs=runs[:1], sets=["real"]))
+    evaluate(EvaluateConfig(runs=runs, output=both))
+    study = read_study(tmp_path / "runs")
+    assert [("real" in run.result["loss"]) for run in study.runs] == [True, False]
+    assert [one.name for one in study.ensembles] == ["both"]
+
+    folder = run_dir_of(first)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "result.json").unlink()
+    train(replace(first, recipe=replace(first.recipe, learning_rate=0.1)))
+    study = read_study(tmp_path / "runs")
+    assert not any("real" in run.result["loss"] for run in study.runs)
+    assert study.ensembles == []
+    assert f"{folder}/sets.json holds scores of weights that were trained here before" in (
+        caplog.text
+    )
+    assert f"both.json is left out: {folder} was trained again since" in caplog.text
+
+    (folder / "sets.json").write_text("{")  # damage costs no evaluation either
+    evaluate(EvaluateConfig(runs=runs[:1], sets=["real"]))
+    evaluate(EvaluateConfig(runs=runs, output=both))
+    study = read_study(tmp_path / "runs")
+    assert sum("real" in run.result["loss"] for run in study.runs) == 1
+    assert len(study.ensembles) == 1
+
+
+def test_a_copy_of_a_run_is_no_second_member(settings: TrainConfig, tmp_path: Path) -> None:
+    train(settings)
+    run = run_dir_of(settings)
+    shutil.copytree(run, tmp_path / "copy")
+    with pytest.raises(ValueError, match=rf"a member twice: .*copy holds the weights of {run}"):
+        evaluate(EvaluateConfig(runs=[str(run), str(tmp_path / "copy")]))
+
+
+def test_a_config_beside_another_runs_result_is_noticed(
+    settings: TrainConfig, tmp_path: Path
+) -> None:
+    other = replace(settings, seed=1, recipe=replace(settings.recipe, learning_rate=0.1))
+    for one in (settings, other):
+        train(one)
+    shutil.copy(run_dir_of(other) / "config.yaml", run_dir_of(settings) / "config.yaml")
+    with pytest.raises(ValueError, match=r"of two runs: recipe\.learning_rate, seed differ"):
+        read_study(tmp_path / "runs")
 
 
 def test_a_damaged_result_names_its_file(settings: TrainConfig) -> None:
