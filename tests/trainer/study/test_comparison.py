@@ -275,14 +275,12 @@ def test_a_study_that_cannot_be_run_is_refused(
         change(design()).check()
 
 
-def sweeper_for(root: Path) -> Any:
-    """The sweeper of ``study=whole_against_cut``, as Hydra sets it up, without a launcher."""
+def sweeper_for(root: Path, study: str = "whole_against_cut") -> Any:
+    """The sweeper of a study, as Hydra sets it up, without a launcher."""
     import train  # noqa: F401  (puts trainer/plugins on sys.path, registers the schema)
 
     plugin = importlib.import_module("hydra_plugins.study_sweeper")
-    master = compose(
-        "config", ["study=whole_against_cut", f"output={root}"], return_hydra_config=True
-    )
+    master = compose("config", [f"study={study}", f"output={root}"], return_hydra_config=True)
     arguments = OmegaConf.to_container(master.hydra.sweeper)
     assert isinstance(arguments, dict)
     keywords = {str(key): value for key, value in arguments.items() if key != "_target_"}
@@ -316,6 +314,35 @@ def test_what_the_study_fixes_is_no_argument_and_what_it_lacks_is_named(tmp_path
         assert "recipe.mixing_fraction" not in grid.axes
         assert "recipe.mixing_fraction" in sweeper.arms["whole"][1].axes
         assert sweeper.arms["real"][1].axes != sweeper.arms["whole"][1].axes
+
+
+def test_arms_beyond_the_paper_join_those_of_the_study(tmp_path: Path) -> None:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        sweeper = sweeper_for(tmp_path, "beyond_whole")
+        with pytest.raises(FileNotFoundError) as refused:
+            sweeper.run([f"data.root={tmp_path}"])
+        beyond = {name for name in sweeper.arms if sweeper.design.sizes_of(name) == [0.25]}
+        assert beyond == {"muon", "dropout", "ema", "real_first", "styles", "by_loss"}
+        assert set(sweeper.arms) - beyond == {"whole", "cut", "simple", "real"}
+        assert sweeper.design.searched == ["whole", "cut", "simple", "real", "muon"]
+        for name in beyond:  # but for what each is named after they are trained as whole is
+            ours, whole = (sweeper.config_of(sweeper.at_size(arm, 0.25)) for arm in (name, "whole"))
+            assert ours.data == whole.data
+            assert ours != whole
+        made = {
+            line.partition(":")[0].rpartition("/")[2] for line in str(refused.value).split("\n")
+        }
+        assert made >= {
+            "stitched-g8-by-loss",
+            "stitched-g8-real-first",
+            "stitched-g8-rephrase+faq+table+tutorial",
+        }
+        sweeper = sweeper_for(tmp_path, "beyond_whole")
+        sweeper.design.arms["ema"].overrides.append("recipe.epochs=4")
+        with pytest.raises(
+            ValueError, match=r"ema takes the optimum of whole and .*recipe\.epochs"
+        ):
+            sweeper.run([f"data.root={tmp_path}"])
 
 
 @pytest.mark.slow
