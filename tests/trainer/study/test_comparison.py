@@ -310,7 +310,7 @@ def test_what_the_study_fixes_is_no_argument_and_what_it_lacks_is_named(tmp_path
         words, grid = sweeper.arms["real"]
         config = sweeper.config_of(words)
         assert config.model.hidden_size == 128
-        assert (config.data.context_length, config.recipe.stream) == (256, None)
+        assert (config.data.context_length, config.recipe.stream) == (512, None)
         assert "recipe.mixing_fraction" not in grid.axes
         assert "recipe.mixing_fraction" in sweeper.arms["whole"][1].axes
         assert sweeper.arms["real"][1].axes != sweeper.arms["whole"][1].axes
@@ -352,7 +352,7 @@ def test_arms_of_unequal_batches_are_not_compared(make_stream: StreamMaker, tmp_
     with initialize_config_dir(CONF, version_base="1.3"):
         sweeper = sweeper_for(tmp_path / "runs")
         sweeper.design.arms["whole"].overrides.append("data.batch_size=2")
-        with pytest.raises(ValueError, match=r"cut reads 4,096 tokens a step, whole 8,192"):
+        with pytest.raises(ValueError, match=r"cut reads 8,192 tokens a step, whole 16,384"):
             sweeper.run([f"data.root={tmp_path}"])
         sweeper = sweeper_for(tmp_path / "runs")
         sweeper.design.arms["cut"].overrides.append("evaluation.masks=[none]")
