@@ -26,13 +26,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.segments import padded_borders
 from trainer.config.schema import Mask
 from trainer.data.mds import MegadocStream, Sample, StreamManifest
 from trainer.data.packing import Window
-from trainer.data.plan import Plan, rank_windows
+from trainer.data.plan import Plan
 
 NO_TARGET = -100
 ON_HOST = ("target_documents", "target_positions")
@@ -73,8 +74,24 @@ class PackedBatch:
 class Samples(Protocol):
     """What :func:`collate` reads: a :class:`MegadocStream`, or random tokens that are like one."""
 
+    lengths: NDArray[np.int64]  # int64 [N]
+
     @property
     def manifest(self) -> StreamManifest: ...
+
+    @property
+    def has_members(self) -> bool: ...
+
+    def read_tokens(
+        self,
+        out: NDArray[np.uint32],
+        places: NDArray[np.int64],
+        documents: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> None: ...
+
+    def member_ends(self, document: int) -> NDArray[np.int64]: ...
 
     def __getitem__(self, index: int) -> Sample: ...
 
@@ -88,52 +105,43 @@ def collate(
     """Read the documents of ``windows`` and put them on one token axis.
 
     The borders have as many segments as the windows, rounded up to a power of two as the longest
-    segment is; a mask of ``none`` has one segment a window and the same sizes always.
+    segment is; a mask of ``none`` has one segment a window and the same sizes always. Nothing is
+    done token by token in Python: the thread that trains would wait for it.
     """
+    pieces = Pieces.of(windows)
+    documents, starts, lengths, ends = pieces.documents, pieces.starts, pieces.lengths, pieces.ends
+    used = int(ends[-1])
     places = len(windows) * context_length
     input_ids = np.full(places, streams[0].manifest.eos_id, dtype=np.int64)
+    input_ids[:used], following = read_pieces(pieces, streams)
+
     targets = np.full(places, NO_TARGET, dtype=np.int64)
+    targets[: used - 1] = input_ids[1:used]
+    targets[ends - 1] = following
     target_documents = np.zeros(places, dtype=np.int64)
+    target_documents[:used] = np.repeat(documents, lengths)
     target_positions = np.zeros(places, dtype=np.int64)
-    borders = [0]
-    place = 0
-    for window in windows:
-        stream = streams[window.source]
-        for piece, (document, start, length) in enumerate(
-            zip(window.documents, window.starts, window.lengths, strict=True)
-        ):
-            sample = stream[int(document)]
-            end = start + length
-            here = slice(place, place + length)
-            input_ids[here] = sample.tokens[start:end]
-            following = sample.tokens[start + 1 : end + 1]
-            targets[place : place + len(following)] = following
-            target_documents[here] = document
-            target_positions[here] = np.arange(start + 1, end + 1)
-            if mask is Mask.none:
-                if piece and window.starts[piece] == 0:  # predicted by the document before it
-                    targets[place - 1] = sample.tokens[0]
-                    target_documents[place - 1] = document
-                    target_positions[place - 1] = 0
-            elif mask is Mask.document and stream.manifest.members_are_documents:
-                ends = sample.member_ends
-                cuts = place - start + ends[(ends > start) & (ends < end)]
-                borders.extend(cuts.tolist())
-                targets[cuts - 1] = NO_TARGET
-                if end in ends:
-                    targets[place + length - 1] = NO_TARGET
-            place += int(length)
-            if mask is not Mask.none:
-                borders.append(place)
-        if mask is Mask.none:
-            borders.append(place)
-    lengths = np.diff(borders)
-    positions = np.zeros(places, dtype=np.int64)
-    positions[:place] = np.arange(place) - np.repeat(borders[:-1], lengths)
+    target_positions[:used] = np.arange(1, used + 1) + np.repeat(starts - ends + lengths, lengths)
+
+    borders = np.concatenate(([0], ends))
     if mask is Mask.none:
-        cu_seqlens, longest = torch.tensor(borders, dtype=torch.int32), context_length
+        begins = starts == 0  # [P] of these, a document that follows another in its window
+        begins[pieces.of_windows[:-1]] = False
+        before = ends[begins] - lengths[begins] - 1  # predicts its first token
+        targets[before] = input_ids[before + 1]
+        target_documents[before] = documents[begins]
+        target_positions[before] = 0
+        borders = borders[pieces.of_windows]
+    elif mask is Mask.document:
+        cuts = member_cuts(pieces, streams)
+        targets[cuts - 1] = NO_TARGET
+        borders = np.unique(np.concatenate((borders, cuts)))
+    positions = np.zeros(places, dtype=np.int64)
+    positions[:used] = np.arange(used) - np.repeat(borders[:-1], np.diff(borders))
+    if mask is Mask.none:
+        cu_seqlens, longest = torch.from_numpy(borders.astype(np.int32)), context_length
     else:
-        cu_seqlens, longest = padded_borders(borders, context_length)
+        cu_seqlens, longest = padded_borders(borders.tolist(), context_length)
     return PackedBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(targets),
@@ -142,9 +150,85 @@ def collate(
         longest,
         torch.from_numpy(target_documents),
         torch.from_numpy(target_positions),
-        place,
-        int((targets != NO_TARGET).sum()),
+        used,
+        int(np.count_nonzero(targets != NO_TARGET)),
     )
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of some windows, one after the other on the token axis: int64 ``[P]``."""
+
+    sources: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    starts: NDArray[np.int64]  # first token in its document
+    lengths: NDArray[np.int64]
+    ends: NDArray[np.int64]  # on the axis
+    of_windows: NDArray[np.int64]  # int64 [W+1]: the first piece of each window
+
+    @classmethod
+    def of(cls, windows: Sequence[Window]) -> Pieces:
+        counts = [len(window.documents) for window in windows]
+        lengths = np.concatenate([window.lengths for window in windows])
+        return cls(
+            np.repeat([window.source for window in windows], counts),
+            np.concatenate([window.documents for window in windows]),
+            np.concatenate([window.starts for window in windows]),
+            lengths,
+            lengths.cumsum(),
+            np.cumsum([0, *counts]),
+        )
+
+
+def read_pieces(
+    pieces: Pieces, streams: Sequence[Samples]
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """The tokens of all pieces, and the one after each (-100 where its document ends there).
+
+    Raises:
+        OSError: a remote shard cannot be reached.
+        ValueError: a shard is corrupted or holds token ids outside the vocabulary.
+    """
+    last = pieces.starts + pieces.lengths  # in its document
+    own = [np.flatnonzero(pieces.sources == source) for source in range(len(streams))]
+    more = np.zeros(len(last), dtype=bool)  # pieces after which their document goes on
+    for stream, mine in zip(streams, own, strict=True):
+        more[mine] = last[mine] < stream.lengths[pieces.documents[mine]]
+    counts = pieces.lengths + more
+    places = counts.cumsum() - counts
+    tokens = np.empty(int(counts.sum()), dtype=np.uint32)
+    for stream, mine in zip(streams, own, strict=True):
+        if len(mine):
+            stream.read_tokens(
+                tokens, places[mine], pieces.documents[mine], pieces.starts[mine], counts[mine]
+            )
+    if tokens.max() >= min(stream.manifest.vocab_size for stream in streams):
+        for source, document in zip(pieces.sources, pieces.documents, strict=True):
+            streams[source][int(document)]  # says which sample it is
+    following = np.full(len(last), NO_TARGET, dtype=np.int64)
+    if more.any():
+        extra = (places + pieces.lengths)[more]
+        following[more] = tokens[extra]
+        tokens = np.delete(tokens, extra)
+    return tokens, following
+
+
+def member_cuts(pieces: Pieces, streams: Sequence[Samples]) -> NDArray[np.int64]:
+    """Where members end within pieces or with them, on the axis."""
+    cuts = [np.zeros(0, dtype=np.int64)]
+    for source, document, start, length, end in zip(
+        pieces.sources.tolist(),
+        pieces.documents.tolist(),
+        pieces.starts.tolist(),
+        pieces.lengths.tolist(),
+        pieces.ends.tolist(),
+        strict=True,
+    ):
+        stream = streams[source]
+        if stream.manifest.members_are_documents and stream.has_members:
+            members = stream.member_ends(document) - start
+            cuts.append(members[(members > 0) & (members <= length)] + (end - length))
+    return np.concatenate(cuts)
 
 
 def check_batch(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
@@ -194,7 +278,7 @@ class BatchLoader:
 
     def windows(self, step: int) -> list[Window]:
         """This rank's windows of one step."""
-        return rank_windows(self.plan.windows(step), self.rank, self.world_size)
+        return self.plan.windows(step, self.rank, self.world_size)
 
     def windows_ahead(self) -> Iterator[list[Window]]:
         """This rank's windows of every step; their documents are asked for some steps before."""

@@ -1,17 +1,16 @@
 """Reading megadoc streams: MDS shards by index, checked when they are opened.
 
-mosaicml-streaming gives the format and the downloads; the order of reading is the plan's
-(``trainer/data/plan.py``). This is the only module of the trainer that imports it.
+The order of reading is the plan's (``trainer/data/plan.py``).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +24,10 @@ from trainer.data.format import (
     read_manifest,
     verify,
 )
-from trainer.data.remote import CacheFolder, RemoteShards, Shard, bring_all
+from trainer.data.remote import CacheFolder, RemoteShards, bring_all
+from trainer.data.shards import ShardFiles, read_index
 from trainer.files import SEAL, only_one, replace_file
 from trainer.object_store import is_remote
-
-if TYPE_CHECKING:
-    from streaming import LocalDataset
-
 
 NO_DEFAULT = (MISSING, MISSING)  # of a dataclass's field
 
@@ -115,38 +111,47 @@ class MegadocStream:
         if is_remote(path):
             self.held, content = open_remote(str(path), cache, cache_limit)
             self.path = self.held.path
-            shards = remote_shards(self.path, content)
+            shards = read_index(self.path, content["files"])
             if as_needed:
                 self.remote = RemoteShards(str(path), self.held, shards)
-                content = {**content, "files": small_files(content)}
             else:
                 bring_all(str(path), self.held, shards)
         else:
             self.path = Path(path)
             content = read_manifest(self.path)
         self.manifest = StreamManifest.of(content, self.path)
-        verify(self.path, content)
+        if self.remote is not None:  # what there is besides shards is verified
+            self.files = self.remote.files
+        else:
+            verify(self.path, content)
+            self.files = ShardFiles(self.path, read_index(self.path, content["files"]))
         self.lengths: NDArray[np.int64] = np.load(self.path / "lengths.npy").astype(np.int64)  # [N]
         self.member_lengths: NDArray[np.integer[Any]] = np.load(
             self.path / "member_lengths.npy"
         )  # [M]
-        self.dataset = open_shards(self.path)
         self.places: NDArray[np.int64] | None = None  # int64 [N] in the shards; None: as they are
         self.check_lengths()
 
     def check_lengths(self) -> None:
         """Raise DamagedStreamError where shards, lengths and manifest were written differently."""
-        manifest = self.manifest
-        found = f"{len(self.dataset)} samples in the shards, {len(self.lengths)} in lengths.npy"
-        if not len(self.lengths) == len(self.dataset) == manifest.samples:
+        manifest, samples = self.manifest, len(self.files.ends)
+        found = f"{samples} samples in the shards, {len(self.lengths)} in lengths.npy"
+        if not len(self.lengths) == samples == manifest.samples:
             problem = f"{found}, {manifest.samples} in {MANIFEST}"
         elif self.lengths.sum() != manifest.tokens:
             problem = f"{self.lengths.sum()} tokens in lengths.npy, {manifest.tokens} in {MANIFEST}"
-        elif not np.isin(self.lengths.cumsum(), self.member_lengths.cumsum(dtype=np.int64)).all():
+        elif not self.members_add_up():
             problem = "member_lengths.npy does not add up to lengths.npy"
         else:
             return
         raise DamagedStreamError(f"{self.path}: {problem}; {build_again(self.path)}")
+
+    def members_add_up(self) -> bool:
+        """Whether every sample ends where one of its members does."""
+        ends, samples = self.member_lengths.cumsum(dtype=np.int64), self.lengths.cumsum()
+        if not len(ends) or not len(samples) or ends[-1] != samples[-1]:
+            return len(ends) == len(samples) == 0
+        return bool((ends[np.searchsorted(ends, samples)] == samples).all())
 
     def keep_share(self, share: float) -> None:
         """Keep the samples of a share of the documents, as if the stream held no others.
@@ -168,6 +173,8 @@ class MegadocStream:
         self.lengths, self.member_lengths = self.lengths[kept], self.member_lengths[members]
         size, tokens = len(self.lengths), int(self.lengths.sum())
         self.manifest = replace(self.manifest, samples=size, tokens=tokens)
+        for axis in ("all_member_ends", "all_ends"):
+            self.__dict__.pop(axis, None)  # of what it held before
 
     def document_of(self, index: int) -> str:
         """Id of the document that sample ``index`` comes from."""
@@ -192,16 +199,62 @@ class MegadocStream:
         """Of a remote stream: begin to read samples that will be asked for soon."""
         if self.remote is not None:
             places = (self.place_of(int(index)) for index in documents)
-            self.remote.expect(self.dataset.spanner[place] for place in places)
+            self.remote.expect(map(self.files.place_of, places))
 
     def read_row(self, index: int) -> dict[str, Any]:
         """The columns of sample ``index``."""
-        if self.remote is None:
-            row: dict[str, Any] = self.dataset[self.place_of(index)]
-            return row
-        shard, place = self.dataset.spanner[self.place_of(index)]
-        decode: Callable[[bytes], dict[str, Any]] = self.dataset.shards[shard].decode_sample
-        return decode(self.remote.sample(shard, place))
+        shard, place = self.files.place_of(self.place_of(index))
+        read = self.files.sample if self.remote is None else self.remote.sample
+        return self.files.shards[shard].decode(read(shard, place))
+
+    def read_tokens(
+        self,
+        out: NDArray[np.uint32],
+        places: NDArray[np.int64],
+        documents: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> None:
+        """Read pieces of samples into ``out`` uint32.
+
+        Args:
+            out: token ids.
+            places: where each piece goes in it, int64 ``[P]``.
+            documents: the samples, int64 ``[P]``.
+            starts: first token of each piece in its sample, int64 ``[P]``.
+            counts: tokens of each piece, int64 ``[P]``.
+
+        Raises:
+            OSError: a remote shard cannot be reached.
+            ValueError: a shard is shorter than it was.
+        """
+        samples = documents if self.places is None else self.places[documents]
+        before_end = self.lengths[documents] - starts
+        reader = self.files if self.remote is None else self.remote
+        reader.read_tokens(out, places, samples, before_end, counts)
+
+    @functools.cached_property
+    def all_member_ends(self) -> NDArray[np.int64]:
+        """Where every member ends on an axis of all samples, int64 ``[M]``."""
+        return self.member_lengths.cumsum(dtype=np.int64)
+
+    @functools.cached_property
+    def all_ends(self) -> NDArray[np.int64]:
+        """Where every sample ends on that axis, int64 ``[N]``."""
+        return self.lengths.cumsum()
+
+    @property
+    def has_members(self) -> bool:
+        """Whether some sample has several."""
+        return len(self.member_lengths) > len(self.lengths)
+
+    def member_ends(self, document: int) -> NDArray[np.int64]:
+        """Cumulative member lengths of a sample, int64 ``[M]``."""
+        end = self.all_ends[document]
+        start = end - self.lengths[document]
+        members = np.searchsorted(self.all_member_ends, [start, end], "right")
+        ends: NDArray[np.int64] = self.all_member_ends[members[0] : members[1]] - start
+        return ends
 
     def __getitem__(self, index: int) -> Sample:
         """Read sample ``index`` from its shard.
@@ -237,22 +290,14 @@ class MegadocStream:
 
     def shard_of(self, index: int) -> Path:
         """The shard file that holds sample ``index``."""
-        shard, _ = self.dataset.spanner[self.place_of(index)]
-        name: str = shard_index(self.path)[shard]["raw_data"]["basename"]
-        return self.path / name
+        shard, _ = self.files.place_of(self.place_of(index))
+        return self.path / self.files.shards[shard].name
 
 
 def in_share(document_id: str, share: float) -> bool:
     """Whether a document is among a share of all: by a hash that is not that of the split."""
     digest = hashlib.blake2b(f"share/{document_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
-
-
-def open_shards(path: Path) -> LocalDataset:
-    """The MDS reader of a folder."""
-    from streaming import LocalDataset  # takes seconds to import
-
-    return LocalDataset(str(path))
 
 
 def read_stream_manifest(path: str | Path) -> StreamManifest:
@@ -309,25 +354,6 @@ def open_remote(
 def small_files(manifest: dict[str, Any]) -> dict[str, Any]:
     """What is said of a stream's files besides its shards."""
     return {name: said for name, said in manifest["files"].items() if not name.endswith(".mds")}
-
-
-def remote_shards(folder: Path, manifest: dict[str, Any]) -> list[Shard]:
-    """All shards of a stream, in their order."""
-    return [
-        Shard(
-            entry["raw_data"]["basename"],
-            entry["samples"],
-            entry["raw_data"]["bytes"],
-            manifest["files"][entry["raw_data"]["basename"]]["sha256"],
-        )
-        for entry in shard_index(folder)
-    ]
-
-
-def shard_index(path: Path) -> list[dict[str, Any]]:
-    """What the index says of every shard."""
-    shards: list[dict[str, Any]] = json.loads((path / "index.json").read_text())["shards"]
-    return shards
 
 
 def check_same_tokenizer(streams: Sequence[MegadocStream]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +43,16 @@ class Packing:
     @property
     def window_tokens(self) -> NDArray[np.int64]:
         """int64 ``[W]``."""
-        ends = np.concatenate(([0], self.lengths.cumsum()))
+        return self.sums(self.lengths)
+
+    @functools.cached_property
+    def window_costs(self) -> NDArray[np.int64]:
+        """Squares of the pieces' lengths, as attention pays for them: int64 ``[W]``."""
+        return self.sums(self.lengths**2)
+
+    def sums(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Values of the pieces ``[P]``, summed over each window: int64 ``[W]``."""
+        ends = np.concatenate(([0], values.cumsum()))
         return np.diff(ends[self.offsets])
 
     def window(self, source: int, index: int) -> Window:
@@ -110,73 +120,59 @@ def minimum_bin_slack(
     room beside it, goes on with random ones, and ends with one that fills it. This looks for the
     least room left (minimum bin slack, Gupta and Ho 1999), but tries only a few sets; best fit
     leaves 2 to 3 percent of the windows empty where few pieces of similar sizes share one.
+
+    It is one function without calls because it runs in the thread beside the training, which waits
+    while that computes; ``tests/trainer/data/test_packing.py`` has it in words.
     """
-    pool = BinPool(sizes.tolist(), capacity)
-    chosen = np.empty(len(sizes), dtype=np.int64)
+    size_of = sizes.tolist()
+    taken = bytearray(len(size_of))
+    queue = list(range(len(size_of)))  # in random order, with some that are taken
+    place = 0  # in the queue
+    by_size = np.argsort(sizes, kind="stable").tolist()
+    there = np.bincount(sizes, minlength=capacity + 1)
+    counts = there.tolist()  # pieces without a window, of each size
+    ends = there.cumsum().tolist()  # in ``by_size``, of each size; behind it all are taken
+    existing = int.from_bytes(np.packbits(there > 0, bitorder="little").tobytes(), "little")
+
+    chosen = [0] * len(size_of)
     window = -1
-    noise = generator.uniform(1 - NOISE, 1 + NOISE, len(sizes))
-    for largest in np.argsort(-sizes * noise, kind="stable").tolist():
-        if pool.taken[largest]:
+    noise = generator.uniform(1 - NOISE, 1 + NOISE, len(size_of))
+    for piece in np.argsort(-sizes * noise, kind="stable").tolist():
+        if taken[piece]:
             continue
         window += 1
-        piece: int | None = largest
         room = capacity
-        while piece is not None:
-            chosen[piece] = window
-            pool.take(piece)
-            room -= pool.sizes[piece]
-            piece = pool.fitting(room)
-    return chosen
-
-
-class BinPool:
-    """The pieces without a window, in random order and by size."""
-
-    def __init__(self, sizes: list[int], capacity: int) -> None:
-        self.sizes = sizes
-        self.taken = bytearray(len(sizes))
-        self.queue = list(range(len(sizes)))  # with some that are taken
-        self.place = 0  # in the queue
-        self.by_size: list[list[int]] = [[] for _ in range(capacity + 1)]  # likewise
-        for piece, size in enumerate(sizes):
-            self.by_size[size].append(piece)
-        self.counts = [len(pieces) for pieces in self.by_size]
-        self.existing = sum(1 << size for size, count in enumerate(self.counts) if count)  # bits
-
-    def take(self, piece: int) -> None:
-        """Give ``piece`` a window."""
-        size = self.sizes[piece]
-        self.taken[piece] = 1
-        self.counts[size] -= 1
-        if not self.counts[size]:
-            self.existing ^= 1 << size
-
-    def fitting(self, room: int) -> int | None:
-        """A random piece, if ``room`` can be filled after it, or else the largest that fits."""
-        fits = self.existing & ((2 << room) - 1)
-        if not fits:
-            return None
-        largest = fits.bit_length() - 1
-        for _ in range(DRAWS):
-            piece = self.draw()
-            left = room - self.sizes[piece]
-            if left == 0 or (left > 0 and (room > 2 * largest or self.counts[left])):
-                return piece
-        pieces = self.by_size[largest]
-        while self.taken[pieces[-1]]:
-            pieces.pop()
-        return pieces[-1]
-
-    def draw(self) -> int:
-        """The next piece of the random order, which begins again at its end."""
         while True:
-            if self.place == len(self.queue):
-                self.queue = [piece for piece in self.queue if not self.taken[piece]]
-                self.place = 0
-            piece = self.queue[self.place]
-            self.place += 1
-            if not self.taken[piece]:
-                return piece
+            chosen[piece] = window
+            taken[piece] = 1
+            size = size_of[piece]
+            room -= size
+            counts[size] -= 1
+            if not counts[size]:
+                existing ^= 1 << size
+            fits = existing & ((2 << room) - 1)  # bit n: there are pieces of n tokens
+            if not fits:
+                break
+            largest = fits.bit_length() - 1
+            for _ in range(DRAWS):
+                while True:  # until the queue gives one that is not taken
+                    if place == len(queue):
+                        queue = [one for one in queue if not taken[one]]
+                        place = 0
+                    piece = queue[place]
+                    place += 1
+                    if not taken[piece]:
+                        break
+                left = room - size_of[piece]
+                if left == 0 or (left > 0 and (room > 2 * largest or counts[left])):
+                    break
+            else:
+                end = ends[largest] - 1
+                while taken[by_size[end]]:
+                    end -= 1
+                ends[largest] = end + 1
+                piece = by_size[end]
+    return np.array(chosen, dtype=np.int64)
 
 
 def shuffle_windows(packed: Packing, generator: np.random.Generator) -> Packing:

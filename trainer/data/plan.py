@@ -22,8 +22,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +40,7 @@ from trainer.data.packing import (
 
 PART_DOCUMENTS = 1 << 15
 KEPT_WINDOWS = 1 << 20
+Windows = TypeVar("Windows", list[Window], range)  # or their places
 VERSION = 2  # part of the hash: raise it when the same inputs give another order
 
 
@@ -165,15 +168,21 @@ class Plan:
             )
         return steps
 
-    def windows(self, step: int) -> list[Window]:
-        """The windows of batch ``step``, ordered so that equal parts cost equal attention."""
+    def windows(self, step: int, rank: int = 0, world_size: int = 1) -> list[Window]:
+        """The windows of batch ``step``, or a rank's equal share of them.
+
+        They are ordered so that equal parts cost equal attention.
+        """
         first = step * self.batch_size
         merged = self.window_order.range(first, first + self.batch_size)
-        windows = [
-            self.packed(source, part).window(source, index) for source, part, index in merged
+        costs = [
+            int(self.packed(source, part).window_costs[index]) for source, part, index in merged
         ]
-        costs = np.array([int((window.lengths**2).sum()) for window in windows])
-        return [windows[index] for index in balanced_order(costs)]
+        chosen = balanced_order(costs, rank_windows(range(len(costs)), rank, world_size))
+        return [
+            self.packed(source, part).window(source, index)
+            for source, part, index in (merged[place] for place in chosen)
+        ]
 
     def tokens_seen(self, steps: int) -> list[int]:
         """Tokens of each source in the first ``steps`` batches."""
@@ -371,30 +380,41 @@ def empty_rows(count: int = 0) -> NDArray[np.void]:
     return np.zeros(count, dtype=fields)
 
 
-def balanced_order(costs: NDArray[np.int64]) -> list[int]:
+def balanced_order(costs: Sequence[int], wanted: range | None = None) -> list[int]:
     """An order of windows whose halves, quarters, ... have near-equal summed costs.
 
     Contiguous parts of a batch go to ranks, so this balances them for every power of two at once
     and without knowing the number of ranks. Equal costs keep their order.
+
+    Args:
+        costs: of each window.
+        wanted: the places of the order that are returned; None: all.
     """
+    wanted = wanted if wanted is not None else range(len(costs))
 
-    def split(indices: list[int]) -> list[int]:
-        if len(indices) < 2 or len({int(costs[index]) for index in indices}) == 1:
-            return sorted(indices)
-        room = [(len(indices) + 1) // 2, len(indices) // 2]
-        halves: list[list[int]] = [[], []]
-        sums = [0, 0]
-        for index in sorted(indices, key=lambda index: (-costs[index], index)):
-            lighter = 0 if sums[0] <= sums[1] else 1
-            side = lighter if len(halves[lighter]) < room[lighter] else 1 - lighter
-            halves[side].append(index)
-            sums[side] += int(costs[index])
-        return split(halves[0]) + split(halves[1])
+    def split(indices: list[int], first: int) -> list[int]:
+        """Of windows that come with falling costs, for places from ``first`` on."""
+        if first >= wanted.stop or first + len(indices) <= wanted.start:
+            return []
+        if len(indices) < 2 or costs[indices[0]] == costs[indices[-1]]:
+            return sorted(indices)[max(0, wanted.start - first) : wanted.stop - first]
+        left: list[int] = []
+        right: list[int] = []
+        room_left, room_right = (len(indices) + 1) // 2, len(indices) // 2
+        ahead = 0  # what the left half costs more
+        for index in indices:
+            if (len(left) < room_left) if ahead <= 0 else (len(right) == room_right):
+                left.append(index)
+                ahead += costs[index]
+            else:
+                right.append(index)
+                ahead -= costs[index]
+        return split(left, first) + split(right, first + room_left)
 
-    return split(list(range(len(costs))))
+    return split(sorted(range(len(costs)), key=lambda index: (-costs[index], index)), 0)
 
 
-def rank_windows(windows: list[Window], rank: int, world_size: int) -> list[Window]:
+def rank_windows(windows: Windows, rank: int, world_size: int) -> Windows:
     """This rank's contiguous part of a global batch."""
     if len(windows) % world_size:
         raise ValueError(

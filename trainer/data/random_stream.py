@@ -23,6 +23,27 @@ class RandomStream:
             "random", "random", 0, len(self.lengths), tokens, tokens, vocab_size, 0, "", False, ""
         )
 
+    @property
+    def has_members(self) -> bool:
+        return False
+
+    def member_ends(self, document: int) -> NDArray[np.int64]:
+        return self.lengths[document : document + 1]
+
+    def read_tokens(
+        self,
+        out: NDArray[np.uint32],
+        places: NDArray[np.int64],
+        documents: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> None:
+        """As :meth:`MegadocStream.read_tokens`."""
+        for place, document, start, count in zip(
+            places.tolist(), documents.tolist(), starts.tolist(), counts.tolist(), strict=True
+        ):
+            out[place : place + count] = self[document].tokens[start : start + count]
+
     def __getitem__(self, index: int) -> Sample:
         length = int(self.lengths[index])
         tokens = np.random.default_rng(index).integers(self.manifest.vocab_size, size=length)

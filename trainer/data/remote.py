@@ -20,7 +20,6 @@ import queue
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,25 +28,15 @@ from numpy.typing import NDArray
 
 from trainer import object_store
 from trainer.data.format import MANIFEST, DamagedStreamError
+from trainer.data.shards import WORD, Shard, ShardFiles
 from trainer.files import only_one, replace_file, sha256
 
 REQUESTS = 32  # samples asked for at a time
 DOWNLOADS = 4  # shards that come at a time
 OFFSETS_KEPT = 256  # shards of which the places of all samples are remembered
 IN_USE = "in-use"  # of a stream's folder: held, shared, by every process that reads it
-WORD = 4  # bytes of a number in the head of a shard
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One MDS file."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
 
 
 class CacheFolder:
@@ -90,10 +79,10 @@ class CacheFolder:
             unfinished = self.path / f".{shard.name}.tmp"
             with only_one(self.cache / "room.lock"):
                 unfinished.unlink(missing_ok=True)  # of a killed process
-                if not self.make_room(shard.bytes):
+                if not self.make_room(shard.size):
                     return False
                 with unfinished.open("wb") as file:
-                    file.truncate(shard.bytes)  # counts from now on
+                    file.truncate(shard.size)  # counts from now on
             try:
                 object_store.copy(f"{remote}/{shard.name}", unfinished)
                 if (found := sha256(unfinished)) != shard.sha256:
@@ -167,6 +156,8 @@ class RemoteShards:
         self.remote = remote
         self.cache = cache
         self.shards = shards
+        self.files = ShardFiles(cache.path, shards)  # those that are here
+        self.whole: set[int] = set()  # shards that are known to be here
         self.expected: dict[tuple[int, int], Future[bytes]] = {}
         self.samples_wanted: queue.SimpleQueue[tuple[int, int, Future[bytes]] | None]
         self.samples_wanted = queue.SimpleQueue()
@@ -188,12 +179,13 @@ class RemoteShards:
             self.samples_wanted.put(None)
         for _ in range(DOWNLOADS):
             self.shards_wanted.put(None)
+        self.files.close()
         self.cache.release()
 
     def expect(self, places: Iterable[tuple[int, int]]) -> None:
         """Begin to read samples, (shard, place in it), that will be asked for soon."""
         for shard, index in places:
-            if (shard, index) not in self.expected and not self.cache.has(self.shards[shard]):
+            if (shard, index) not in self.expected and not self.has(shard):
                 future: Future[bytes] = Future()
                 self.expected[shard, index] = future
                 self.samples_wanted.put((shard, index, future))
@@ -217,17 +209,43 @@ class RemoteShards:
         """Have a shard brought whole, once."""
         if shard not in self.asked:
             self.asked.add(shard)
-            if not self.cache.has(self.shards[shard]):
+            if not self.has(shard):
                 self.shards_wanted.put(shard)
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard has come whole; none is evicted while the stream is read."""
+        if shard not in self.whole and self.cache.has(self.shards[shard]):
+            self.whole.add(shard)
+        return shard in self.whole
+
+    def read_tokens(
+        self,
+        out: NDArray[np.uint32],
+        places: NDArray[np.int64],
+        samples: NDArray[np.int64],
+        before_end: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> None:
+        """:meth:`ShardFiles.read_tokens`, from files or by what was expected.
+
+        Raises:
+            OSError: the server is away for long, or denies it.
+            DamagedStreamError: a shard is not what was written.
+        """
+        shards = set(self.files.shards_of(samples).tolist())
+        if not self.expected and self.failure is None and all(map(self.has, shards)):
+            self.files.read_tokens(out, places, samples, before_end, counts)
+            return
+        columns = (places, samples, before_end, counts)
+        for place, sample, back, count in zip(*(c.tolist() for c in columns), strict=True):
+            content = self.sample(*self.files.place_of(sample))
+            tokens = np.frombuffer(content, "<u4", count, len(content) - WORD * back)
+            out[place : place + count] = tokens
 
     def read(self, shard: int, index: int) -> bytes:
         """A sample from the cache, or by a range request."""
-        path = self.cache.path / self.shards[shard].name
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            file.seek(WORD * (1 + index))
-            start, end = np.frombuffer(file.read(2 * WORD), "<u4").tolist()
-            file.seek(start)
-            return file.read(end - start)
+        if self.has(shard):
+            return self.files.sample(shard, index)
         file_elsewhere, offsets = self.offsets(shard)
         start, end = offsets[index : index + 2].tolist()
         self.downloaded += end - start
@@ -253,7 +271,7 @@ class RemoteShards:
         while (shard := self.shards_wanted.get()) is not None and not self.closed:
             try:
                 if self.cache.bring(self.remote, self.shards[shard]):
-                    self.downloaded += self.shards[shard].bytes
+                    self.downloaded += self.shards[shard].size
                 elif not self.is_full:
                     self.is_full = True
                     logger.info(
@@ -285,7 +303,7 @@ def bring_all(remote: str, cache: CacheFolder, shards: list[Shard]) -> None:
                 shard = wanted.get_nowait()
                 try:
                     if not cache.bring(remote, shard):
-                        total = sum(one.bytes for one in shards)
+                        total = sum(one.size for one in shards)
                         raise ValueError(
                             f"data.cache_limit={cache.limit} bytes has no room for {remote}, which "
                             f"is read as a whole ({total} bytes); set a larger one"

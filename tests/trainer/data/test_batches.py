@@ -111,6 +111,19 @@ def test_batches_equal_the_naive_construction(
                 assert torch.equal(batch.positions[start:end], torch.arange(end - start))
 
 
+def test_streams_that_share_a_batch_keep_their_tokens(make_stream: StreamMaker) -> None:
+    streams = [
+        make_stream("real", [[n % 17 + 3] for n in range(40)]),
+        make_stream("stitched-g2", [[n % 5 + 3, 2, n % 23 + 9] for n in range(40)], shift=7),
+        make_stream("latent-g2", [[4, 70, 2]] * 4, members_are_documents=False),
+    ]
+    for packing, mask in itertools.product(("whole", "stream", "windows"), Mask):
+        plan = plan_of(streams, packing, batch=8)
+        windows = plan.windows(1)
+        assert len({window.source for window in windows}) == 3
+        assert unpack(collate(windows, streams, mask, CONTEXT)) == naive(windows, streams, mask)
+
+
 @pytest.mark.parametrize(("context", "windows"), [(4096, 16), (32_768, 2), (131_072, 1)])
 def test_attention_is_handed_at_most_twice_what_is_used(context: int, windows: int) -> None:
     """100,000 documents of lognormal length, one micro-batch in fifty of an epoch."""

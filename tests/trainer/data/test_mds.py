@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.conftest import StreamMaker
+from tests.trainer.data.test_shards import assert_equal_rows
 from trainer.data import format as stream_files
 from trainer.data.mds import MegadocStream, check_same_tokenizer
 from trainer.files import sha256
@@ -189,5 +190,6 @@ def test_streams_of_different_tokenizers_do_not_mix(make_stream: StreamMaker) ->
 def test_the_real_writer_and_this_reader_agree(corpus_root: Path) -> None:
     for folder in sorted((corpus_root / "streams").iterdir()):
         stream = MegadocStream(folder)
+        assert_equal_rows(stream)
         content = json.loads((folder / "manifest.json").read_text())
         assert sum(len(stream[i].tokens) for i in range(len(stream))) == content["tokens"]
