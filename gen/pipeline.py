@@ -41,10 +41,10 @@ from gen.generations.store import GenerationStore
 from gen.megadocs.config import StreamConfig
 from gen.megadocs.progress import streams_status
 from gen.megadocs.streams import build_stream
-from gen.megadocs.work import Work
 from gen.prompts import MethodConfig
 from gen.quality.gates import QualityConfig, ReportConfig
 from gen.serving.servers import GeneratorConfig, serving
+from gen.work import Work
 from trainer.config.fields import Place, check_bounds, group, setting
 from trainer.files import only_one
 from trainer.stop import Stopped, stopping_at_once

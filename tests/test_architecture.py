@@ -40,6 +40,7 @@ ORDER_IN_GEN = (
     ("client",),
     ("prompts",),
     ("corpus",),
+    ("work",),
 )
 # What gen/ may know of trainer/: the contract of the streams, and what any program needs.
 SHARED = (

@@ -19,7 +19,7 @@ as a line over the sizes: a fixed part (starting, importing) and a slope, which 
 corpora pay. The plan is measured at the paper's size and at ten billion tokens, with lengths drawn
 at random. ``--loading`` seconds long, eight ranks read documents of about 700 tokens and megadocs
 of 22,000 as if a model took 350,000 tokens a second each; that is by the clock and wants a machine
-without other work.
+without other work. ``--only loading`` measures a part again and keeps what the file says of others.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ from trainer.files import write_json
 RESULTS = Path(__file__).parents[1] / "results"
 LONG, SHORT = 800, 100  # characters of a text
 LOADED = (300, 2200)  # documents and characters of what is loaded
+PARTS = ("loading", "sizes", "memory", "plans")
 LARGE = {  # what is extrapolated to: generations, and tokens of them
     "the paper's run": (5_200_000, 3_700_000_000),
     "ten billion tokens": (14_100_000, 10_000_000_000),
@@ -226,36 +228,41 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--documents", type=int, nargs="+", default=[2500, 5000, 10_000])
     parser.add_argument("--memory", type=int, nargs="*", default=[10_000, 20_000, 40_000])
-    parser.add_argument(
-        "--loading", type=float, default=20.0, help="seconds of each; 0: not at all"
-    )
+    parser.add_argument("--loading", type=float, default=20.0, help="seconds of each")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument(
+        "--only", choices=PARTS, nargs="+", default=PARTS, help="the others stay as they are"
+    )
     parser.add_argument("--scratch", type=Path, help="folder for files that are deleted again")
     parser.add_argument("--output", type=Path, default=RESULTS / "data-2-core-cpu.json")
     options = parser.parse_args(arguments)
+    before = json.loads(options.output.read_bytes()) if set(options.only) < set(PARTS) else {}
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        loading = measure_loading(Path(folder), options.loading) if options.loading else {}
-        rows = [
-            measure_size(documents, Path(folder), not options.no_peers)
-            for documents in options.documents
-        ]
-        memory = [measure_memory(documents, Path(folder)) for documents in options.memory]
-        plans = {name: measured(plan_costs, Path(folder), name) for name in PLANS}
+        measures: dict[str, Callable[[], Any]] = {
+            "loading": lambda: measure_loading(Path(folder), options.loading),
+            "sizes": lambda: [
+                measure_size(documents, Path(folder), not options.no_peers)
+                for documents in options.documents
+            ],
+            "memory": lambda: [
+                measure_memory(documents, Path(folder)) for documents in options.memory
+            ],
+            "plans": lambda: {name: measured(plan_costs, Path(folder), name) for name in PLANS},
+        }
+        found = {part: measure() for part, measure in measures.items() if part in options.only}
     from benchmarks.timing import processor  # imports torch, which none of the processes should
 
+    parts: dict[str, Any] = {part: found.get(part, before.get(part)) for part in PARTS}
     result = {
         "command": "python -m benchmarks.data",
-        "date": time.strftime("%Y-%m-%d"),
+        "dates": {**before.get("dates", {}), **dict.fromkeys(found, time.strftime("%Y-%m-%d"))},
         "machine": f"{os.cpu_count()} cores, {processor()}",
         "versions": versions(),
-        "summary": summary(rows, memory),
-        "plans": plans,
-        "loading": loading,
-        "sizes": rows,
-        "memory": memory,
+        "summary": summary(parts["sizes"], parts["memory"]),
+        **parts,
     }
     write_json(options.output, result)
-    draw(rows, options.output.with_suffix(".png"))
+    draw(parts["sizes"], options.output.with_suffix(".png"))
     print(json.dumps(result["summary"], indent=1))
     return result
 

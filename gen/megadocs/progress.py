@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gen.generations.store import GenerationStore, footer_of
-from gen.megadocs.work import Progress
+from gen.work import Progress
 from trainer.data.format import MANIFEST, read_manifest
 from trainer.files import optional, read_json
 
@@ -25,16 +26,24 @@ def streams_status(root: Path) -> str:
 
 
 def judged(root: Path) -> Iterator[str]:
-    """Of each store, how many generations the quality gates have measured."""
+    """Of each store, how many generations the quality gates have measured, and who is at it."""
     for manifest in sorted((root / "generations").glob("*/manifest.json")):
         store = GenerationStore(manifest.parent)
         rows = sum(footer_of(part).num_rows for part in store.parts())
-        table = store.folder / "quality.parquet"
-        try:
-            measured = pq.read_metadata(table).num_rows if table.exists() else 0
-        except pa.ArrowException:  # damaged: measured again
-            measured = 0
+        building = sorted(store.folder.glob(".quality.*.building"))
+        units = [unit for folder in building for unit in folder.glob("*.parquet")]
+        measured = sum(map(rows_of, units or [store.folder / "quality.parquet"]))
         yield f"{store.folder}: {measured:,} of {rows:,} generations judged"
+        for folder in building:
+            yield from writers(folder / "locks")
+
+
+def rows_of(path: Path) -> int:
+    """Of a Parquet file; none where it is not there, or damaged and so made again."""
+    with contextlib.suppress(pa.ArrowException, OSError):
+        rows: int = pq.read_metadata(path).num_rows
+        return rows
+    return 0
 
 
 def tokenized(root: Path) -> Iterator[str]:

@@ -18,6 +18,7 @@ from gen.megadocs.config import StreamConfig
 from gen.megadocs.missing import Missing, missing_of
 from gen.quality.gates import QualityConfig, advice, gates, select, strip_preamble
 from gen.quality.table import columns_of, quality_table
+from gen.work import Work
 
 
 def choose_generations(
@@ -29,6 +30,7 @@ def choose_generations(
     quality: QualityConfig,
     tokenizer: Tokenizer | None,
     allotted: NDArray[np.int64] | None = None,
+    work: Work | None = None,
 ) -> tuple[list[Generations], dict[str, Any], list[Missing]]:
     """What a stream takes of each store, what the quality gates found, and what is missing.
 
@@ -41,6 +43,7 @@ def choose_generations(
         quality: which generations are left out.
         tokenizer: of the corpus where these are thoughts, which it cuts for; else None.
         allotted: G of each document where they differ: int64 ``[documents]``.
+        work: who judges what was not judged yet; None: this process and its children.
 
     Raises:
         FileNotFoundError: a store is empty.
@@ -63,7 +66,7 @@ def choose_generations(
             one.may_lack = True
             if missing.generations:
                 lacking.append(missing)
-        found = select_generations(one, store, documents, documents_hash, quality)
+        found = select_generations(one, store, documents, documents_hash, quality, work)
         judged = sum_of(judged, found) if judged else found
         if config.shares and tokenizer is None:
             one.take(takers(documents, config.methods[place], config.shares[place]))
@@ -95,12 +98,16 @@ def select_generations(
     documents: list[Document],
     documents_hash: str,
     quality: QualityConfig,
+    work: Work | None,
 ) -> dict[str, Any]:
     """Drop what the quality gates say from ``generations``; returns the counts for the manifest."""
-    table = quality_table(store, documents, documents_hash, quality.processes)
-    columns = columns_of(
-        table.filter(pc.less(table["index"], limits(generations, table, documents)))
+    same = bool((generations.counts == generations.count).all())
+    table = quality_table(
+        store, documents, documents_hash, quality.processes, work, with_documents=not same
     )
+    if not same or (pc.max(table["index"]).as_py() or 0) >= generations.count:
+        table = table.filter(pc.less(table["index"], limits(generations, table, documents)))
+    columns = columns_of(table)
     failed = gates(columns, quality)
     selection = select(failed, quality)
     strip = quality.preamble == "strip"

@@ -7,6 +7,7 @@ samples, their order and their shards do not depend on how many processes and ma
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -35,8 +36,8 @@ from gen.megadocs.selection import choose_generations, describe_judged
 from gen.megadocs.shards import Form, Members, Samples, add_content, write_shard
 from gen.megadocs.tokenizing import document_starts, tokenized
 from gen.megadocs.tokens import DamagedTokensError
-from gen.megadocs.work import Unit, Work
 from gen.quality.gates import QualityConfig
+from gen.work import Unit, Work
 from trainer.data import format
 from trainer.data.format import (
     MANIFEST,
@@ -128,40 +129,40 @@ def build_stream(
             Missing(**known).check(config.missing, config.missing_share)
         logger.info(f"{folder}: up to date")
         return current
-    chosen, judged, lacking = choose_generations(
-        stores,
-        generations,
-        documents,
-        documents_hash,
-        config,
-        quality,
-        tokenizer if kind == "latent" else None,
-        allotted,
-    )
-    description = {
-        **identity,
-        "name": name,
-        "judged": judged,
-        "missing": [asdict(missing) for missing in lacking],
-        "styles": styles if len(styles) > 1 else [],
-        "vocab_size": vocabulary.vocab_size,
-        "eos_id": vocabulary.eos_id,
-        "members_are_documents": kind != "latent",
-        "real_document": config.real_document if kind in ("simple", "stitched") else None,
-        "config_hash": config_hash,
-    }
-    stream = Stream(folder, description, documents, chosen, tokenizer, config, root)
-    try:
-        if work is not None:
+    with contextlib.ExitStack() as own:
+        if work is None:
+            work = own.enter_context(Work(config.processes, config.writer, config.writers))
+        chosen, judged, lacking = choose_generations(
+            stores,
+            generations,
+            documents,
+            documents_hash,
+            config,
+            quality,
+            tokenizer if kind == "latent" else None,
+            allotted,
+            work,
+        )
+        description = {
+            **identity,
+            "name": name,
+            "judged": judged,
+            "missing": [asdict(missing) for missing in lacking],
+            "styles": styles if len(styles) > 1 else [],
+            "vocab_size": vocabulary.vocab_size,
+            "eos_id": vocabulary.eos_id,
+            "members_are_documents": kind != "latent",
+            "real_document": config.real_document if kind in ("simple", "stitched") else None,
+            "config_hash": config_hash,
+        }
+        stream = Stream(folder, description, documents, chosen, tokenizer, config, root)
+        try:
             manifest = stream.build(work)
-        else:
-            with Work(config.processes, config.writer, config.writers) as own:
-                manifest = stream.build(own)
-    except OSError as error:
-        raise OSError(
-            f"could not write the stream {folder}: {error}; nothing half-written was left, "
-            "make room and run the same command again"
-        ) from error
+        except OSError as error:
+            raise OSError(
+                f"could not write the stream {folder}: {error}; nothing half-written was left, "
+                "make room and run the same command again"
+            ) from error
     logger.info(
         f"{folder}: {manifest['samples']} samples, {manifest['tokens']:,} tokens "
         f"({manifest['synthetic_tokens']:,} synthetic){describe_judged(judged)}"

@@ -27,7 +27,7 @@ from gen.megadocs.tokens import (
     as_keys,
     key_of,
 )
-from gen.megadocs.work import Unit, Work
+from gen.work import Unit, Work
 from trainer.data.format import REAL
 
 UNIT = 1 << 22  # bytes of text that are tokenized by one process at a time

@@ -1,16 +1,19 @@
-"""Measures of all generations of a store, made once for each state of it and kept beside it."""
+"""Measures of all generations of a store, made once for each state of it and kept beside it.
+
+They are measured in units of some thousand generations, each by whichever process on whichever
+machine has a core free (``gen/work.py``), and joined when all are there.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
-import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import fields
-from multiprocessing import get_context
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from gen.corpus.documents import Document
 from gen.generations.by_document import KEY_COLUMNS
@@ -29,20 +31,21 @@ from gen.generations.store import (
     texts_of_part,
 )
 from gen.quality.gates import Measures, measure
+from gen.work import Unit, Work
 from trainer.files import is_whole, only_one, replace_file, write_hash
 
 VERSION = 1  # of the measures; a change measures again
 ROWS_A_PROCESS = 5000  # fewer are measured before another process has started
-GROUP = 16  # documents sent to a process at once
+UNIT_ROWS = 1 << 12, 1 << 15  # generations of a unit at least and at most
+UNITS = 64  # of a store, as far as these bounds allow
+ATTEMPTS = 3  # where units are found to be damaged
 
-CHUNK_ROWS = 1 << 16  # generations whose texts are in memory at once
 TYPES = {"int": pa.int32(), "bool": pa.bool_(), "float": pa.float32()}
+NAMES = [field.name for field in fields(Measures)]
 SCHEMA = pa.schema(
     [("document_id", pa.string())]
     + [(field.name, TYPES[str(field.type)]) for field in fields(Measures)]
 )
-
-Group = list[tuple[str, str, list[tuple[int, str, str]]]]  # document id, text, siblings
 
 
 def quality_table(
@@ -50,8 +53,10 @@ def quality_table(
     documents: list[Document],
     documents_hash: str,
     processes: int | None = None,
+    work: Work | None = None,
+    with_documents: bool = False,
 ) -> pa.Table:
-    """``document_id`` and the :class:`Measures` of every generation of ``documents``.
+    """The :class:`Measures` of every generation of ``documents``, by document, then by index.
 
     The table is kept in the store's folder and made again when generations were added, the
     documents changed, or the measures did.
@@ -60,48 +65,154 @@ def quality_table(
         store: the generations.
         documents: their sources.
         documents_hash: identity of those documents.
-        processes: that measure; None: all cores for a large store.
+        processes: that measure; None: those of ``work``, or all cores.
+        work: shares it with other machines; None: this process and its children alone.
+        with_documents: tell the ``document_id`` of each as well, which takes as much memory again.
     """
     identity = f"{VERSION}/{store.fingerprint()}/{documents_hash}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    path = store.folder / "quality.parquet"
-    with only_one(store.folder / "quality.lock"):  # several writers may build the streams
-        if path.exists() and is_whole(path):
-            with contextlib.suppress(pa.ArrowException, OSError):  # damaged: measured again
-                schema = pq.read_schema(path)
-                if (schema.metadata or {}).get(b"key") == key.encode():
-                    return pq.read_table(path, page_checksum_verification=True)
-        table = measure_all(store, documents, processes)
-        table = table.replace_schema_metadata({"key": key})
-        with replace_file(path) as unfinished:
-            pq.write_table(table, unfinished, compression="zstd", write_page_checksum=True)
-            write_hash(path, unfinished)
-        return table
+    table = Table(store, key)
+    names = SCHEMA.names if with_documents else NAMES
+    if (found := table.read(names)) is not None:
+        return found
+    if work is not None and processes is None:
+        table.make(documents, work)
+    else:
+        shares = (work.writer, work.writers) if work is not None else (0, 1)
+        with Work(processes, *shares) as own:
+            table.make(documents, own)
+    found = table.read(names)
+    if found is None:
+        raise OSError(
+            f"{table.path} was damaged as soon as it was written, or {store.folder} grew "
+            "meanwhile: run the same command again"
+        )
+    return found
 
 
-def measure_all(
-    store: GenerationStore, documents: list[Document], processes: int | None
-) -> pa.Table:
-    """Measure every generation, in corpus order and ascending index, some thousands at a time."""
-    rows = StoredRows(store, documents)
-    if processes is None:
-        processes = min(os.cpu_count() or 1, 1 + len(rows.order) // ROWS_A_PROCESS)
-    tables = [pa.table([pa.array([], kind) for kind in SCHEMA.types], SCHEMA)]
-    with (
-        tqdm(total=len(rows.order), desc="quality", unit="text", leave=False) as bar,
-        # Not forked: threads of a server or of BLAS may hold locks here.
-        ProcessPoolExecutor(processes, get_context("spawn"))
-        if processes > 1
-        else contextlib.nullcontext() as pool,
-    ):
-        for chunk in rows.chunks():
-            groups = grouped(rows, chunk, documents)
-            if pool is None:
-                tables.append(collect(map(measure_group, groups)))
-            else:
-                tables.append(collect(measured_by(pool, groups, 4 * processes)))
-            bar.update(len(chunk))
-    return pa.concat_tables(tables)
+class Table:
+    """The measures of a store, in one file that is joined from those of the units.
+
+    Args:
+        store: the generations.
+        key: what they and their documents are, and how they are measured.
+    """
+
+    def __init__(self, store: GenerationStore, key: str) -> None:
+        self.store = store
+        self.key = key
+        self.path = store.folder / "quality.parquet"
+        self.building = store.folder / f".quality.{key}.building"
+
+    def is_made(self) -> bool:
+        """Whether the file is there and of this key; whole or not."""
+        with contextlib.suppress(pa.ArrowException, OSError):
+            metadata: dict[bytes, bytes] = pq.read_schema(self.path).metadata or {}
+            return metadata.get(b"key") == self.key.encode()
+        return False
+
+    def read(self, names: list[str]) -> pa.Table | None:
+        """What the file holds; None where it is not there, damaged, or of another key."""
+        with contextlib.suppress(pa.ArrowException, OSError):
+            if self.is_made() and is_whole(self.path):
+                return pq.read_table(self.path, columns=names, page_checksum_verification=True)
+            if self.is_made():
+                self.path.unlink()
+        return None
+
+    def unit(self, number: int) -> Path:
+        return self.building / f"{number:05d}.parquet"
+
+    def make(self, documents: list[Document], work: Work) -> None:
+        """Measure what is not measured, with whoever else does it, and join it.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        rows = StoredRows(self.store, documents)
+        chunks = list(rows.chunks())
+        try:
+            for _ in range(ATTEMPTS):
+                self.measure(chunks, rows, documents, work)
+                with only_one(self.store.folder / "quality.lock"):
+                    if self.is_made() or self.join(len(chunks)):
+                        break
+        except FileNotFoundError:
+            # Another writer has joined all, and takes away what it was joined of.
+            if not self.is_made():
+                raise
+        for other in self.store.folder.glob(f".quality.{'?' * 16}.building"):
+            shutil.rmtree(other, ignore_errors=True)  # of other states as well
+
+    def measure(
+        self,
+        chunks: list[NDArray[np.integer[Any]]],
+        rows: StoredRows,
+        documents: list[Document],
+        work: Work,
+    ) -> None:
+        """Measure the units that are not there."""
+        units = [
+            Unit(
+                f"{number:05d}",
+                len(chunk),
+                functools.partial(self.prepare, number, chunk, rows, documents),
+            )
+            for number, chunk in enumerate(chunks)
+            if not self.unit(number).exists()
+        ]
+        label = f"{self.store.folder.name}: judging"
+        work.run(units, self.building / "locks", label, "texts", ROWS_A_PROCESS)
+
+    def prepare(
+        self,
+        number: int,
+        chunk: NDArray[np.integer[Any]],
+        rows: StoredRows,
+        documents: list[Document],
+    ) -> Callable[[], None]:
+        """What a process is given to measure one unit."""
+        return functools.partial(measure_unit, self, self.unit(number), rows.some(chunk, documents))
+
+    def join(self, units: int) -> bool:
+        """Write the file from all units; False where one is damaged or gone, and to be made anew.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        for unit in map(self.unit, range(units)):
+            if not unit.exists() or not is_whole(unit):
+                unit.unlink(missing_ok=True)
+                return False
+        schema = SCHEMA.with_metadata({"key": self.key})
+        with replace_file(self.path) as unfinished:
+            with pq.ParquetWriter(
+                unfinished, schema, compression="zstd", write_page_checksum=True
+            ) as writer:
+                for unit in map(self.unit, range(units)):
+                    writer.write_table(pq.read_table(unit, schema=schema))
+            write_hash(self.path, unfinished)
+        return True
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some generations of documents that follow each other, as a process is given them."""
+
+    documents: list[tuple[str, str]]  # id and text
+    counts: list[int]  # generations of each
+    index: list[int]  # of each generation
+    cut: list[bool]  # off by its length limit
+    places: list[tuple[Path, NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]
+    # of each part: its rows, ascending, and which generation each of them is
+
+    def texts(self) -> list[str]:
+        """Of each generation."""
+        found = [""] * len(self.index)
+        for part, rows, numbers in self.places:
+            for number, text in zip(numbers.tolist(), texts_of_part(part, rows), strict=True):
+                found[number] = text
+        return found
 
 
 class StoredRows:
@@ -128,82 +239,72 @@ class StoredRows:
         self.cut = np.concatenate(cut)
         order = np.lexsort((self.index, self.place))
         # Those of other texts are first.
-        self.order = order[np.searchsorted(self.place[order], 0) :]
+        self.order = order[np.searchsorted(self.place[order], 0) :].astype(np.int32)
 
     def chunks(self) -> Iterator[NDArray[np.integer[Any]]]:
         """Rows of whole documents, so many that their texts fit into memory."""
+        least, most = UNIT_ROWS
+        size = min(max(len(self.order) // UNITS, least), most)
         place = self.place[self.order]
         start = 0
         while start < len(place):
-            last = place[min(start + CHUNK_ROWS, len(place)) - 1]
+            last = place[min(start + size, len(place)) - 1]
             end = int(np.searchsorted(place, last, "right"))
             yield self.order[start:end]
             start = end
 
+    def by_part(
+        self, rows: NDArray[np.integer[Any]]
+    ) -> Iterator[tuple[Path, NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]:
+        """Rows in each part, ascending, and where each of them stands in ``rows``."""
+        order = np.argsort(rows)
+        borders = np.searchsorted(rows[order], self.part_starts).tolist()
+        for part, (start, end) in enumerate(itertools.pairwise(borders)):
+            if start < end:
+                own = order[start:end]
+                yield self.parts[part], rows[own] - self.part_starts[part], own
+
     def texts(self, rows: NDArray[np.integer[Any]]) -> dict[int, str]:
         """The texts of some rows, a part after the other."""
         found: dict[int, str] = {}
-        rows = np.sort(rows)
-        borders = np.searchsorted(rows, self.part_starts).tolist()
-        for part, (start, end) in enumerate(itertools.pairwise(borders)):
-            if start < end:
-                own = rows[start:end]
-                texts = texts_of_part(self.parts[part], own - self.part_starts[part])
-                found.update(zip(own.tolist(), texts, strict=True))
+        for part, within, own in self.by_part(rows):
+            found.update(zip(rows[own].tolist(), texts_of_part(part, within), strict=True))
         return found
 
-
-def grouped(
-    rows: StoredRows, chunk: NDArray[np.integer[Any]], documents: list[Document]
-) -> Iterator[Group]:
-    """Documents with their generations, some at a time."""
-    texts = rows.texts(chunk)
-
-    def one(own: Iterator[int], of: int) -> tuple[str, str, list[tuple[int, str, str]]]:
-        siblings = [
-            (int(rows.index[row]), texts.pop(row), "length" if rows.cut[row] else "stop")
-            for row in own
-        ]
-        return documents[of].id, documents[of].text, siblings
-
-    by_document = itertools.groupby(chunk.tolist(), key=lambda row: int(rows.place[row]))
-    each = (one(own, of) for of, own in by_document)
-    while group := list(itertools.islice(each, GROUP)):
-        yield group
+    def some(self, chunk: NDArray[np.integer[Any]], documents: list[Document]) -> Rows:
+        """What a process is given of some rows, by document and index."""
+        of, counts = np.unique(self.place[chunk], return_counts=True)
+        return Rows(
+            [(documents[place].id, documents[place].text) for place in of.tolist()],
+            counts.tolist(),
+            self.index[chunk].tolist(),
+            self.cut[chunk].tolist(),
+            list(self.by_part(chunk)),
+        )
 
 
-def measure_group(group: Group) -> list[tuple[str, list[Measures]]]:
-    """Measures by document."""
-    return [(document, measure(source, siblings)) for document, source, siblings in group]
-
-
-def measured_by(
-    pool: ProcessPoolExecutor, groups: Iterator[Group], ahead: int
-) -> Iterator[list[tuple[str, list[Measures]]]]:
-    """Results in order, with few groups in memory: a pool's own ``map`` takes all at once."""
-    running: deque[Future[list[tuple[str, list[Measures]]]]] = deque()
-    for group in groups:
-        running.append(pool.submit(measure_group, group))
-        if len(running) >= ahead:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
-
-
-def collect(results: Iterator[list[tuple[str, list[Measures]]]]) -> pa.Table:
-    """Measured groups as rows of the table."""
+def measure_unit(table: Table, path: Path, rows: Rows) -> None:
+    """Measure some generations, unless another writer has since, or has joined all."""
+    if path.exists() or table.is_made():
+        return
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for group in results:
-        for document, measured in group:
-            for measures in measured:
-                columns["document_id"].append(document)
-                for name in SCHEMA.names[1:]:
-                    columns[name].append(getattr(measures, name))
-    return pa.table(columns, SCHEMA)
+    siblings = zip(rows.index, rows.texts(), rows.cut, strict=True)
+    for (document, source), count in zip(rows.documents, rows.counts, strict=True):
+        own = [
+            (index, text, "length" if cut else "stop")
+            for index, text, cut in itertools.islice(siblings, count)
+        ]
+        for measures in measure(source, own):
+            columns["document_id"].append(document)
+            for name in NAMES:
+                columns[name].append(getattr(measures, name))
+    with replace_file(path) as unfinished:
+        pq.write_table(
+            pa.table(columns, SCHEMA), unfinished, compression="zstd", write_page_checksum=True
+        )
+        write_hash(path, unfinished)
 
 
 def columns_of(table: pa.Table) -> dict[str, NDArray[Any]]:
     """The measures as arrays."""
-    return {
-        field.name: table[field.name].to_numpy(zero_copy_only=False) for field in fields(Measures)
-    }
+    return {name: table[name].to_numpy(zero_copy_only=False) for name in NAMES}

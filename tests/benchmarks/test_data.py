@@ -25,11 +25,15 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-def test_it_measures_every_stage(tmp_path: Path) -> None:
+def test_it_measures_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "result.json"
-    sizes = ["--documents", "10", "20", "--memory", "--loading", "0"]
-    result = data.main([*sizes, "--scratch", str(tmp_path), "--output", str(output)])
+    monkeypatch.setattr(data, "measure_loading", lambda folder, seconds: {"waited": seconds})
+    sizes = ["--documents", "10", "20", "--memory", "--loading", "3"]
+    common = ["--scratch", str(tmp_path), "--output", str(output)]
+    result = data.main([*sizes, *common])
     assert json.loads(output.read_text()) == result
+    again = data.main(["--only", "loading", "--loading", "5", *common])
+    assert again == {**result, "loading": {"waited": 5.0}} == json.loads(output.read_text())
     assert output.with_suffix(".png").exists()
     for size in result["sizes"]:
         assert size["judge"]["generations"] == size["generations"]

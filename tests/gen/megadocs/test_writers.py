@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer
 from gen.megadocs.config import StreamConfig
 from gen.megadocs.streams import build_stream
-from gen.megadocs.work import Unit, Work
 from gen.quality.gates import QualityConfig
+from gen.work import Unit, Work
 from tests.gen.megadocs.test_golden_samples import DOCUMENTS, fill
 
 KINDS = ("simple", "stitched", "latent")
@@ -150,7 +150,7 @@ def test_two_processes_of_which_one_is_killed(corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_the_pool_makes_the_same_stream(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gen.megadocs.work.WORTH_A_PROCESS", 1)
+    monkeypatch.setattr("gen.work.WORTH_A_PROCESS", 1)
     (made,) = (corpus / "streams").glob("stitched-*")
     expected = content(made)
     shutil.rmtree(made)

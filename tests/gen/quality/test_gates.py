@@ -1,12 +1,14 @@
 """Quality gates: each on texts that fail it and texts that must not, and what streams leave out."""
 
 import json
-import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from streaming import LocalDataset
 
@@ -14,9 +16,12 @@ from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer
 from gen.generations.store import Generation, GenerationStore
 from gen.megadocs.config import StreamConfig
+from gen.megadocs.progress import streams_status
 from gen.megadocs.streams import build_stream
+from gen.quality import table
 from gen.quality.gates import (
     GATES,
+    Measures,
     QualityConfig,
     ReportConfig,
     advice,
@@ -28,6 +33,7 @@ from gen.quality.gates import (
 from gen.quality.language import SourceLanguage
 from gen.quality.report import judge, write_quality_report
 from gen.quality.table import columns_of, quality_table
+from gen.work import Work
 
 SOURCE = (
     "The lighthouse on the northern cape was built by fishermen after the storm of 1871 had taken "
@@ -291,7 +297,9 @@ def test_the_table_is_made_once_and_again_when_something_changes(root: Path) -> 
     made = path.stat().st_mtime_ns
     assert quality_table(store, DOCUMENTS, "h").equals(first)
     assert path.stat().st_mtime_ns == made
-    names = list(zip(first["document_id"].to_pylist(), first["index"].to_pylist(), strict=True))
+    rows = pq.read_table(path, columns=["document_id", "index"])
+    assert rows["index"].equals(first["index"])
+    names = list(zip(rows["document_id"].to_pylist(), rows["index"].to_pylist(), strict=True))
     assert names == [(f"d{i}", index) for i in range(6) for index in (0, 1)]
     quality_table(store, DOCUMENTS, "other documents")
     assert path.stat().st_mtime_ns != made
@@ -299,13 +307,55 @@ def test_the_table_is_made_once_and_again_when_something_changes(root: Path) -> 
     assert quality_table(store, DOCUMENTS, "h").num_rows == 12  # of a document not asked for
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-def test_processes_measure_the_same(root: Path) -> None:
+def test_processes_and_writers_measure_the_same(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = GenerationStore.of_method(root, "rephrase", 2)
     one = columns_of(quality_table(store, DOCUMENTS, "a", 1))
-    two = columns_of(quality_table(store, DOCUMENTS, "b", 2))
-    for name, column in one.items():
-        np.testing.assert_array_equal(column, two[name])
+    monkeypatch.setattr(table, "UNIT_ROWS", (1, 2))  # a document
+    monkeypatch.setattr(table, "ROWS_A_PROCESS", 1)
+
+    def as_writer(writer: int) -> pa.Table:
+        with Work(1, writer, 3) as work:
+            return quality_table(store, DOCUMENTS, "c", None, work)
+
+    found = [columns_of(quality_table(store, DOCUMENTS, "b", 2))]
+    with ThreadPoolExecutor(3) as writers:
+        found += map(columns_of, writers.map(as_writer, range(3)))
+    for other in found:
+        for name, column in one.items():
+            np.testing.assert_array_equal(column, other[name])
+    assert not list(store.folder.glob(".quality*"))
+
+
+def test_judging_goes_on_where_it_was_cut_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = GenerationStore.of_method(root, "rephrase", 2)
+    whole = columns_of(quality_table(store, DOCUMENTS, "a"))
+    monkeypatch.setattr(table, "UNIT_ROWS", (1, 2))
+    measured: list[str] = []
+
+    def until(limit: int) -> Any:
+        def measure_some(source: str, siblings: Any) -> list[Measures]:
+            if len(measured) == limit:
+                raise KeyboardInterrupt
+            measured.append(source)
+            return measure(source, siblings)
+
+        return measure_some
+
+    monkeypatch.setattr(table, "measure", until(4))
+    with pytest.raises(KeyboardInterrupt):
+        quality_table(store, DOCUMENTS, "b", 1)
+    assert f"{store.folder}: 8 of 12 generations judged" in streams_status(root)
+    (building,) = store.folder.glob(".quality.*.building")
+    damaged, *_ = sorted(building.glob("*.parquet"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    monkeypatch.setattr(table, "measure", until(100))
+    found = columns_of(quality_table(store, DOCUMENTS, "b", 1))
+    assert measured[4:] == [*(one.text for one in DOCUMENTS[4:6]), DOCUMENTS[0].text]
+    for name, column in whole.items():
+        np.testing.assert_array_equal(column, found[name])
+    assert f"{store.folder}: 12 of 12 generations judged" in streams_status(root)
 
 
 def test_the_manifest_on_disk_has_the_counts(root: Path) -> None:

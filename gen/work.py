@@ -92,7 +92,14 @@ class Work:
             self.pool.shutdown(cancel_futures=True)
             self.pool = None
 
-    def run(self, units: Sequence[Unit], locks: Path, label: str, unit: str) -> None:
+    def run(
+        self,
+        units: Sequence[Unit],
+        locks: Path,
+        label: str,
+        unit: str,
+        worth_a_process: int | None = None,
+    ) -> None:
         """Do every unit, in some process on some machine.
 
         Args:
@@ -101,6 +108,7 @@ class Work:
             locks: folder of their locks.
             label: of the progress bar.
             unit: that amounts are counted in.
+            worth_a_process: amount below which no processes are started; None: of tokens or bytes.
 
         Raises:
             Exception: the first that a unit raised here.
@@ -112,7 +120,9 @@ class Work:
         total = sum(one.amount for one in units)
         to_do = [*own, *others]
         do_all = self.here
-        if self.processes > 1 and (self.pool is not None or total >= WORTH_A_PROCESS):
+        if self.processes > 1 and (
+            self.pool is not None or total >= (worth_a_process or WORTH_A_PROCESS)
+        ):
             do_all = self.in_pool
         progress = Progress(label, unit, total, self.writer, self.writers, self.processes)
         note = locks / f"writer-{self.writer}.json"
