@@ -45,7 +45,7 @@ class Layout:
 
     document: NDArray[np.int32]  # int32 [M]: place of its document
     row: NDArray[np.int32]  # int32 [M]: number behind the document's id; -1: there is none
-    ends: NDArray[np.int64]  # int64 [M]: cumulative, in members
+    ends: NDArray[np.int32]  # int32 [M]: cumulative, in members
     kind: NDArray[np.uint8]  # uint8 [N]
     index: NDArray[np.int32]  # int32 [N]
     style: NDArray[np.uint8]  # uint8 [N]
@@ -101,7 +101,7 @@ def real_documents(documents: Sequence[Document]) -> Layout:
     return Layout(
         place,
         np.full(count, -1, dtype=np.int32),
-        np.arange(1, count + 1),
+        np.arange(1, count + 1, dtype=np.int32),
         zeros,  # REAL
         zeros.astype(np.int32),
         zeros,
@@ -122,15 +122,21 @@ def simple(
     columns = Columns.of(styles)
     real = grid.shape[1] - 1
     used = real + with_real
+    # In place as far as it goes: these arrays are as long as all generations.
     order = np.random.default_rng(seed).permutation(len(documents) * used)
-    place, column = (half.astype(np.int32) for half in np.divmod(order, used))
+    place = (order // used).astype(np.int32)
+    order %= used
+    column = order.astype(np.int32)
+    del order
     position = grid[place, column]
+    del grid
     there = position >= 0
-    place, column, position = place[there], column[there], position[there]
+    if not there.all():
+        place, column, position = place[there], column[there], position[there]
     return Layout(
         place,
-        np.where(column == real, -1, column).astype(np.int32),
-        np.arange(1, len(place) + 1),
+        np.where(column == real, np.int32(-1), column),
+        np.arange(1, len(place) + 1, dtype=np.int32),
         columns.kind[column],
         columns.index[column],
         columns.style[column],
@@ -167,7 +173,7 @@ def stitched(
     return Layout(
         document,
         np.full(len(document), -1, dtype=np.int32),
-        members[document].cumsum(),
+        members[document].cumsum(dtype=np.int32),
         columns.kind[column],
         columns.index[column],
         columns.style[column],
@@ -231,7 +237,7 @@ def latent(
     return Layout(
         np.arange(len(documents), dtype=np.int32),
         np.full(len(documents), -1, dtype=np.int32),
-        np.array(ends, dtype=np.int64),
+        np.array(ends, dtype=np.int32),
         kind.astype(np.uint8),
         index,
         np.zeros(len(kind), dtype=np.uint8),

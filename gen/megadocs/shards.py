@@ -35,6 +35,7 @@ COLUMNS = {
     "provenance": "json",
 }
 STYLES_COLUMN = {"member_styles": "ndarray:uint8"}
+AT_ONCE = 2048  # megadocs whose members are known to Python one by one
 LARGEST = 1 << 32  # bytes of a shard, whose offsets are uint32
 
 
@@ -81,32 +82,35 @@ class Members:
 
     layout: Layout
     spans: Spans
-    tokens: NDArray[np.int64]  # int64 [N]: ids of each, what stands around its text included
+    tokens: NDArray[np.int32]  # int32 [N]: ids of each, what stands around its text included
     lengths: NDArray[np.int64]  # int64 [M]: ids of each megadoc
     text_bytes: int
 
     @classmethod
     def of(cls, layout: Layout, spans: Spans, encoding: Encoding) -> Members:
         thought = layout.kind == THOUGHT
-        own = spans.count.astype(np.int64)
-        own_bytes = spans.text_bytes.astype(np.int64)
+        thoughts = int(thought.sum())
+        tokens = spans.count.astype(np.int32)
+        text_bytes = int(spans.text_bytes.sum(dtype=np.int64))
         if layout.cuts is not None:
             piece = layout.kind == REAL
-            own[piece] = layout.cuts[piece, 1] - layout.cuts[piece, 0]
-            own_bytes[piece & ~layout.first_members()] = 0  # the first stands for the whole
-        around = thought * (len(encoding.opening) + len(encoding.closing))
-        after = np.where(layout.last_members(), len(encoding.end), len(encoding.between))
-        tokens = own + around + after
-        sums = np.concatenate(([0], tokens.cumsum()))[layout.ends]
+            tokens[piece] = layout.cuts[piece, 1] - layout.cuts[piece, 0]
+            again = piece & ~layout.first_members()  # the first stands for the whole
+            text_bytes -= int(spans.text_bytes[again].sum(dtype=np.int64))
+        if thoughts:
+            tokens[thought] += len(encoding.opening) + len(encoding.closing)
+        tokens += len(encoding.between)
+        tokens[layout.ends - 1] += len(encoding.end) - len(encoding.between)
+        starts = np.concatenate(([0], layout.ends[:-1]))
         between = len(layout.kind) - len(layout.ends)
         return cls(
             layout,
             spans,
             tokens,
-            np.diff(sums, prepend=0),
-            int(own_bytes.sum())
-            + int(thought.sum()) * encoding.thought_bytes
-            + between * encoding.between_bytes,
+            np.add.reduceat(tokens, starts, dtype=np.int64)
+            if len(layout.ends)
+            else np.zeros(0, dtype=np.int64),
+            text_bytes + thoughts * encoding.thought_bytes + between * encoding.between_bytes,
         )
 
     def shards(self, form: Form, documents: Sequence[Document]) -> list[range]:
@@ -117,13 +121,14 @@ class Members:
         if not len(self.lengths):
             return []
         ids = np.array([len(encode_basestring_ascii(document.id)) for document in documents])
-        members = np.diff(self.layout.ends, prepend=0)
         names = max(map(len, form.styles), default=0)
-        sizes = 4 * self.lengths + members * (36 + names) + 2 * ids[self.layout.document] + 120
-        sums = sizes.cumsum()
+        sums = 4 * self.lengths + 120  # in place: as long as all megadocs
+        sums += np.diff(self.layout.ends, prepend=np.int32(0)) * np.int32(36 + names)
+        sums += (2 * ids.astype(np.int32))[self.layout.document]
+        np.cumsum(sums, out=sums)
         head = len(json.dumps(form.index_entry())) + 64
         borders = [0]
-        while borders[-1] < len(sizes):
+        while borders[-1] < len(sums):
             before = sums[borders[-1] - 1] if borders[-1] else 0
             limit = before + form.shard_bytes - head
             borders.append(max(borders[-1] + 1, int(np.searchsorted(sums, limit, "right"))))
@@ -155,13 +160,30 @@ class Samples:
 
     document_ids: list[str]
     row: NDArray[np.int32]  # int32 [M]: number behind the id, or -1
-    ends: NDArray[np.int64]  # int64 [M]: cumulative, in members
+    ends: NDArray[np.int32]  # int32 [M]: cumulative, in members
     kind: NDArray[np.uint8]  # uint8 [N]
     index: NDArray[np.int32]  # int32 [N]
     style: NDArray[np.uint8]  # uint8 [N]
     cuts: NDArray[np.int32] | None  # int32 [N, 2]: tokens of pieces
     spans: Spans  # [N]
-    tokens: NDArray[np.int64]  # int64 [N]
+    tokens: NDArray[np.int32]  # int32 [N]
+
+    def part(self, megadocs: slice) -> Samples:
+        """Some of them."""
+        first = int(self.ends[megadocs.start - 1]) if megadocs.start else 0
+        ends = self.ends[megadocs] - first
+        own = slice(first, first + int(ends[-1]))
+        return Samples(
+            self.document_ids[megadocs],
+            self.row[megadocs],
+            ends,
+            self.kind[own],
+            self.index[own],
+            self.style[own],
+            None if self.cuts is None else self.cuts[own],
+            Spans(*(getattr(self.spans, name)[own] for name in Spans.__dataclass_fields__)),
+            self.tokens[own],
+        )
 
 
 def encoded(samples: Samples, form: Form, reader: IdReader) -> Iterator[bytes]:
@@ -170,6 +192,12 @@ def encoded(samples: Samples, form: Form, reader: IdReader) -> Iterator[bytes]:
     Raises:
         DamagedTokensError: ids of a text are not what was written.
     """
+    for start in range(0, len(samples.ends), AT_ONCE):  # lists take ten times what arrays do
+        yield from encoded_part(samples.part(slice(start, start + AT_ONCE)), form, reader)
+
+
+def encoded_part(samples: Samples, form: Form, reader: IdReader) -> Iterator[bytes]:
+    """The bytes of each of a few samples."""
     spans = samples.spans
     texts = zip(
         *(column.tolist() for column in (spans.part, spans.first, spans.count, spans.checksum)),
@@ -181,7 +209,7 @@ def encoded(samples: Samples, form: Form, reader: IdReader) -> Iterator[bytes]:
     marks = np.where(samples.kind == REPHRASE, samples.style + 1, 0).astype(np.uint8)
     names = [f", {json.dumps(name)}" if several else "" for name in (None, *form.styles)]
     marked = marks.tolist() if several else [0] * len(kinds)
-    sums = samples.tokens.cumsum()
+    sums = samples.tokens.cumsum(dtype=np.int64)
     head = struct.Struct(f"<{len(form.columns)}I")
     start = passed = 0
     for document_id, row, end in zip(

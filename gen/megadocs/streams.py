@@ -355,8 +355,8 @@ class Stream:
             (self.unfinished / "index.json").write_text(json.dumps(index, sort_keys=True))
             np.save(self.unfinished / "lengths.npy", members.lengths.astype(np.uint32))
             np.save(self.unfinished / "member_lengths.npy", members.tokens.astype(np.uint32))
-            tokens = int(members.tokens.sum())
-            real = int(members.tokens[members.layout.kind == REAL].sum())
+            tokens = int(members.lengths.sum())
+            real = int(members.tokens[members.layout.kind == REAL].sum(dtype=np.int64))
             manifest = {
                 **self.description,
                 "samples": len(members.lengths),

@@ -32,6 +32,7 @@ from trainer.data.format import REAL
 
 UNIT = 1 << 22  # bytes of text that are tokenized by one process at a time
 UNIT_ROWS = 1 << 14  # generations, whose lengths are not known
+KEYS_AT_ONCE = 1 << 16  # texts whose hashes are in memory
 ATTEMPTS = 3  # to have everything, where damaged parts are found meanwhile
 
 
@@ -40,7 +41,17 @@ class DocumentTexts:
 
     def __init__(self, documents: Sequence[Document]) -> None:
         self.documents = documents
-        self.keys = as_keys(key_of(document.text.encode()) for document in documents)
+
+    def keys(
+        self, places: NDArray[np.integer[Any]]
+    ) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
+        """Hashes of some documents, uint64 ``[K, 2]``, and which of the places they are of."""
+        for start in range(0, len(places), KEYS_AT_ONCE):
+            some = places[start : start + KEYS_AT_ONCE]
+            each, which = np.unique(some, return_inverse=True)  # documents may be cut
+            texts = (self.documents[place].text for place in each.tolist())
+            keys = as_keys(key_of(text.encode()) for text in texts)
+            yield np.arange(start, start + len(some)), keys[which]
 
     def units(self, store: TokenStore, places: NDArray[np.integer[Any]]) -> Iterator[Unit]:
         """Work that tokenizes the documents at some places."""
@@ -61,39 +72,51 @@ class GenerationTexts:
     def __init__(self, generations: Generations, root: Path, work: Work) -> None:
         self.generations = generations
         kept = root / "tokens" / "texts" / Path(generations.where).name
-        calls = [
+        self.calls = [
             partial(keys_of_part, part, kept / f"{part.stem}.keys") for part in generations.parts
         ]
         work.run(
             [
                 Unit(part.stem, part.stat().st_size, partial(partial, call))
-                for part, call in zip(generations.parts, calls, strict=True)
+                for part, call in zip(generations.parts, self.calls, strict=True)
                 if not (kept / f"{part.stem}.keys").exists()
             ],
             kept / "locks",
             f"{kept.name}: hashing texts",
             "B",
         )
-        self.keys = np.concatenate([call() for call in calls])[generations.rows]
-        for part, positions in self.by_part(np.flatnonzero(generations.edited)):
-            assert generations.edit is not None
-            rows = generations.rows[positions] - generations.part_starts[part]
-            self.keys[positions] = keys_of_edited(generations.parts[part], rows, generations.edit)
+
+    def keys(
+        self, positions: NDArray[np.integer[Any]]
+    ) -> Iterator[tuple[NDArray[np.integer[Any]], NDArray[np.uint64]]]:
+        """Hashes of some texts, uint64 ``[K, 2]``, and which of the positions they are of."""
+        generations = self.generations
+        for part, own in self.by_part(positions):
+            rows = generations.rows[positions[own]] - generations.part_starts[part]
+            keys = self.calls[part]()[rows]
+            edited = np.flatnonzero(generations.edited[positions[own]])
+            if len(edited):
+                assert generations.edit is not None
+                path = generations.parts[part]
+                keys[edited] = keys_of_edited(path, rows[edited], generations.edit)
+            yield own, keys
 
     def by_part(
         self, positions: NDArray[np.integer[Any]]
     ) -> Iterator[tuple[int, NDArray[np.integer[Any]]]]:
-        """Positions in the order of their rows, by the part that the rows are of."""
-        positions = positions[np.argsort(self.generations.rows[positions])]
+        """Which of some positions are in each part, in the order of their rows there."""
         rows = self.generations.rows[positions]
-        borders = np.searchsorted(rows, self.generations.part_starts).tolist()
+        order = np.argsort(rows)
+        starts = self.generations.part_starts.astype(rows.dtype)
+        borders = np.searchsorted(rows, starts, sorter=order).tolist()
         for part, (start, end) in enumerate(itertools.pairwise(borders)):
             if start < end:
-                yield part, positions[start:end]
+                yield part, order[start:end]
 
     def units(self, store: TokenStore, positions: NDArray[np.integer[Any]]) -> Iterator[Unit]:
         """Work that tokenizes some of the generations."""
-        for part, own in self.by_part(positions):
+        for part, places in self.by_part(positions):
+            own = positions[places]
             path = self.generations.parts[part]
             rows = int(np.diff(self.generations.part_starts)[part])
             for start in range(0, len(own), UNIT_ROWS):
@@ -152,25 +175,27 @@ def tokenized(
         begins[:] = True
     sources: list[DocumentTexts | GenerationTexts] = [DocumentTexts(documents)]
     sources += [GenerationTexts(style, root, work) for style in styles]
-    source = np.where(layout.kind == REAL, 0, layout.style + 1)
+    source = np.where(layout.kind == REAL, 0, layout.style + 1).astype(np.int16)
     for _ in range(ATTEMPTS):
         spans = Spans.none(len(layout.kind))
         units: list[Unit] = []
         parts: list[Path] = []
         for store, wanted in zip(stores, (begins, ~begins), strict=False):
+            store.load()
             for number, texts in enumerate(sources):
-                members = np.flatnonzero(wanted & (source == number))
-                positions = layout.position[members]
-                found = store.find(texts.keys[positions])
-                units += texts.units(store, np.unique(positions[found.part < 0]))
-                found.part[found.part >= 0] += len(parts)
-                spans.put(members, found)
+                members = np.flatnonzero(wanted & (source == number)).astype(np.int32)
+                found = np.full(len(members), -1, dtype=np.int32)  # of each, its text's number
+                for where, keys in texts.keys(layout.position[members]):
+                    found[where] = store.find(keys)
+                lacking = np.unique(layout.position[members[found < 0]])
+                units += texts.units(store, lacking)
+                if not units:
+                    store.put_spans(spans, members, found, len(parts))
             parts += store.parts
+            store.forget()
         if not units:
             return spans, parts
         work.run(units, root / "tokens" / "locks", "tokenizing", "B")
-        for store in stores:
-            store.load()
     raise DamagedTokensError(f"{root / 'tokens'} is damaged again and again: is the disk failing?")
 
 
@@ -180,10 +205,18 @@ def document_starts(
     """The character where each token of a document starts, by the document's place."""
     store = TokenStore(root, tokenizer, starts=True)
     texts = DocumentTexts(documents)
-    lacking = np.flatnonzero(store.find(texts.keys).part < 0)
+    store.load()
+    places = np.arange(len(documents))
+
+    def find() -> NDArray[np.int32]:
+        return np.concatenate([empty, *(store.find(keys) for _, keys in texts.keys(places))])
+
+    empty = np.zeros(0, dtype=np.int32)
+    lacking = np.flatnonzero(find() < 0)
     work.run(list(texts.units(store, lacking)), root / "tokens" / "locks", "cutting", "B")
     store.load()
-    spans = store.find(texts.keys)
+    spans = Spans.none(len(documents))
+    store.put_spans(spans, places, find(), 0)
     reader = IdReader(store.parts)
 
     def starts(place: int) -> list[int]:

@@ -9,6 +9,7 @@ time: what a stream needs is made again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -56,7 +58,7 @@ class Spans:
     """Where the ids of some texts lie: arrays ``[texts]``."""
 
     part: NDArray[np.int32]  # int32: place in the store's parts; -1: the text is not there
-    first: NDArray[np.int64]  # int64: its first id in that part
+    first: NDArray[np.uint32]  # uint32: its first id in that part
     count: NDArray[np.uint32]  # uint32: of its ids
     text_bytes: NDArray[np.uint32]  # uint32
     checksum: NDArray[np.uint32]  # uint32
@@ -66,16 +68,8 @@ class Spans:
         """Of texts that are not there."""
         return cls(
             np.full(texts, -1, dtype=np.int32),
-            np.zeros(texts, dtype=np.int64),
-            np.zeros(texts, dtype=np.uint32),
-            np.zeros(texts, dtype=np.uint32),
-            np.zeros(texts, dtype=np.uint32),
+            *(np.zeros(texts, dtype=np.uint32) for _ in range(4)),
         )
-
-    def put(self, where: NDArray[np.integer[Any]], other: Spans) -> None:
-        """Take over what ``other`` says of the texts at ``where``."""
-        for name in self.__dataclass_fields__:
-            getattr(self, name)[where] = getattr(other, name)
 
 
 def key_of(content: bytes | memoryview) -> bytes:
@@ -105,6 +99,8 @@ class TokenStore:
         root: corpus folder.
         tokenizer: a tokenizer; its JSON is the store's identity.
         starts: keep places of characters instead of ids.
+
+    What is there is known after :meth:`load`.
     """
 
     def __init__(self, root: Path, tokenizer: Tokenizer, starts: bool = False) -> None:
@@ -123,46 +119,63 @@ class TokenStore:
             with replace_file(kept) as unfinished:
                 unfinished.write_text(content)
         self.parts: list[Path] = []  # files of ids
-        self.load()
+        self.part_texts = np.zeros(1, dtype=np.int32)  # texts before each part, and all
+        self.forget()
 
     def load(self) -> None:
-        """Look up what is there; a damaged part is removed, so that its texts are made again."""
-        self.parts = []
-        columns = []
-        for path in sorted(self.folder.glob("*.keys")):
-            ids = path.with_suffix(".ids")
-            try:
-                table = pq.read_table(path, schema=KEYS, page_checksum_verification=True)
-                if not is_whole(path):
-                    raise OSError(f"{path.name} is not what was written")
-                counts = table["count"].to_numpy().astype(np.int64)
-                if not ids.exists() or ids.stat().st_size != 4 * counts.sum():
-                    raise OSError(f"{ids.name} is missing or cut off")
-            except FileNotFoundError:
-                continue  # another writer found it damaged
-            except (pa.ArrowException, OSError) as error:
-                remove_part(ids, str(error))
-                continue
-            part = np.full(len(counts), len(self.parts), dtype=np.int32)
-            first = counts.cumsum() - counts
-            columns.append(
-                [
-                    *(table[name].to_numpy() for name in ("high", "low")),
-                    *(part, first),
-                    *(table[name].to_numpy() for name in ("count", "text_bytes", "checksum")),
-                ]
-            )
-            self.parts.append(ids)
-        kinds = ("u8", "u8", "i4", "i8", "u4", "u4", "u4")
-        empty = [np.zeros(0, dtype=kind) for kind in kinds]
-        joined = [np.concatenate(column) for column in zip(empty, *columns, strict=True)]
-        order = np.argsort(joined[0], kind="stable")
-        self.high, self.low, *self.columns = (column[order] for column in joined)
+        """Look up what is there; a damaged part is removed, so that its texts are made again.
 
-    def find(self, keys: NDArray[np.uint64]) -> Spans:
-        """Where the ids of texts lie; ``keys`` are uint64 ``[texts, 2]``."""
+        Of a text only its hash and its number among all are kept in memory.
+        """
+        self.parts = []
+        texts = [0]  # before each part
+        paths = sorted(self.folder.glob("*.keys"))
+        room = sum(self.texts_of(path) for path in paths)
+        self.high, self.low = np.zeros((2, room), dtype=np.uint64)
+        for path in paths:
+            table = self.read_keys(path)
+            if table is None or texts[-1] + len(table) > room:  # another writer made it just now
+                continue
+            here = slice(texts[-1], texts[-1] + len(table))
+            self.high[here], self.low[here] = table["high"], table["low"]
+            self.parts.append(path.with_suffix(".ids"))
+            texts.append(here.stop)
+        self.part_texts = np.array(texts, dtype=np.int32)
+        order = np.argsort(self.high[: texts[-1]], kind="stable").astype(np.int32)
+        self.high, self.low, self.text = self.high[order], self.low[order], order
+
+    def forget(self) -> None:
+        """Give the memory of the hashes back; :meth:`load` before anything is asked again."""
+        self.high, self.low = np.zeros((2, 0), dtype=np.uint64)
+        self.text = np.zeros(0, dtype=np.int32)
+
+    def texts_of(self, path: Path) -> int:
+        """How many texts a part says it has."""
+        with contextlib.suppress(pa.ArrowException, OSError):
+            texts: int = pq.read_metadata(path).num_rows
+            return texts
+        return 0
+
+    def read_keys(self, path: Path) -> pa.Table | None:
+        """What is known of the texts of a part; None where it is gone, or damaged and removed."""
+        ids = path.with_suffix(".ids")
+        try:
+            table = pq.read_table(path, schema=KEYS, page_checksum_verification=True)
+            if not is_whole(path):
+                raise OSError(f"{path.name} is not what was written")
+            if not ids.exists() or ids.stat().st_size != 4 * pc.sum(table["count"]).as_py():
+                raise OSError(f"{ids.name} is missing or cut off")
+        except FileNotFoundError:
+            return None  # another writer found it damaged
+        except (pa.ArrowException, OSError) as error:
+            remove_part(ids, str(error))
+            return None
+        return table
+
+    def find(self, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
+        """The number of each text, -1 where it is not there; ``keys`` are uint64 ``[texts, 2]``."""
         row = np.searchsorted(self.high, keys[:, 0])
-        found = np.zeros(len(keys), dtype=bool)
+        texts = np.full(len(keys), -1, dtype=np.int32)
         candidates = np.arange(len(keys))
         while len(candidates):  # texts whose first halves agree follow each other
             inside = row[candidates] < len(self.high)
@@ -170,13 +183,43 @@ class TokenStore:
             same = self.high[row[candidates]] == keys[candidates, 0]
             candidates = candidates[same]
             equal = self.low[row[candidates]] == keys[candidates, 1]
-            found[candidates[equal]] = True
+            texts[candidates[equal]] = self.text[row[candidates[equal]]]
             candidates = candidates[~equal]
             row[candidates] += 1
-        spans = Spans.none(len(keys))
-        at = np.flatnonzero(found)
-        spans.put(at, Spans(*(column[row[at]] for column in self.columns)))
-        return spans
+        return texts
+
+    def put_spans(
+        self, spans: Spans, where: NDArray[np.integer[Any]], texts: NDArray[np.int32], parts: int
+    ) -> None:
+        """Say in ``spans`` where the ids of texts lie.
+
+        Args:
+            spans: of other texts as well.
+            where: which of them these are.
+            texts: their numbers.
+            parts: that stand before this store's among those of the spans.
+
+        Raises:
+            DamagedTokensError: a part is not what it was.
+        """
+        order = np.argsort(texts)
+        borders = np.searchsorted(texts, self.part_texts, sorter=order).tolist()
+        for part, (start, end) in enumerate(itertools.pairwise(borders)):
+            if start < end:
+                table = self.read_keys(self.parts[part].with_suffix(".keys"))
+                if table is None:
+                    raise DamagedTokensError(
+                        f"{self.parts[part]} was damaged and is removed: run the same command "
+                        "again, which tokenizes its texts anew"
+                    )
+                own = order[start:end]
+                within = texts[own] - self.part_texts[part]
+                counts = table["count"].to_numpy()
+                spans.part[where[own]] = parts + part
+                spans.first[where[own]] = (counts.cumsum(dtype=np.int64) - counts)[within]
+                spans.count[where[own]] = counts[within]
+                spans.text_bytes[where[own]] = table["text_bytes"].to_numpy()[within]
+                spans.checksum[where[own]] = table["checksum"].to_numpy()[within]
 
 
 class IdReader:

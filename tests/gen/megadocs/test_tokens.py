@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer, encode, plain
 from gen.generations.store import GenerationStore
-from gen.megadocs.tokens import IdReader, TokenStore, add_part, as_keys, key_of
+from gen.megadocs.tokens import IdReader, Spans, TokenStore, add_part, as_keys, key_of
 from tests.gen.megadocs.test_encoding import TEXTS, TOKENIZERS, byte_level, llama_2
 from tests.gen.megadocs.test_streams import DOCUMENTS, build, fill
 from trainer.files import write_hash
@@ -45,7 +45,8 @@ def test_ids_are_those_of_the_tokenizer(make: object, tmp_path: Path) -> None:
     add_part(store.folder, [*TEXTS[2:], ""])
     store.load()
     wanted = ["not there", *TEXTS, ""]
-    spans = store.find(keys_of(wanted))
+    spans = Spans.none(len(wanted))
+    store.put_spans(spans, np.arange(len(wanted)), store.find(keys_of(wanted)), 0)
     assert (spans.part >= 0).tolist() == [False, *[True] * (len(TEXTS) + 1)]
     reader = IdReader(store.parts)
     for place, ids in enumerate(encode(tokenizer, wanted)):
@@ -61,9 +62,9 @@ def test_texts_whose_hashes_begin_alike_are_told_apart(tmp_path: Path) -> None:
     store = TokenStore(tmp_path, byte_level())
     store.high = np.array([1, 7, 7, 7, 9], dtype=np.uint64)
     store.low = np.array([5, 5, 6, 8, 5], dtype=np.uint64)
-    store.columns = [np.arange(5, dtype=kind) for kind in ("i4", "i8", "u4", "u4", "u4")]
+    store.text = np.arange(5, dtype=np.int32)
     asked = np.array([[7, 8], [7, 5], [7, 9], [9, 5], [1, 5], [9, 6], [10, 0]], dtype=np.uint64)
-    assert store.find(asked).part.tolist() == [3, 1, -1, 4, 0, -1, -1]
+    assert store.find(asked).tolist() == [3, 1, -1, 4, 0, -1, -1]
 
 
 def test_tokenizers_do_not_share_ids(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_tokenizers_do_not_share_ids(tmp_path: Path) -> None:
     add_part(stores[0].folder, TEXTS)
     for store in stores:
         store.load()
-    assert [int((store.find(keys_of(TEXTS)).part >= 0).sum()) for store in stores] == [5, 0]
+    assert [int((store.find(keys_of(TEXTS)) >= 0).sum()) for store in stores] == [5, 0]
 
 
 def test_other_streams_of_the_same_texts_tokenize_nothing(root: Path) -> None:
