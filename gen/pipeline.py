@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from gen.corpus.tokenizer import (
     load_tokenizer,
 )
 from gen.estimate import GenerateEstimate, estimate
+from gen.exchange.card import CARD
 from gen.exchange.config import ImportConfig
 from gen.exchange.export import Export
 from gen.exchange.importing import Import
@@ -47,6 +49,7 @@ from gen.serving.servers import GeneratorConfig, serving
 from gen.work import Work
 from trainer.config.fields import Place, check_bounds, group, setting
 from trainer.files import only_one
+from trainer.object_store import is_remote, is_there, send
 from trainer.stop import Stopped, stopping_at_once
 
 logger = logging.getLogger(__name__)
@@ -66,9 +69,9 @@ class GenerateConfig:
     )
     export: str | None = setting(
         None,
-        "Instead of a task: write documents, generations and megadocs of root to this new folder, "
-        "as Parquet that datasets.load_dataset opens.",
-        place=Place.here,
+        "Instead of a task: write documents, generations and megadocs of root to this new folder "
+        "(or s3://..., gs://...), as Parquet that datasets.load_dataset opens.",
+        place=Place.anywhere,
     )
     upload: str | None = setting(
         None,
@@ -128,7 +131,7 @@ def run_task(config: GenerateConfig) -> None:
     config.method.check()
     config.quality.check()
     if config.export is not None:
-        print(export_all(config, root, Path(config.export)))
+        print(export_all(config, root, config.export))
         return
     if config.upload is not None:
         print(upload(root, config.upload))
@@ -322,19 +325,28 @@ def default_generations(config: GenerateConfig, root: Path) -> int:
     return max(imported, default=config.method.generations)
 
 
-def export_all(config: GenerateConfig, root: Path, folder: Path) -> str:
-    """Write everything in ``root`` to ``folder`` for others; returns what was written.
+def export_all(config: GenerateConfig, root: Path, where: str) -> str:
+    """Write everything in ``root`` to a folder or URI for others; returns what was written.
 
     Raises:
         FileNotFoundError: there are no documents, or no generations.
         ValueError: the folder is there already, or a stream is older than its generations.
+        OSError: an object store cannot be reached, or not with these credentials.
     """
     documents_manifest(root / "documents")
     documents = list(load_split(root, "train"))
     tokenizer, vocabulary = load_tokenizer(root) if (root / "tokenizer").exists() else (None, None)
     if config.corpus.token_budget is not None and tokenizer is not None:
         documents = cut_to_budget(documents, config.corpus.token_budget, tokenizer)
-    return Export(root, folder, documents, tokenizer, vocabulary, config.quality).run()
+    rest = (documents, tokenizer, vocabulary, config.quality)
+    if not is_remote(where):
+        return Export(root, Path(where), *rest).run()
+    if is_there(f"{where}/{CARD}"):
+        raise ValueError(f"export={where} is there already; name a new folder")
+    with tempfile.TemporaryDirectory(dir=root, prefix=".export-") as folder:
+        told = Export(root, Path(folder) / "dataset", *rest).run()
+        send(Path(folder) / "dataset", where, CARD)
+    return told.replace(f"{folder}/dataset", where)
 
 
 def quality_report(config: GenerateConfig, root: Path) -> str:

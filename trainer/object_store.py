@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +19,15 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs as arrow_fs
 from fsspec.implementations.arrow import ArrowFSWrapper
+from tqdm import tqdm
 
 PATIENCE = 600.0  # seconds for which a server may be away
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
 BLOCK = 8 << 20  # bytes copied at a time
+FILES_AT_A_TIME = 8  # that are sent
 DENIED = (
+    *("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket", "Forbidden"),
+    *("Unable to locate credentials", "NoCredentialsError"),
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY",
     "SIGNATURE_DOES_NOT_MATCH",
@@ -137,6 +142,50 @@ def copy(where: str, local: Path) -> None:
     patiently(once, where)
 
 
+def is_there(where: str) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        OSError: it cannot be told, or not with these credentials.
+    """
+    system, path = filesystem(where)
+    return patiently(lambda: bool(system.exists(path)), where)
+
+
+def send(folder: Path, where: str, last: str) -> int:
+    """Send all files of a folder by mosaicml-streaming's uploader; returns their bytes.
+
+    Args:
+        folder: on this machine.
+        where: URI of the folder elsewhere; files of the same names are replaced.
+        last: the file that goes last: what has it is complete.
+
+    Raises:
+        OSError: the store cannot be reached for long, or not with these credentials.
+    """
+    from streaming.base.storage.upload import CloudUploader  # takes seconds to import
+
+    logging.getLogger("streaming").setLevel(logging.ERROR)  # it warns of every folder that is there
+
+    def uploader() -> Any:
+        return CloudUploader.get((str(folder), where), keep_local=True, exist_ok=True)
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files if path.name[0] != "."]
+    sender = patiently(uploader, where)
+
+    def send_one(name: str) -> None:
+        patiently(lambda: sender.upload_file(name), f"{where}/{name}")
+
+    others = [name for name in names if name != last]
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as threads:
+        done = threads.map(send_one, others)
+        for _ in tqdm(done, desc=folder.name, total=len(others), unit="file", leave=False):
+            pass
+    send_one(last)
+    return sum((folder / name).stat().st_size for name in names)
+
+
 def patiently(action: Callable[[], Result], where: str) -> Result:
     """Do something with a file elsewhere, again while its server is away.
 
@@ -152,12 +201,14 @@ def patiently(action: Callable[[], Result], where: str) -> Result:
             raise FileNotFoundError(f"{where} is not there") from error
         except Exception as error:  # every driver has its own
             message = first_line(error)
+            if "(404)" in message:
+                raise FileNotFoundError(f"{where} is not there: {message}") from error
             if isinstance(error, PermissionError) or any(word in message for word in DENIED):
                 raise OSError(f"{where} is denied: {message}; check the credentials") from error
             if is_local_fault(error):
                 raise
             if time.monotonic() - began > PATIENCE:
-                raise OSError(f"{where} cannot be read: {message}") from error
+                raise OSError(f"{where} cannot be reached: {message}") from error
             say_away(where, message)
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
@@ -168,7 +219,7 @@ def say_away(where: str, message: str) -> None:
     global said
     if time.monotonic() - said > SAY_EVERY:
         said = time.monotonic()
-        logger.warning("%s cannot be read now (%s); trying again", where, message)
+        logger.warning("%s cannot be reached now (%s); trying again", where, message)
 
 
 def is_local_fault(error: Exception) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 from gen.corpus.documents import documents_manifest
 
+CARD = "README.md"
+
 
 @dataclass
 class Part:
@@ -68,7 +70,7 @@ def write_card(folder: Path, root: Path, parts: list[Part]) -> None:
         "\n## How to build it again\n",
         rebuild(stores, documents["config"]["held_out"]),
     ]
-    (folder / "README.md").write_text("\n".join(sections), encoding="utf-8")
+    (folder / CARD).write_text("\n".join(sections), encoding="utf-8")
 
 
 def front_matter(parts: list[Part]) -> str:

@@ -6,18 +6,10 @@ what has one is finished. A folder whose manifest is there already is not sent a
 
 from __future__ import annotations
 
-import logging
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from tqdm import tqdm
 
 from trainer import object_store
 from trainer.data.format import MANIFEST
-
-FILES_AT_A_TIME = 8
-
-logger = logging.getLogger(__name__)
 
 
 def upload(root: Path, where: str) -> str:
@@ -37,38 +29,16 @@ def upload(root: Path, where: str) -> str:
     lines = []
     for folder in (root / "tokenizer", *streams):
         below = folder.relative_to(root).as_posix()
-        sent = send(folder, f"{where.rstrip('/')}/{below}")
-        lines.append(f"{below}: {f'{sent / 1e6:,.1f} MB sent' if sent else 'is there already'}")
+        there = f"{where.rstrip('/')}/{below}"
+        if is_current(f"{there}/{MANIFEST}", (folder / MANIFEST).read_bytes()):
+            lines.append(f"{below}: is there already")
+        else:
+            sent = object_store.send(folder, there, MANIFEST)
+            lines.append(f"{below}: {sent / 1e6:,.1f} MB sent")
     return "\n".join([*lines, f"train.py data.root={where} data.cache=FOLDER reads it there"])
 
 
-def send(folder: Path, where: str) -> int:
-    """Send a folder unless it is there; returns the bytes sent.
-
-    Raises:
-        OSError: the store cannot be reached, or not with these credentials; names it.
-    """
-    from streaming.base.storage.upload import CloudUploader  # takes seconds to import
-
-    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    written = (folder / MANIFEST).read_bytes()
-    if is_there(f"{where}/{MANIFEST}", written):
-        return 0
-    logging.getLogger("streaming").setLevel(logging.ERROR)  # it warns of every folder that is there
-    try:
-        uploader = CloudUploader.get((str(folder), where), keep_local=True, exist_ok=True)
-        others = [name for name in files if name != MANIFEST]
-        with ThreadPoolExecutor(FILES_AT_A_TIME) as threads:
-            done = threads.map(uploader.upload_file, others)
-            for _ in tqdm(done, desc=folder.name, total=len(others), unit="file", leave=False):
-                pass
-        uploader.upload_file(MANIFEST)
-    except Exception as error:  # every store's library has its own
-        raise OSError(f"upload={where}: {object_store.first_line(error)}") from error
-    return sum((folder / name).stat().st_size for name in files)
-
-
-def is_there(where: str, written: bytes) -> bool:
+def is_current(where: str, written: bytes) -> bool:
     """Whether a manifest elsewhere is this one."""
     try:
         return object_store.read(where) == written

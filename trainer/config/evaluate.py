@@ -33,7 +33,9 @@ class EvaluateConfig:
     )
     task_limit: int | None = setting(None, "Questions of each task; null: all.", at_least=1)
     export: str | None = setting(
-        None, "Write this run as a Hugging Face folder instead.", place=Place.here
+        None,
+        "Write this run as a Hugging Face folder (or to s3://..., gs://...) instead.",
+        place=Place.anywhere,
     )
     output: str | None = setting(None, "Also write the scores to this JSON file.", place=Place.here)
     document_losses: str | None = setting(

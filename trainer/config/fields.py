@@ -156,7 +156,7 @@ def check_place(key: str, path: str, place: Place) -> None:
     if "://" in path and place is Place.here:
         raise ValueError(
             f"{key}={path} must be a path of this machine, or of a folder it shares with others; "
-            "URIs are for data.root, upload, import.path and text sets"
+            "URIs are for data.root, upload, export, import.path and text sets"
         )
 
 

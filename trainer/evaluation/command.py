@@ -40,7 +40,7 @@ def evaluate(config: EvaluateConfig) -> float | None:
     """
     config.check()
     if config.export:
-        export_run(config.runs[0], Path(config.export))
+        export_run(config.runs[0], config.export)
         logger.info(f"{config.runs[0]} written to {config.export}")
         return None
     for run in config.runs:

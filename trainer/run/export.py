@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trainer.files import (
     sha256,
 )
 from trainer.model.llama import Llama
+from trainer.object_store import is_remote, is_there, send
 from trainer.run.checkpoint import load_model
 from trainer.run.inputs import COPY_AGAIN, weight_files
 from trainer.run.progress import newest_checkpoint, read_progress
@@ -34,16 +36,33 @@ SHAPE = (
 )  # in the config.json of every Llama
 
 
-def export_run(run: str | Path, folder: Path) -> None:
+def export_run(run: str | Path, where: str | Path) -> None:
     """Write a run as ``LlamaForCausalLM`` with sharded safetensors and its tokenizer.
 
-    The folder appears when it is complete.
+    A folder appears when it is complete; ``config.json`` is sent last to an object store.
+
+    Args:
+        run: folder of the run, or a checkpoint of it.
+        where: a new folder, or a URI.
 
     Raises:
-        ValueError: ``folder`` exists and is not empty, or the corpus folder has got another
-            tokenizer since, or a damaged one.
+        ValueError: there is something already, or the corpus folder has got another tokenizer
+            since, or a damaged one.
         FileNotFoundError: the corpus folder with the tokenizer is gone.
+        OSError: an object store cannot be reached, or not with these credentials.
     """
+    if not is_remote(where):
+        write_export(run, Path(where))
+        return
+    if is_there(f"{where}/config.json"):
+        raise ValueError(f"export={where} is not empty; choose a new folder")
+    with tempfile.TemporaryDirectory() as folder:
+        write_export(run, Path(folder) / "export")
+        send(Path(folder) / "export", str(where), "config.json")
+
+
+def write_export(run: str | Path, folder: Path) -> None:
+    """:func:`export_run` to a folder."""
     check_export(folder)
     trained = read_progress(newest_checkpoint(run)).tokenizer_sha256
     model, config = load_model(run)

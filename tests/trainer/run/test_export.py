@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
 from gen.corpus.tokenizer import TokenizerConfig, encode, train_bpe
-from tests.conftest import REPOSITORY, run_with
+from tests.conftest import REPOSITORY, ObjectStore, run_with
 from tests.trainer.conftest import StreamMaker
 from tests.trainer.run import readers
 from trainer.config.schema import (
@@ -27,6 +27,7 @@ from trainer.config.schema import (
 from trainer.files import sha256
 from trainer.loop import train
 from trainer.model.llama import Llama
+from trainer.object_store import read
 from trainer.run import export
 from trainer.run.checkpoint import load_model
 from trainer.run.export import export_run, load_hugging_face
@@ -107,6 +108,17 @@ def seen(packages: str, *arguments: object) -> dict[str, Any]:
     """What :mod:`tests.trainer.run.readers` finds with the packages of a folder."""
     found: dict[str, Any] = json.loads(run_with(packages, "-m", readers.__name__, *arguments))
     return found
+
+
+def test_an_export_to_a_bucket_is_the_one_to_a_folder(
+    run: Path, tmp_path: Path, object_store: ObjectStore
+) -> None:
+    export_run(run, tmp_path / "out")
+    export_run(run, "s3://bucket/models/mine")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {name: read(f"s3://bucket/models/mine/{name}") for name in files} == files
+    with pytest.raises(ValueError, match=r"export=s3://bucket/models/mine is not empty"):
+        export_run(run, "s3://bucket/models/mine")
 
 
 def test_the_tokenizer_of_the_corpus_adds_cuts_and_pads() -> None:
