@@ -35,7 +35,7 @@ from trainer.parallel.activation_checkpointing import choose_recompute, recomput
 from trainer.parallel.ranks import Ranks, parallelize
 from trainer.run.checkpoint import Checkpointer, load_checkpoint, newest_whole
 from trainer.run.distillation import Teachers
-from trainer.run.early import check_early, describe_overlap, describe_reading
+from trainer.run.early import check_early, check_passes, describe_overlap, describe_reading
 from trainer.run.export import load_hugging_face
 from trainer.run.inputs import changed_inputs, learnt_hash, stream_path
 from trainer.run.kernel_choice import choose_kernels, compute_dtype
@@ -129,6 +129,7 @@ def build_run(
         check_unchanged(stream, inputs)
     vocabulary = model_vocabulary(config, streams[0])
     config = replace(config, model=replace(config.model, vocab_size=vocabulary))
+    check_passes(config, streams)
     plan = plan_data(config, streams)
     steps = plan.steps(config.recipe.epochs)
     check_early(config, streams[0], folder, ranks)

@@ -68,10 +68,11 @@ def test_a_uri_where_a_path_belongs_is_refused_and_makes_no_folder(
     assert not list(REPOSITORY.glob("*:"))  # such as s3:, where nobody looks
 
 
-def test_a_key_that_there_is_not() -> None:
-    done = run_script("train.py", "+misspelt=1", check=False)
+@pytest.mark.parametrize("key", ["misspelt", "data.masc"])  # Hydra itself advises to write +
+def test_a_key_that_there_is_not(key: str) -> None:
+    done = run_script("train.py", f"+{key}=none", check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: train.py has no key misspelt; docs/config.md lists all")
+    assert done.stderr.startswith(f"error: train.py has no key {key}; docs/config.md lists all")
 
 
 @pytest.mark.parametrize("program", ["train.py", "generate.py", "evaluate.py", "report.py"])

@@ -27,6 +27,9 @@ ENOUGH_READ = 0.97  # of the epochs that are asked for; less is said
 SEALED = "# sha256 of what follows: "  # first line of a stored config
 
 
+MOST_PASSES = 100_000  # over a stream: more is a mistake, and planned for minutes
+
+
 class Mask(enum.Enum):
     """Which tokens of a window may attend to each other."""
 
@@ -140,7 +143,7 @@ class RecipeConfig:
         0.0, "w: share of the tokens that comes from the synthetic stream.", at_least=0, below=1
     )
     epochs: float = setting(
-        16.0, "Passes over the real stream.", unit="epochs", above=0, at_most=1e6
+        16.0, "Passes over the real stream.", unit="epochs", above=0, at_most=MOST_PASSES
     )
     learning_rate: float = setting(3e-3, "Peak learning rate.", above=0)
     weight_decay: float = setting(1.6, "Decoupled weight decay (AdamW).", at_least=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from trainer.config.schema import ENOUGH_READ, TrainConfig
+from trainer.config.schema import ENOUGH_READ, MOST_PASSES, TrainConfig
 from trainer.data.batches import check_batch
 from trainer.data.mds import MegadocStream
 from trainer.data.plan import Plan
@@ -47,6 +47,20 @@ def check_memory(config: TrainConfig) -> None:
             f"model=... has {config.model.parameter_count():,} parameters, {needed / 1e9:,.0f} GB, "
             f"and this machine {there / 1e9:,.0f} GB of memory; choose a smaller model"
         )
+
+
+def check_passes(config: TrainConfig, streams: list[MegadocStream]) -> None:
+    """Raise ValueError where a mixing fraction reads the synthetic stream absurdly often."""
+    recipe = config.recipe
+    for stream in streams[1:]:
+        ratio = recipe.mixing_fraction / (1 - recipe.mixing_fraction)
+        tokens = recipe.epochs * streams[0].manifest.tokens * ratio
+        if (passes := tokens / stream.manifest.tokens) > MOST_PASSES:
+            raise ValueError(
+                f"recipe.mixing_fraction={recipe.mixing_fraction} reads {stream.manifest.name} "
+                f"{passes:,.0f} times while {streams[0].manifest.name} is read {recipe.epochs:g} "
+                "times; make one of them smaller"
+            )
 
 
 def describe_reading(plan: Plan, epochs: float, steps: int) -> str | None:

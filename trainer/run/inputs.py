@@ -66,7 +66,11 @@ def weight_files(folder: Path) -> list[Path]:
     else:
         files = [folder / "model.safetensors"]
     if missing := [file.name for file in files if not file.exists()]:
-        raise FileNotFoundError(f"initial_weights={folder} lacks {', '.join(missing)}")
+        ours = (folder / "checkpoints").is_dir()
+        remedy = f": it is a run; evaluate.py runs=[{folder}] export=FOLDER writes it so"
+        raise FileNotFoundError(
+            f"initial_weights={folder} lacks {', '.join(missing)}" + (remedy if ours else "")
+        )
     return files
 
 

@@ -55,6 +55,22 @@ def test_a_failing_job_ends_alone_and_a_second_start_runs_only_what_is_missing(
     assert again.stdout.count("done   ") == 2
 
 
+@pytest.mark.slow
+def test_a_failing_job_of_a_plain_sweep_does_not_end_it(
+    make_stream: StreamMaker, tmp_path: Path
+) -> None:
+    for name in ("real", "val"):
+        make_stream(name, [[40, 24]] * 8)
+    where = [f"data.root={tmp_path}", f"output={tmp_path / 'runs'}", "data.batch_size=2"]
+    plain = [word for word in SWEEP if "launcher" not in word and "epochs" not in word]
+    done = run_script("train.py", *plain, *where, "recipe.epochs=1,0.0001,2", check=False)
+    assert done.returncode == 1
+    assert "1 of 3 jobs failed" in done.stderr
+    assert "less than one step" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 2
+
+
 def test_more_gpus_a_job_than_there_are(tmp_path: Path) -> None:
     done = run_script(
         "train.py",

@@ -11,6 +11,7 @@ import pytest
 from tests.trainer.run.test_early import Configure, configured, corpus  # noqa: F401
 from trainer.config.evaluate import EvaluateConfig
 from trainer.evaluation.command import evaluate
+from trainer.files import write_sealed
 from trainer.loop import train
 from trainer.run.checkpoint import load_model
 from trainer.run.inputs import run_dir_of
@@ -75,6 +76,13 @@ def test_a_run_without_a_whole_checkpoint_says_so(
 def test_an_absent_checkpoint_is_named(run: Path) -> None:
     with pytest.raises(ValueError, match=r"step-00000099 is no checkpoint"):
         load_model(run / "checkpoints" / "step-00000099")
+
+
+def test_progress_of_another_version_is_named(run: Path) -> None:
+    progress = checkpoints(run)[-1] / "progress.json"
+    write_sealed(progress, json.loads(progress.read_text()) | {"moon": "full"})
+    with pytest.raises(ValueError, match=r"progress\.json is damaged or of another version.*moon"):
+        read_progress(progress.parent)
 
 
 def test_damaged_optional_files_cost_themselves_alone(

@@ -45,6 +45,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("corpus")
     write_stream(root / "streams" / "real", [[12]] * 8)
     write_stream(root / "streams" / "val", [[12]] * 4, shift=5)
+    write_stream(root / "streams" / "simple-g1", [[12]] * 8, shift=7)
     return root
 
 
@@ -139,6 +140,41 @@ def test_an_odd_config_gives_one_line_and_leaves_nothing(
     shown = str(value) if not isinstance(value, list) else str(value[0])
     assert key.rpartition(".")[2] in message or shown in message
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_share_that_leaves_the_real_stream_next_to_nothing_is_refused(
+    configured: Configure, tmp_path: Path
+) -> None:
+    mixed = {"recipe.stream": "simple", "recipe.generations": 1}
+    config = configured(**mixed, **{"recipe.mixing_fraction": 0.9999999})
+    with pytest.raises(
+        ValueError, match=r"mixing_fraction=0\.9999999 reads simple-g1 [12]\d,\d{3},\d{3} "
+    ):
+        train(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_no_folder_to_start_from_and_says_how_it_becomes_one(
+    configured: Configure,
+) -> None:
+    config = configured()
+    train(config)
+    run = run_dir_of(config)
+    with pytest.raises(FileNotFoundError, match=rf"evaluate\.py runs=\[{run}\] export=FOLDER"):
+        train(configured(initial_weights=str(run)))
+
+
+def test_what_ended_a_run_before_its_first_checkpoint_may_be_mended_under_its_name(
+    configured: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> None:
+        raise ValueError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(setup, "Llama", too_large)
+        with pytest.raises(ValueError, match="out of memory"):
+            train(configured(name="mine"))
+    assert math.isfinite(train(configured(name="mine", **{"data.batch_size": 4})))
 
 
 def test_a_due_checkpoint_is_on_disk_before_a_due_evaluation(

@@ -272,6 +272,17 @@ def test_a_small_study_says_what_it_lacks(tmp_path: Path) -> None:
     assert "question=everything is not one of" in done.stderr
 
 
+def test_epochs_that_were_not_read_are_shown(tmp_path: Path) -> None:
+    for epochs, read in ((1, 0.77), (16, 15.99)):
+        file = fabricate(tmp_path, "real", 0, 3.2, epochs=epochs) / "result.json"
+        result = json.loads(file.read_text()) | {"epochs_seen": {"real": read}}
+        file.write_text(json.dumps(result))
+    text, page = write_report(tmp_path, tmp_path / "report")
+    for shown in (text, page.read_text()):
+        assert "1 (0.77 read)" in shown
+        assert "15.99" not in shown
+
+
 def test_real_only_sizes_without_a_recipe_ask_for_one(tmp_path: Path) -> None:
     for tokens in (500_000, 1_000_000, 2_000_000):
         fabricate(tmp_path, "real", 0, planted_loss(tokens), real_tokens=tokens)
