@@ -2,11 +2,13 @@
 
     python -m benchmarks.servers.compare --output benchmarks/results/NAME.json
 
-SGLang (a tiny random Llama, and SmolLM2-135M) against its own offline benchmark, and the embedded
-llama.cpp (SmolLM2-135M) against a loop over its C API. Every round gives all of them the same new
-documents, one after the other in changing order, so that what else runs on the machine meets all of
-them alike; ratios are taken inside a round. All write the same number of tokens: the end of a text
-is ignored. CPU seconds are those of all processes of a side.
+SGLang and the embedded llama.cpp, each with a tiny random Llama and with SmolLM2-135M. SGLang
+against its own offline benchmark (``alone``), and against that with every prompt computed once
+before its siblings come, as our client lets it be (``alone, prompts first``); llama.cpp against a
+loop over its C API. Every round gives all the same new documents, one after the other in changing
+order, so that what else runs on the machine meets all of them alike; ratios are taken inside a
+round. All write the same number of tokens: the end of a text is ignored. CPU seconds are those of
+all processes of a side.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from gen.serving.servers import (
     EMBEDDED_MODEL,
     GeneratorConfig,
     Servers,
+    embedded_server,
     embedded_weights,
     serving,
     sglang_model,
@@ -50,6 +53,8 @@ from gen.serving.sglang_environment import VERSION
 from trainer.files import write_json
 
 HERE = Path(__file__).parent
+SIDES = ["tiny", "sglang", "tiny-llama.cpp", "llama.cpp"]
+PROMPTS_FIRST = "alone, prompts first"
 Run = Callable[[list[Document]], dict[str, float]]
 
 
@@ -108,12 +113,18 @@ def new_processes() -> Iterator[list[psutil.Process]]:
     found += set(psutil.Process().children(recursive=True)) - before
 
 
-def under_our_client(config: GeneratorConfig, load: Load, stack: contextlib.ExitStack) -> Side:
+def under_our_client(
+    config: GeneratorConfig, load: Load, stack: contextlib.ExitStack, weights: Path | None = None
+) -> Side:
     """A server started as ``generate.py`` starts it, and jobs on it."""
     began = time.monotonic()
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
     with new_processes() as processes:
-        servers = stack.enter_context(serving(config, folder / "server.log"))
+        if config.kind == "embedded":
+            server = stack.enter_context(embedded_server(config, log, weights))
+            servers = Servers([server.url])
+        else:
+            servers = stack.enter_context(serving(config, log))
     started = time.monotonic() - began
     tokenizer = train_bpe([], TokenizerConfig(vocab_size=257))  # only latent thoughts need one
 
@@ -137,11 +148,11 @@ def under_our_client(config: GeneratorConfig, load: Load, stack: contextlib.Exit
 
 def peer(
     command: list[str],
-    task: Callable[[list[Document]], dict[str, Any]],
+    tasks: list[Callable[[list[Document]], dict[str, Any]]],
     environment: dict[str, str],
     stack: contextlib.ExitStack,
-) -> Side:
-    """A program that answers a line with a line."""
+) -> list[Side]:
+    """A program that answers a line with a line: a side for each way to use it."""
     began = time.monotonic()
     log = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
     with new_processes() as processes:
@@ -169,12 +180,16 @@ def peer(
 
         answer()
 
-    def run(documents: list[Document]) -> dict[str, float]:
-        ask.write(json.dumps(task(documents)) + "\n")
-        ask.flush()
-        return answer()
+    def of(task: Callable[[list[Document]], dict[str, Any]]) -> Run:
+        def run(documents: list[Document]) -> dict[str, float]:
+            ask.write(json.dumps(task(documents)) + "\n")
+            ask.flush()
+            return answer()
 
-    return Side(run, processes, time.monotonic() - began)
+        return run
+
+    started = time.monotonic() - began
+    return [Side(of(task), processes, started) for task in tasks]
 
 
 def end(process: subprocess.Popen[str]) -> None:
@@ -209,22 +224,21 @@ def sglang_sides(
     interpreter, flags = config.sglang.interpreter(), command[command.index("-m") + 2 :]
 
     def task(documents: list[Document]) -> dict[str, Any]:
-        chats = [chat for chat in load.chats(documents) for _ in range(load.generations)]
-        return {"chats": chats, "tokens": load.tokens}
+        same = {"generations": load.generations, "tokens": load.tokens}
+        return {"chats": load.chats(documents), "prompts_first": False, **same}
 
-    return {
-        "client": under_our_client(config, load, stack),
-        "alone": peer(
-            [*interpreter, str(HERE / "sglang_offline.py"), *flags],
-            task,
-            config.sglang.environment(0, options.threads),
-            stack,
-        ),
-    }
+    def task_of_prompts(documents: list[Document]) -> dict[str, Any]:
+        return task(documents) | {"prompts_first": True}
+
+    command = [*interpreter, str(HERE / "sglang_offline.py"), *flags]
+    environment = config.sglang.environment(0, options.threads)
+    client = under_our_client(config, load, stack)
+    alone, ordered = peer(command, [task, task_of_prompts], environment, stack)
+    return {"client": client, "alone": alone, PROMPTS_FIRST: ordered}
 
 
 def llama_cpp_sides(
-    load: Load, options: argparse.Namespace, stack: contextlib.ExitStack
+    weights: Path, load: Load, options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> dict[str, Side]:
     """The embedded server under our client, and llama.cpp's C API in a loop."""
     config = GeneratorConfig(
@@ -235,7 +249,7 @@ def llama_cpp_sides(
         threads=options.threads,
         extra_body={"ignore_eos": True},
     )
-    client = under_our_client(config, load, stack)
+    client = under_our_client(config, load, stack, weights)
     port = next(
         connection.laddr.port
         for process in client.processes
@@ -257,13 +271,23 @@ def llama_cpp_sides(
         return {"prompts": prompts, "generations": load.generations, "tokens": load.tokens}
 
     told = {
-        "weights": str(embedded_weights()),
+        "weights": str(weights),
         "sequences": options.slots,
         "context_length": options.context_length,
         "threads": options.threads,
     }
     command = [sys.executable, str(HERE / "llama_cpp_batched.py"), json.dumps(told)]
-    return {"client": client, "alone": peer(command, task, {}, stack)}
+    (alone,) = peer(command, [task], {}, stack)
+    return {"client": client, "alone": alone}
+
+
+def tiny_gguf(folder: Path, stack: contextlib.ExitStack) -> Path:
+    """The tiny Llama as llama.cpp reads it."""
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tiny.gguf"
+    interpreter = SglangConfig(device="cpu").interpreter()
+    command = [*interpreter, str(HERE / "tiny_gguf.py"), str(folder), str(file)]
+    subprocess.run(command, check=True)
+    return file
 
 
 def compare(sides: dict[str, Side], load: Load, rounds: int, texts: Texts) -> list[dict[str, Any]]:
@@ -309,7 +333,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sides", nargs="+", default=["tiny", "sglang", "llama.cpp"])
+    parser.add_argument("--sides", nargs="+", default=SIDES)
     parser.add_argument("--tiny", type=Path, help="folder of a tiny random Llama")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=16)
@@ -337,8 +361,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             groups["tiny"] = sglang_sides(str(options.tiny), load, options, stack)
         if "sglang" in options.sides:
             groups["sglang"] = sglang_sides(EMBEDDED_MODEL, load, options, stack)
+        if "tiny-llama.cpp" in options.sides:
+            tiny = tiny_gguf(options.tiny, stack)
+            groups["tiny-llama.cpp"] = llama_cpp_sides(tiny, load, options, stack)
         if "llama.cpp" in options.sides:
-            groups["llama.cpp"] = llama_cpp_sides(load, options, stack)
+            groups["llama.cpp"] = llama_cpp_sides(embedded_weights(), load, options, stack)
         sides = {
             f"{group} {name}": side for group, pair in groups.items() for name, side in pair.items()
         }
@@ -373,7 +400,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def ratios_of(groups: dict[str, Any]) -> list[tuple[str, str]]:
     """The pairs of sides that are compared."""
-    pairs = [(f"{group} client", f"{group} alone") for group in groups]
+    pairs = [
+        (f"{group} client", f"{group} {other}")
+        for group, sides in groups.items()
+        for other in sides
+        if other != "client"
+    ]
     if {"sglang", "llama.cpp"} <= set(groups):
         pairs.append(("sglang client", "llama.cpp client"))
     return pairs

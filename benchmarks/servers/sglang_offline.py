@@ -2,13 +2,18 @@
 
     python sglang_offline.py --model-path FOLDER ...    # in SGLang's environment, a server's flags
 
-Every line of standard input is a task, ``{"chats": [[message, ...], ...], "tokens": N}``, answered
-with one line of JSON. The chats go through the model's template before the clock starts.
+Every line of standard input is a task, ``{"chats": [[message, ...], ...], "generations": G,
+"tokens": N, "prompts_first": false}``, answered with one line of JSON. The chats go through the
+model's template before the clock starts, and the cache is empty then. As SGLang's benchmark does,
+all G generations of all chats are handed to the engine at once, which computes a prompt for each
+sibling that it takes before the first is computed; ``prompts_first`` lets it compute every prompt
+before, with one token, and counts that too.
 """
 
 import json
 import os
 import sys
+import time
 from typing import Any
 
 from sglang.benchmark.datasets.common import DatasetRow
@@ -29,17 +34,28 @@ def main() -> None:
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return DatasetRow(prompt, len(tokenizer(prompt).input_ids), tokens)
 
-    def run(chats: list[Any], tokens: int) -> dict[str, float]:
-        found = throughput_test_once(
+    def once(requests: list[DatasetRow]) -> dict[str, Any]:
+        found: dict[str, Any] = throughput_test_once(
             backend_name="engine",
             backend=engine,
-            reqs=[row(chat, tokens) for chat in chats],
+            reqs=requests,
             ignore_eos=True,
             extra_request_body={"temperature": 1.0, "top_p": 1.0},
             profile=False,
         )
+        return found
+
+    def run(
+        chats: list[Any], generations: int, tokens: int, prompts_first: bool
+    ) -> dict[str, float]:
+        requests = [row(chat, tokens) for chat in chats for _ in range(generations)]
+        prompts = [row(chat, 1) for chat in chats] if prompts_first else []
+        while not engine.flush_cache().success:  # not idle yet
+            time.sleep(0.01)
+        seconds = once(prompts)["total_latency"] if prompts_first else 0.0
+        found = once(requests)
         return {
-            "seconds": found["total_latency"],
+            "seconds": seconds + found["total_latency"],
             "completion_tokens": found["total_output_tokens"],
             "prompt_tokens": found["total_input_tokens"],
         }

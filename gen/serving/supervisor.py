@@ -50,6 +50,7 @@ class SupervisedServer:
         start_timeout: seconds until it must be healthy.
         restarts: how often it may be started again; ten healthy minutes give all of them back.
         environment: variables added to this process's.
+        hangs_after: unhealthy answers in a row that make it hang.
     """
 
     name: str
@@ -59,6 +60,7 @@ class SupervisedServer:
     start_timeout: float
     restarts: int
     environment: dict[str, str] = field(default_factory=dict)
+    hangs_after: int = HANGS_AFTER
     failure: str | None = None  # set when it is given up
     restarted: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -130,7 +132,7 @@ class SupervisedServer:
                 unhealthy = 0 if self.healthy() else unhealthy + 1
                 if not unhealthy and now - healthy_since >= STABLE_AFTER:
                     used = 0
-            if self.stopping.is_set() or (self.alive() and unhealthy < HANGS_AFTER):
+            if self.stopping.is_set() or (self.alive() and unhealthy < self.hangs_after):
                 continue
             state = "hangs" if self.alive() else f"ended with status {self.status()}"
             self.kill()
@@ -151,11 +153,12 @@ class SupervisedServer:
             used += 1
             self.restarted += 1
             self.spawn()
-            # One that ends again before it is healthy is the next round's matter.
-            with contextlib.suppress(ServerFailed):
-                self.wait_until_healthy()
+            try:
+                self.wait_until_healthy()  # no second look: requests may keep it busy from now on
+                unhealthy = 0
+            except ServerFailed:  # the next round's matter
+                unhealthy = self.hangs_after
             healthy_since = last_look = time.monotonic()
-            unhealthy = 0 if self.healthy() else HANGS_AFTER
 
     def healthy(self) -> bool:
         """Whether ``/health`` answers 200."""

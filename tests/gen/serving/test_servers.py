@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,11 +18,18 @@ from gen.corpus.documents import Document
 from gen.generations.job import run_job
 from gen.generations.store import GenerationStore
 from gen.prompts import MethodConfig
-from gen.serving import sglang_environment
-from gen.serving.servers import EMBEDDED, GeneratorConfig, Servers, embedded_weights, serving
+from gen.serving import sglang_environment, supervisor
+from gen.serving.servers import (
+    EMBEDDED,
+    GeneratorConfig,
+    Servers,
+    embedded_weights,
+    serving,
+    sglang_server,
+)
 from gen.serving.sglang import SglangConfig
-from gen.serving.supervisor import without_our_tree
-from tests.conftest import REPOSITORY, run_script
+from gen.serving.supervisor import SupervisedServer, free_port, without_our_tree
+from tests.conftest import REPOSITORY, run_script, wait_until
 from trainer.plugins import importable_in_jobs
 
 
@@ -112,6 +120,52 @@ def test_a_servers_environment_does_not_see_our_kernels(monkeypatch: pytest.Monk
         kept = without_our_tree(os.environ)
         assert kept == {**os.environ, "PYTHONPATH": "/mine/plugins"}
     assert "PYTHONPATH" not in without_our_tree({"PYTHONPATH": str(REPOSITORY)})
+
+
+BUSY = """
+import http.server, pathlib, sys
+
+looks = pathlib.Path(sys.argv[2])
+answered = 0
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        global answered
+        answered += 1
+        self.send_response(200 if answered == 1 else 503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        looks.write_text(str(answered))
+
+    def log_message(self, *_):
+        pass
+
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
+"""
+
+
+def test_a_busy_server_is_not_taken_for_one_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Healthy until it has requests, as SGLang on a loaded CPU; killed, it starts again once."""
+    monkeypatch.setattr(supervisor, "HEALTH_EVERY", 0.0)
+    port, looks = free_port(), tmp_path / "looks"
+
+    def looked(times: int) -> bool:
+        return looks.exists() and int(looks.read_text() or 0) >= times
+
+    command = [sys.executable, "-c", BUSY, str(port), str(looks)]
+    config = GeneratorConfig("sglang", model="m", sglang=SglangConfig(python="p", device="cpu"))
+    assert sglang_server(config, tmp_path / "log", 0).hangs_after > supervisor.HANGS_AFTER
+    with SupervisedServer("busy", command, port, tmp_path / "log", 60, 9, {}, 10**9) as running:
+        wait_until(lambda: looked(6))
+        first = running.process
+        assert first is not None
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        looks.unlink()
+        wait_until(lambda: looked(6))
+        assert running.restarted == 1
 
 
 def test_an_unknown_model_is_refused_with_those_served(server: str, tmp_path: Path) -> None:
