@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.config.fields import check_bounds
 from trainer.config.report import ReportConfig
 from trainer.entry import program
+from trainer.files import check_writable
 
 
 @program("report", ReportConfig)
@@ -32,7 +33,9 @@ def main(config: ReportConfig) -> None:
             )
         print(answer_question(read_record(runs), config.question))
         return
-    table, page = write_report(runs, Path(config.output) if config.output else runs / "report")
+    output = Path(config.output) if config.output else runs / "report"
+    check_writable(output, "output=... to a folder for the report")
+    table, page = write_report(runs, output)
     print(table)
     print(f"\nreport: {page}")
 

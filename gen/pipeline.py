@@ -26,6 +26,7 @@ from gen.corpus.tokenizer import (
     TokenizerManifest,
     build_tokenizer,
     cut_to_tokens,
+    describe_losses,
     encode,
     load_tokenizer,
 )
@@ -244,6 +245,8 @@ def prepare_corpus(config: GenerateConfig, root: Path) -> Corpus:
     texts = (document.text for document in load_split(root, "train"))
     tokenizer, vocabulary = build_tokenizer(config.tokenizer, root, texts)
     train = list(load_split(root, "train"))
+    if caution := describe_losses(tokenizer, (document.text for document in train)):
+        logger.warning(caution)
     if config.corpus.token_budget is not None:
         train = cut_to_budget(train, config.corpus.token_budget, tokenizer)
     return Corpus(train, list(load_split(root, "val")), tokenizer, vocabulary)

@@ -60,7 +60,11 @@ def filesystem(where: str) -> tuple[fsspec.AbstractFileSystem, str]:
     protocol, separator, rest = where.partition("://")
     if separator and protocol in ("s3", "gs"):
         bucket = rest.split("/", 1)[0]
-        return ArrowFSWrapper(arrow_filesystem(protocol, bucket, os.environ.get(ENDPOINT))), rest
+        try:
+            found = arrow_filesystem(protocol, bucket, os.environ.get(ENDPOINT))
+        except OSError as error:  # where the bucket lies is asked for
+            raise OSError(f"{where} cannot be reached: {first_line(error)}") from error
+        return ArrowFSWrapper(found), rest
     try:
         system, path = fsspec.core.url_to_fs(where)
     except (ImportError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from trainer.files import DamagedFileError, read_sealed, replace_file, sha256, w
 
 # Bytes that tokens are learnt from in one piece: so many characters of two, three or four bytes.
 LONGEST_WORD = 4092
+# What is looked at for what a tokenizer loses: so many documents, of each so many characters.
+FIRST_DOCUMENTS, FIRST_CHARACTERS = 100, 1000
 
 
 @dataclass
@@ -165,6 +168,23 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.pre_tokenizer = words
     return tokenizer
+
+
+def describe_losses(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
+    """A warning where some of the first texts do not come back from their tokens; else None."""
+    first = [text[:FIRST_CHARACTERS] for text in itertools.islice(texts, FIRST_DOCUMENTS)]
+    back = tokenizer.decode_batch(encode(tokenizer, first), skip_special_tokens=False)
+    changed = [pair for pair in zip(first, back, strict=True) if pair[0] != pair[1]]
+    if not changed:
+        return None
+    before, after = changed[0]
+    pairs = zip(before, after, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    then, now = (repr(text[max(0, same - 10) : same + 20]) for text in (before, after))
+    return (
+        f"the tokenizer does not give back {len(changed)} of {len(first)} documents ({then} "
+        f"becomes {now}): what it drops is never learnt, and bits per byte still count it"
+    )
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

@@ -51,6 +51,12 @@ class EvaluateConfig:
         for name, asked in (("export", self.export), ("tasks", self.tasks)):
             if asked and len(self.runs) != 1:
                 raise ValueError(f"{name} needs exactly one run, not {len(self.runs)}")
+        others = ("sets", "tasks", "output", "document_losses", "validation")
+        if self.export and (unused := [name for name in others if getattr(self, name)]):
+            raise ValueError(
+                f"export={self.export} writes the weights and scores nothing: leave out "
+                f"{', '.join(unused)}, or ask for them in a call of their own"
+            )
         if taken := {"iid", "short", "long"}.intersection(self.sets):
             raise ValueError(
                 f"sets={sorted(taken)} are the report's names for parts of the validation stream; "

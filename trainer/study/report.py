@@ -140,10 +140,13 @@ def compute_row(group: Group) -> dict[str, str]:
 
 def near_duplicates_text(study: Study) -> str:
     """How many of the held-out documents training knows nearly word for word, where it is known."""
-    share = study.runs[0].result["evaluation"].get("near_duplicates")
-    if share is None:
+    told = [run.result["evaluation"].get("near_duplicates") for run in study.runs]
+    if not (shares := sorted({share for share in told if share is not None})):
         return ""
-    return f"{share:.1%} of the held-out documents have a near-duplicate in training"
+    end = "of the held-out documents have a near-duplicate in training"
+    if len(shares) == 1:
+        return f"{shares[0]:.1%} {end}"
+    return f"{shares[0]:.1%} to {shares[-1]:.1%}, by run, {end}"
 
 
 def certificates(study: Study) -> list[dict[str, str]]:

@@ -18,7 +18,14 @@ from tokenizers import (
 )
 
 from gen.corpus.documents import Document
-from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer, encode, plain, train_bpe
+from gen.corpus.tokenizer import (
+    TokenizerConfig,
+    build_tokenizer,
+    describe_losses,
+    encode,
+    plain,
+    train_bpe,
+)
 from gen.generations.store import Generation, GenerationStore
 from gen.megadocs.config import StreamConfig
 from gen.megadocs.encoding import Encoding
@@ -175,6 +182,20 @@ def test_every_member_decodes_to_its_text(
             for end, member in zip(sample["member_ends"].tolist(), members, strict=True):
                 assert tokenizer.decode(ids[start : end - 1], skip_special_tokens=False) == member
                 start = end
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_what_a_tokenizer_loses_is_said_of_none_that_loses_nothing(
+    make: Callable[[], Tokenizer],
+) -> None:
+    tokenizer = plain(make())
+    assert describe_losses(tokenizer, TEXTS) is None
+    normalizer = tokenizer.normalizer
+    lower = [normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence([normalizer, *lower] if normalizer else lower)
+    said = describe_losses(tokenizer, TEXTS)
+    assert said is not None
+    assert "not give back 4 of 5 documents ('Considerations regar' becomes 'considerations" in said
 
 
 def rewrite(text: str, index: int) -> str:

@@ -106,6 +106,7 @@ def test_damaged_optional_files_cost_themselves_alone(
         ({"validation": "nosuch"}, "nosuch is not a finished stream"),
         ({"tasks": ["nosuch"]}, "nosuch"),
         ({"output": "."}, "is a folder; name a file"),
+        ({"export": "out", "sets": ["val"]}, "export=out writes the weights .* leave out sets"),
         ({"output": "/dev/null/x.json"}, "/dev/null is no folder: set output"),
     ],
 )

@@ -497,3 +497,21 @@ def test_the_rate_of_near_duplicates_stands_beside_the_loss(tmp_path: Path) -> N
         text, page = write_report(tmp_path / "runs", tmp_path / "report")
         assert (said in text) is shown
         assert (said in page.read_text()) is shown
+    other = fabricate(tmp_path / "runs", "simple", 2, 4.0)  # of a corpus they were dropped from
+    for one, share in ((run, 0.125), (other, 0.0)):
+        result = json.loads((one / "result.json").read_text())
+        result["evaluation"]["near_duplicates"] = share
+        (one / "result.json").write_text(json.dumps(result))
+    text, _ = write_report(tmp_path / "runs", tmp_path / "report")
+    assert "0.0% to 12.5%, by run, of the held-out documents have" in text
+
+
+def test_a_report_that_cannot_be_written_says_where_it_may_be(tmp_path: Path) -> None:
+    fabricate(tmp_path / "runs", "real", 0, 4.0)
+    (tmp_path / "taken").write_text("")
+    where = [f"runs={tmp_path / 'runs'}", f"output={tmp_path / 'taken'}"]
+    done = run_script("report.py", *where, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: {tmp_path / 'taken'} is no folder: set output=... to a folder for the report\n"
+    )
