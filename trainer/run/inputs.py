@@ -88,6 +88,13 @@ def checkpoint_identity(run: str | Path) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def training_data(config: TrainConfig, inputs: Mapping[str, str]) -> str:
+    """Short identity of the training streams' content; empty where it is not known."""
+    names = (config.recipe.real_stream, config.recipe.synthetic)
+    known = [inputs.get(name, "") for name in names if name]
+    return "+".join(content[:6] for content in known if content)
+
+
 def changed_inputs(earlier: Mapping[str, str], now: Mapping[str, str]) -> str:
     """What two runs read differently, as ``name: old -> new``; empty where nothing."""
     return ", ".join(

@@ -152,7 +152,9 @@ def near_duplicates_text(study: Study) -> str:
 def certificates(study: Study) -> list[dict[str, str]]:
     """The star searches: optimum, the closest neighbour, axes that end at it."""
     rows = []
+    read = {run.training_data for run in study.runs}
     for found in study.certificates:
+        data = found.get("data", "")  # of older versions unknown
         margins = [one["margin"] for one in found["neighbours"] if one["margin"] is not None]
         rows.append(
             {
@@ -163,6 +165,7 @@ def certificates(study: Study) -> list[dict[str, str]]:
                 "by at least": f"{min(margins):.4f}" if margins else "-",
                 "on the edge": ", ".join(one["axis"] for one in found["edges"]) or "-",
                 "runs": str(found["runs"]),
+                "data": data + (" (no run here)" if data and data not in read else "") or "-",
             }
         )
     return rows

@@ -26,6 +26,7 @@ from trainer.data.format import real_document_of
 from trainer.evaluation import downstream
 from trainer.files import DamagedFileError, optional, read_sealed, sha256
 from trainer.model.flops import training_flops
+from trainer.run.inputs import training_data
 from trainer.run.run_dir import JOB, state
 
 logger = logging.getLogger(__name__)
@@ -154,11 +155,7 @@ class Run:
     @property
     def training_data(self) -> str:
         """Short identity of the training streams' content."""
-        recipe = self.config.recipe
-        known = [
-            self.inputs.get(name, "") for name in (recipe.real_stream, recipe.synthetic) if name
-        ]
-        return "+".join(content[:6] for content in known if content) or self.config.data.root
+        return training_data(self.config, self.inputs) or self.config.data.root
 
     @cached_property
     def group(self) -> str:

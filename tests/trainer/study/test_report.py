@@ -506,6 +506,18 @@ def test_the_rate_of_near_duplicates_stands_beside_the_loss(tmp_path: Path) -> N
     assert "0.0% to 12.5%, by run, of the held-out documents have" in text
 
 
+def test_a_search_over_other_data_than_the_runs_is_marked(tmp_path: Path) -> None:
+    fabricate(tmp_path, "real", 0, 4.0)
+    (tmp_path / "star").mkdir()
+    found = {"study": ["recipe=real"], "optimum": {}, "loss": 4.0, "neighbours": [], "edges": []}
+    (read,) = read_study(tmp_path).runs
+    for data, shown in ((read.training_data, False), ("123456", True)):
+        content = found | {"runs": 3, "data": data}
+        (tmp_path / "star" / "0.json").write_text(json.dumps(content))
+        _, page = write_report(tmp_path, tmp_path / "report")
+        assert ("123456 (no run here)" in page.read_text()) is shown
+
+
 def test_a_report_that_cannot_be_written_says_where_it_may_be(tmp_path: Path) -> None:
     fabricate(tmp_path / "runs", "real", 0, 4.0)
     (tmp_path / "taken").write_text("")

@@ -18,6 +18,7 @@ from tests.trainer.config.test_schema import CONF
 from tests.trainer.conftest import StreamMaker
 from trainer.config.schema import TrainConfig
 from trainer.loop import train
+from trainer.study.runs import read_study
 from trainer.study.star_search import Grid, Place, StarSearch
 
 AXES: dict[str, list[float]] = {
@@ -229,6 +230,7 @@ def test_the_sweeper_trains_stars_resumes_and_certifies(corpus_root: Path, tmp_p
     (path,) = (tmp_path / "star").iterdir()
     certificate = json.loads(path.read_text())
     assert "recipe=simple" in certificate["study"]
+    assert certificate["data"] in {run.training_data for run in read_study(tmp_path).runs}
     losses = [other["loss"] for other in certificate["neighbours"] if other["loss"]]
     assert len(losses) == 3
     assert min(losses) > certificate["loss"]

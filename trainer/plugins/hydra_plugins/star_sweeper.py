@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from trainer.config.schema import TrainConfig
 from trainer.files import write_sealed
-from trainer.run.inputs import run_dir_of
+from trainer.run.inputs import read_inputs, run_dir_of, training_data
 from trainer.run.run_dir import finished_loss
 from trainer.run.sweeps import write_results
 from trainer.study.star_search import Certificate, Grid, Place, StarSearch
@@ -224,7 +224,10 @@ class StarSweeper(Sweeper):
     def certify(self, study: Study) -> dict[str, Any]:
         """Print the certificate and write it beside the runs."""
         certificate: Certificate = study.search.certificate()
-        content = {"study": study.overrides, **certificate.to_dict()}
+        config = OmegaConf.to_object(self.compose(study.overrides))
+        assert isinstance(config, TrainConfig)
+        data = training_data(config, read_inputs(config))
+        content = {"study": study.overrides, "data": data, **certificate.to_dict()}
         folder = Path(self.master.hydra.sweep.dir) / "star"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{study.name()}.json"
