@@ -47,7 +47,7 @@ from gen.megadocs.streams import build_stream
 from gen.prompts import MethodConfig
 from gen.quality.gates import QualityConfig, ReportConfig
 from gen.serving.servers import GeneratorConfig, serving
-from gen.work import Work
+from gen.work import Work, hold_little_memory
 from trainer.config.fields import Place, check_bounds, group, setting
 from trainer.files import only_one
 from trainer.object_store import is_remote, is_there, send
@@ -114,6 +114,7 @@ def generate(config: GenerateConfig) -> None:
     Raises:
         Stopped: a signal asked for it; what was finished is kept, the same call goes on.
     """
+    hold_little_memory()
     try:
         with stopping_at_once(f"{config.root}: stopped; the same command goes on"):
             run_task(config)

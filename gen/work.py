@@ -7,23 +7,30 @@ so the work ends also where some of them never start; nothing waits for a proces
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from trainer.files import only_one, write_json
 
 SAY_EVERY = 5.0  # seconds between a writer's notes of how far it is
 LOOK_AGAIN = 0.5  # seconds between looks at units that other writers have begun
+# Of glibc's mallopt: heaps that threads share, instead of 8 a core; bytes from which an array is
+# memory of its own, which goes back when it is freed.
+ARENA_MAX, MMAP_THRESHOLD = -8, -3
 WORTH_A_PROCESS = 1 << 21  # tokens or bytes of text; fewer are done before another has started
 
 
@@ -165,7 +172,9 @@ class Work:
         while True:
             while len(running) <= self.processes and (one := next(waiting, None)) is not None:
                 lock = locks / f"{one.name}.lock"
-                running[self.pool.submit(claimed, lock, one.prepare())] = one
+                call = one.prepare()
+                with without_main():
+                    running[self.pool.submit(claimed, lock, call)] = one
             if not running:
                 return held
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -186,8 +195,35 @@ def claimed(lock: Path, do: Callable[[], object]) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def without_main() -> Iterator[None]:
+    """Keep processes that start here from importing the program: they need a part of it."""
+    main, known = sys.modules["__main__"], {}
+    for name in ("__spec__", "__file__"):
+        if hasattr(main, name):
+            known[name] = getattr(main, name)
+            delattr(main, name)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        for name, value in known.items():
+            setattr(main, name, value)
+
+
+def hold_little_memory() -> None:
+    """Have what is freed go back to the system: Arrow's own allocator keeps hundreds of MB."""
+    pa.set_memory_pool(pa.system_memory_pool())
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(ARENA_MAX, 2)
+        library.mallopt(MMAP_THRESHOLD, 1 << 20)
+
+
 def begin_process() -> None:
     """Set up a process of the pool: one thread, and no life of its own."""
+    hold_little_memory()
+    pa.set_cpu_count(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = os.getppid()
 

@@ -26,6 +26,7 @@ from gen.generations.store import SCHEMA, GenerationStore, batches_of
 from gen.megadocs.config import StreamConfig
 from gen.pipeline import GenerateConfig, generate
 from gen.quality.table import quality_table
+from gen.work import hold_little_memory
 
 GENERATIONS = 32
 SIZES = [2, 4, 8, 16, 32]
@@ -127,7 +128,8 @@ def tokenize_once(root: Path) -> dict[str, Any]:
 
 
 def judge(root: Path) -> dict[str, Any]:
-    """The quality table of all generations."""
+    """The quality table of all generations, as ``generate.py`` makes it."""
+    hold_little_memory()
     documents = list(load_split(root, "train"))
     store = GenerationStore.of_method(root, METHOD, GENERATIONS)
     return {"generations": quality_table(store, documents, hash_of(documents)).num_rows}

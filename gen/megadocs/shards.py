@@ -25,7 +25,7 @@ from gen.megadocs.assembly import Layout
 from gen.megadocs.encoding import Encoding
 from gen.megadocs.tokens import IdReader, Spans
 from trainer.data.format import REAL, REPHRASE, THOUGHT, ContentHash
-from trainer.files import replace_file, write_sealed
+from trainer.files import replace_file, sha256, write_sealed
 
 COLUMNS = {
     "id": "str",
@@ -271,43 +271,72 @@ def write_shard(
     """
     if entry_path.exists():
         return
-    reader = IdReader(parts)
-    try:
-        rows = list(encoded(samples, form, reader))
-    finally:
-        reader.close()
     settings = form.index_entry()
     text = json.dumps(settings, sort_keys=True).encode()
-    begin = 4 + 4 * (len(rows) + 1) + len(text)
-    offsets = np.array([begin, *map(len, rows)], dtype=np.int64).cumsum()
-    if offsets[-1] >= LARGEST:
-        raise ValueError(
-            f"a megadoc of {samples.document_ids[0]!r} makes a shard of {offsets[-1]:,} bytes; a "
-            f"shard holds {LARGEST:,}: leave long documents out with corpus.max_characters"
-        )
-    head = [struct.pack("<I", len(rows)), offsets.astype("<u4").tobytes(), text]
-    digest = hashlib.sha256()
-    with replace_file(path) as unfinished, unfinished.open("wb") as file:
-        for piece in (*head, *rows):  # joined, they would be in memory twice
-            digest.update(piece)
-            file.write(piece)
+    count = len(samples.ends)
+    begin = 4 + 4 * (count + 1) + len(text)
+    sizes = [begin]
+    reader = IdReader(parts)
+    try:
+        with replace_file(path) as unfinished, unfinished.open("wb") as file:
+            file.seek(begin)
+            for row in encoded(samples, form, reader):  # all in memory would be a shard a process
+                file.write(row)
+                sizes.append(len(row))
+            offsets = np.array(sizes, dtype=np.int64).cumsum()
+            if offsets[-1] >= LARGEST:
+                raise ValueError(
+                    f"a megadoc of {samples.document_ids[0]!r} makes a shard of {offsets[-1]:,} "
+                    f"bytes; a shard holds {LARGEST:,}: leave long documents out with "
+                    "corpus.max_characters"
+                )
+            file.seek(0)
+            file.write(struct.pack("<I", count) + offsets.astype("<u4").tobytes() + text)
+            file.flush()
+            digest = sha256(unfinished)
+    finally:
+        reader.close()
     described = {
         "basename": path.name,
         "bytes": int(offsets[-1]),
-        "hashes": {"sha256": digest.hexdigest()},
+        "hashes": {"sha256": digest},
     }
-    entry = {**settings, "raw_data": described, "samples": len(rows), "zip_data": None}
+    entry = {**settings, "raw_data": described, "samples": count, "zip_data": None}
     write_sealed(entry_path, entry)
 
 
-def add_content(content: ContentHash, shard: bytes, columns: Sequence[str]) -> int:
-    """Feed the samples of a shard to a stream's hash; returns how many there are."""
-    samples = int(np.frombuffer(shard, "<u4", 1)[0])
-    data = np.frombuffer(shard, np.uint8)
-    starts = np.frombuffer(shard, "<u4", samples, 4).astype(np.int64)
+def read_back(path: Path, columns: Sequence[str], content: ContentHash) -> str:
+    """Feed the samples of a shard to a stream's hash, some at a time; returns the file's own."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        samples = int(np.frombuffer(file.read(4), "<u4")[0])
+        starts = np.frombuffer(file.read(4 * (samples + 1)), "<u4").astype(np.int64)
+        file.seek(0)
+        digest.update(file.read(int(starts[0])))
+        for first in range(0, samples, AT_ONCE):
+            here = starts[first : first + AT_ONCE + 1]
+            data = file.read(int(here[-1] - here[0]))
+            digest.update(data)
+            add_content(content, data, here - here[0], columns)
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def add_content(
+    content: ContentHash, samples: bytes, offsets: NDArray[np.int64], columns: Sequence[str]
+) -> None:
+    """Feed some samples to a stream's hash.
+
+    Args:
+        content: of the stream.
+        samples: one after the other, as a shard holds them.
+        offsets: where each begins, and the last ends: int64 ``[samples + 1]``.
+        columns: names, in the order in which they are stored.
+    """
+    data = np.frombuffer(samples, np.uint8)
     head = 4 * len(columns)
-    sizes = data[starts[:, None] + np.arange(head)].view("<u4").astype(np.int64)
-    ends = starts[:, None] + head + sizes.cumsum(axis=1)
+    sizes = data[offsets[:-1, None] + np.arange(head)].view("<u4").astype(np.int64)
+    ends = offsets[:-1, None] + head + sizes.cumsum(axis=1)
     first: dict[str, list[int]] = {}
     last: dict[str, list[int]] = {}
     for name in ("tokens", "member_ends", "member_kinds"):
@@ -315,12 +344,11 @@ def add_content(content: ContentHash, shard: bytes, columns: Sequence[str]) -> i
         place = ends[:, column] - sizes[:, column]
         first[name] = (place + 1 + (1 << (data[place] & 3).astype(np.int64))).tolist()
         last[name] = ends[:, column].tolist()
-    view = memoryview(shard)
-    for sample in range(samples):
+    view = memoryview(samples)
+    for sample in range(len(offsets) - 1):
         content.add_bytes(
             *(
                 view[first[name][sample] : last[name][sample]]
                 for name in ("tokens", "member_ends", "member_kinds")
             )
         )
-    return samples

@@ -33,7 +33,7 @@ from gen.megadocs.config import StreamConfig
 from gen.megadocs.encoding import Encoding
 from gen.megadocs.missing import Missing
 from gen.megadocs.selection import choose_generations, describe_judged
-from gen.megadocs.shards import Form, Members, Samples, add_content, write_shard
+from gen.megadocs.shards import Form, Members, Samples, read_back, write_shard
 from gen.megadocs.tokenizing import document_starts, tokenized
 from gen.megadocs.tokens import DamagedTokensError
 from gen.quality.gates import QualityConfig
@@ -388,13 +388,11 @@ class Stream:
         for shard, entry in enumerate(entries):
             described = entry["raw_data"]
             file = self.unfinished / described["basename"]
-            data = file.read_bytes()
-            sha256 = hashlib.sha256(data).hexdigest()
+            sha256 = read_back(file, list(self.form.columns), content)
             if sha256 != described["hashes"]["sha256"]:
                 self.entry(shard).unlink()
                 raise OSError(f"{file} is not what was written; it is written again")
-            add_content(content, data, list(self.form.columns))
-            known[file.name] = {"bytes": len(data), "sha256": sha256}
+            known[file.name] = {"bytes": file.stat().st_size, "sha256": sha256}
         return content, known
 
 

@@ -1,5 +1,6 @@
 """Several processes build one stream: it is the same for any number, whoever is killed."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -111,7 +112,7 @@ def test_any_writers_in_any_order_make_the_same_stream(
 SCRIPT = """
 import os, signal, sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from gen.megadocs import work
+from gen import work
 import tests.gen.megadocs.test_writers as t
 claimed, units = work.claimed, []
 
@@ -159,3 +160,32 @@ def test_the_pool_makes_the_same_stream(corpus: Path, monkeypatch: pytest.Monkey
         assert build(corpus, "stitched", work) == made
         assert work.pool is not None
     assert content(made) == expected
+
+
+PROGRAM = """
+print("imported")
+from functools import partial
+from pathlib import Path
+from gen.work import Unit, Work
+
+if __name__ == "__main__":
+    folder = Path({folder!r})
+    touch = [partial(partial, (folder / name).touch) for name in "ab"]
+    with Work(2) as work:
+        work.run([Unit(str(i), 1, one) for i, one in enumerate(touch)], folder, "units", "u", 1)
+"""
+
+
+def test_processes_of_a_pool_do_not_import_the_program(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(folder=str(tmp_path)))
+    found = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.count("imported") == 1
+    assert (tmp_path / "a").exists()
+    assert (tmp_path / "b").exists()
