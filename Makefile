@@ -36,9 +36,13 @@ WRITER := generator=$(GENERATOR) generator.model=SmolLM2-135M-Instruct
 # Asked for an article, a model of this size writes on and on; asked for the same length, it ends.
 REPHRASE := method=rephrase 'method.prompt="Rewrite the following text in other words. Keep its \
 meaning and its length, and write nothing but the rewritten text: {text}"'
+# The paper's prompt for thoughts lets it write on and on as well.
+LATENT := method=latent 'method.prompt="Here is the beginning of a text: {prefix} And here is what \
+follows it: {suffix} What must a reader know or think of to come from the first part to the second? \
+Answer in one or two short sentences, and write nothing else."'
 demo: $(VENV)/.installed $(filter sglang,$(GENERATOR))
 	$(PY) generate.py scale=demo $(WRITER) $(REPHRASE) method.generations=4 'streams.generations=[2,4]'
-	$(PY) generate.py scale=demo $(WRITER) method=latent
+	$(PY) generate.py scale=demo $(WRITER) $(LATENT)
 	$(PY) train.py --multirun experiment=demo recipe=real,simple,stitched,latent
 	$(PY) train.py --multirun experiment=demo recipe=simple,stitched recipe.generations=4
 	$(PY) report.py runs=demo/runs

@@ -15,7 +15,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,7 @@ class GenerationStore:
         # one that replaces another.
         last = (numbers_of(path)[2] for path in self.folder.glob(f"part-{writer:03d}-*.parquet"))
         number = 1 + max(last, default=-1)
-        table = pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
+        table = pa.Table.from_pylist([vars(row) for row in rows], SCHEMA)
         self.write_part(self.folder / f"part-{writer:03d}-{number:06d}.parquet", table)
 
     def write_part(self, path: Path, table: pa.Table) -> None:

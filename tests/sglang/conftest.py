@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from tokenizers import Tokenizer
 
@@ -39,7 +40,10 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             device="cpu", max_running_requests=16, arguments=["--max-queued-requests=32"]
         ),
     )
+    body = {"model": config.model, "prompt": "the old town", "max_tokens": 1}
     with serving(config, tmp_path_factory.mktemp("server") / "server.log") as servers:
+        for _ in range(2):  # a counter is shown once it has counted; the second prompt is cached
+            httpx.post(f"{servers.urls[0]}/v1/completions", json=body, timeout=600)
         yield servers.urls[0]
 
 

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,14 +16,17 @@ import psutil
 import pytest
 from tokenizers import Tokenizer
 
+from gen.client.routing import ServersLost
 from gen.corpus.documents import Document, load_split
 from gen.generations.job import run_job
 from gen.generations.sessions import Session
 from gen.generations.store import GenerationStore
 from gen.prompts import MethodConfig
 from gen.serving.load import read_samples
-from gen.serving.servers import GeneratorConfig, serving
-from tests.conftest import REPOSITORY, run_script
+from gen.serving.servers import GeneratorConfig, embedded_server, serving
+from gen.serving.supervisor import free_port
+from tests.conftest import REPOSITORY, run_script, wait_until
+from tests.gen.generations.faults import faulty
 from tests.gen.serving.target import Target
 from tests.gen.serving.test_conformance import fresh_text
 
@@ -120,6 +124,37 @@ def test_a_full_queue_costs_nothing_but_time(
     assert session.generations == 120
     rows = GenerationStore(tmp_path / "generations" / "rephrase").read(["document_id"])
     assert len(set(rows["document_id"].to_pylist())) == 120
+
+
+def test_a_server_that_comes_back_as_an_sglang_of_another_model_is_refused(
+    target: Target, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """SGLang answers to any model's name; what it lists tells."""
+    port, ready, done = free_port(), threading.Event(), threading.Event()
+    store = GenerationStore(tmp_path / "generations" / "rephrase")
+    first = GeneratorConfig(model="another", context_length=512, concurrency=1, threads=1)
+
+    def restart() -> None:
+        with (
+            embedded_server(first, tmp_path / "log") as running,
+            faulty(running.url, [], port=port),
+        ):
+            ready.set()
+            wait_until(lambda: bool(store.parts()), seconds=3000)
+        with faulty(target.url, [], port=port):
+            done.wait(3000)
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    try:
+        ready.wait()
+        before = Target(f"http://127.0.0.1:{port}", first.model, 512, 1)
+        options = {"concurrency": 1, "siblings_in_flight": 1, "flush_seconds": 0.1}
+        with pytest.raises(ServersLost, match=r"came back and serves .*, not generator\.model="):
+            job(before, tokenizer, tmp_path, fresh_documents(20, words=9), 500, 16, **options)
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("method", ["rephrase", "faq", "wrap_easy", "latent"])

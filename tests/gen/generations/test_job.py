@@ -5,6 +5,7 @@ import functools
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -165,6 +166,20 @@ def test_another_prompt_is_refused_before_anything_is_asked(
     other = MethodConfig(prompt="Say it in other words: {text}", generations=3, max_tokens=8)
     with pytest.raises(ValueError, match=r"prompt: 'Rewrite in other.*' -> 'Say it in other"):
         run_job(other, config, DOCUMENTS, tokenizer, tmp_path, serving)
+
+
+def test_extra_fields_reach_the_server_and_belong_to_the_store(
+    server: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    method = MethodConfig(prompt=REPHRASE.prompt, generations=3, max_tokens=4)
+    config = GeneratorConfig("openai", urls=[server], concurrency=1, extra_body={"top_k": 1})
+    run_job(method, config, DOCUMENTS[:2], tokenizer, tmp_path, serving)
+    rows = GenerationStore(tmp_path / "generations" / "rephrase").read().to_pylist()
+    texts = {(row["document_id"], row["text"]) for row in rows}
+    assert len(texts) == 2  # whatever their seeds, the likeliest tokens
+    for other in (replace(config, extra_body={}), replace(config, extra_headers={"X-Team": "a"})):
+        with pytest.raises(ValueError, match=r"written with other settings \(extra_"):
+            run_job(method, other, DOCUMENTS[:2], tokenizer, tmp_path, serving)
 
 
 def test_a_second_job_on_the_same_store_is_refused(
