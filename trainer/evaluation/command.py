@@ -12,9 +12,7 @@ import pyarrow.parquet as pq
 from tabulate import tabulate
 
 from trainer.config.evaluate import EvaluateConfig
-from trainer.config.schema import load_config
 from trainer.data.format import LOSS_COLUMNS
-from trainer.data.mds import read_stream_manifest
 from trainer.evaluation.downstream import (
     SETS,
     TASKS,
@@ -23,7 +21,7 @@ from trainer.evaluation.downstream import (
     evaluate_tasks,
     keep_scores,
 )
-from trainer.evaluation.ensemble import evaluate_ensemble, held_out_path
+from trainer.evaluation.ensemble import check_members, describe_overlap, evaluate_ensemble
 from trainer.evaluation.losses import Scores
 from trainer.files import check_writable, replace_file, write_sealed
 from trainer.run.export import export_run
@@ -78,9 +76,11 @@ def evaluate(config: EvaluateConfig) -> float | None:
 
 def check_early(config: EvaluateConfig) -> None:
     """Raise ValueError or OSError for what would end the evaluation after its work is done."""
-    first = load_config(newest_checkpoint(config.runs[0]).parent.parent / "config.yaml")
-    for name in (config.validation or first.data.validation, *config.sets):
-        read_stream_manifest(held_out_path(first, name))
+    for name in (config.validation, *config.sets):
+        first = check_members(config.runs, name)
+        cautions = [describe_overlap(run, first, name) for run in config.runs]
+        for caution in filter(None, cautions):
+            logger.warning(caution)
     if config.tasks:
         check_tasks(config.tasks, config.task_folder)
     for key, file in (("output", config.output), ("document_losses", config.document_losses)):

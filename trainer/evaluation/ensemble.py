@@ -16,9 +16,9 @@ from torch import Tensor
 
 from trainer.config.evaluate import Mean
 from trainer.config.fields import size_in_bytes
-from trainer.config.schema import TrainConfig
+from trainer.config.schema import TrainConfig, load_config
 from trainer.data.batches import NO_TARGET
-from trainer.data.mds import MegadocStream
+from trainer.data.mds import MegadocStream, StreamManifest, read_stream_manifest
 from trainer.evaluation.losses import Scores, evaluation_batches
 from trainer.parallel.ranks import choose_device
 from trainer.run.checkpoint import load_model
@@ -41,25 +41,17 @@ def evaluate_ensemble(
     Raises:
         ValueError: the members differ in data, tokenizer, context or mask, or one is named twice.
     """
-    check_distinct(runs)
+    first = check_members(runs, validation)
     device = choose_device("auto")
-    first: TrainConfig | None = None
+    stream = MegadocStream(
+        held_out_path(first, validation),
+        first.data.cache,
+        size_in_bytes(first.data.cache_limit, "data.cache_limit"),
+    )
     hidden: list[list[Tensor]] = []  # [member][batch] -> [T, D]
     heads: list[Tensor] = []  # [V, D]
-    stream = None
     for run in runs:
         model, config = load_model(run, device)
-        if first is None:
-            first = config
-            name = validation or config.data.validation
-            stream = MegadocStream(
-                held_out_path(config, name),
-                config.data.cache,
-                size_in_bytes(config.data.cache_limit, "data.cache_limit"),
-            )
-        assert stream is not None
-        check_comparable(runs[0], first, run, config)
-        check_tokenizer(run, stream)
         states = []
         for batch, _ in evaluation_batches(stream, config.readings[0]):
             moved = batch.to(device)
@@ -69,8 +61,6 @@ def evaluate_ensemble(
             states.append(state.cpu())
         hidden.append(states)
         heads.append(model.lm_head.weight.to(model.compute_dtype))
-    if first is None or stream is None:
-        raise ValueError("runs=[] names no run to evaluate")
     scores = [Scores(stream) for _ in runs]
     losses_of = {Mean.logits: mean_logit_losses, Mean.probabilities: mean_probability_losses}[mean]
     for place, (batch, _) in enumerate(evaluation_batches(stream, first.readings[0])):
@@ -95,18 +85,53 @@ def check_distinct(runs: Sequence[str | Path]) -> None:
             seen[name] = run
 
 
-def held_out_path(config: TrainConfig, name: str) -> str:
-    """Folder of a stream by its name in the run's corpus, or by its own path."""
+def check_members(runs: Sequence[str | Path], validation: str | None) -> TrainConfig:
+    """The config of the first member, before any is loaded.
+
+    Raises:
+        ValueError: the members do not go together, or not with the held-out stream.
+    """
+    if not runs:
+        raise ValueError("runs=[] names no run to evaluate")
+    check_distinct(runs)
+    configs = [load_config(newest_checkpoint(run).parent.parent / "config.yaml") for run in runs]
+    path = held_out_path(configs[0], validation)
+    manifest = read_stream_manifest(path)
+    for run, config in zip(runs, configs, strict=True):
+        check_comparable(runs[0], configs[0], run, config)
+        check_tokenizer(run, manifest, path)
+    return configs[0]
+
+
+def describe_overlap(run: str | Path, config: TrainConfig, validation: str | None) -> str | None:
+    """A warning where a run may know the documents it is evaluated on from its training."""
+    name = validation or config.data.validation
+    inputs = read_progress(newest_checkpoint(run)).inputs
+    now = read_stream_manifest(held_out_path(config, validation)).content_sha256
+    for trained in filter(None, (config.recipe.real_stream, config.recipe.synthetic)):
+        if inputs.get(trained) == now:
+            return f"{run} was trained on {name}: its loss there says nothing about other text"
+    if name == config.data.validation and inputs.get(name, now) != now:
+        return (
+            f"{held_out_path(config, validation)} is not what {run} held out ({inputs[name][:12]}, "
+            f"now {now[:12]}): it may have been trained on some of these documents"
+        )
+    return None
+
+
+def held_out_path(config: TrainConfig, name: str | None = None) -> str:
+    """Folder of a stream by its name in the run's corpus, or by its own path; None: held out."""
+    name = name or config.data.validation
     return name if "/" in name else f"{config.data.root}/streams/{name}"
 
 
-def check_tokenizer(run: str | Path, stream: MegadocStream) -> None:
+def check_tokenizer(run: str | Path, manifest: StreamManifest, path: str) -> None:
     """Raise ValueError where a model was trained with another tokenizer than the stream's."""
     trained = read_progress(newest_checkpoint(run)).tokenizer_sha256
-    if trained != stream.manifest.tokenizer_sha256:
+    if trained != manifest.tokenizer_sha256:
         raise ValueError(
-            f"{run} was trained with the tokenizer {trained[:12]}, {stream.path} was written with "
-            f"{stream.manifest.tokenizer_sha256[:12]}; its losses would mean nothing"
+            f"{run} was trained with the tokenizer {trained[:12]}, {path} was written with "
+            f"{manifest.tokenizer_sha256[:12]}; its losses would mean nothing"
         )
 
 

@@ -19,6 +19,7 @@ from trainer.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from trainer.evaluation import ensemble
 from trainer.evaluation.command import evaluate
 from trainer.loop import train
 from trainer.model.llama import Llama
@@ -193,6 +194,39 @@ def test_scores_are_of_the_weights_that_were_scored(
     study = read_study(tmp_path / "runs")
     assert sum("real" in run.result["loss"] for run in study.runs) == 1
     assert len(study.ensembles) == 1
+
+
+def test_documents_that_a_run_may_know_are_said_before_it_is_evaluated(
+    make_stream: StreamMaker, settings: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_stream("val", LENGTHS, shift=3)
+    train(settings)
+    run = run_dir_of(settings)
+    evaluate(EvaluateConfig(runs=[str(run)]))
+    assert "held out" not in caplog.text
+    assert "trained on" not in caplog.text
+    evaluate(EvaluateConfig(runs=[str(run)], sets=["real"]))
+    assert f"{run} was trained on real: its loss there says nothing" in caplog.text
+    make_stream("val", LENGTHS, shift=1)  # another split of the same corpus, perhaps
+    evaluate(EvaluateConfig(runs=[str(run)]))
+    assert f"streams/val is not what {run} held out" in caplog.text
+    assert "it may have been trained on some of these documents" in caplog.text
+
+
+def test_a_member_or_a_set_that_does_not_fit_is_refused_before_any_is_loaded(
+    make_stream: StreamMaker, settings: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = replace(settings.data, context_length=32)
+    both = (settings, replace(settings, data=data))
+    for one in both:
+        train(one)
+    runs = [str(run_dir_of(one)) for one in both]
+    monkeypatch.setattr(ensemble, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=r"read with data\.context_length=32"):
+        evaluate(EvaluateConfig(runs=runs))
+    make_stream("other", LENGTHS, tokenizer_sha256="e" * 64)
+    with pytest.raises(ValueError, match=r"streams/other was written with eeeeeeeeeeee"):
+        evaluate(EvaluateConfig(runs=runs[:1], sets=["other"]))
 
 
 def test_a_copy_of_a_run_is_no_second_member(settings: TrainConfig, tmp_path: Path) -> None:
