@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.generation import main
+from benchmarks.servers import compare
 from gen.serving.servers import GeneratorConfig, embedded_server
 
 
@@ -31,3 +32,19 @@ def test_it_measures_a_real_server(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(conversations) == 12
     assert conversations[0] == conversations[3] != conversations[4]
     assert "tokens_per_second" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_server_is_compared_with_its_engine_alone(tmp_path: Path) -> None:
+    """Both write all the tokens of the same documents, or the benchmark ends."""
+    shape = ["--documents=2", "--characters=150", "--generations=2", "--tokens=4", "--rounds=1"]
+    limits = ["--context-length=512", "--slots=2", "--threads=1"]
+    output = tmp_path / "result.json"
+    result = compare.main(["--sides", "llama.cpp", *shape, *limits, f"--output={output}"])
+    (found,) = result["rounds"]
+    assert {name: one["completion_tokens"] for name, one in found.items()} == {
+        "llama.cpp client": 16,
+        "llama.cpp alone": 16,
+    }
+    assert all(one["cpu_seconds"] > 0 for one in found.values())
+    assert json.loads(output.read_text())["ratios"].keys() == {"llama.cpp client / llama.cpp alone"}

@@ -12,6 +12,7 @@ from gen.serving.servers import EMBEDDED_MODEL, GeneratorConfig, embedded_weight
 from gen.serving.sglang import SglangConfig
 
 NEW_TOKENS = 24
+TIE = 1e-3  # nats
 QUESTIONS = [
     "Explain what a lighthouse is.",
     "Rewrite: The cat sat on the mat.",
@@ -56,6 +57,17 @@ def test_greedy_tokens_are_those_of_llama_cpp(
     )
     with serving(config, tmp_path / "sglang.log") as running:
         greedy = {"temperature": 0, "max_new_tokens": NEW_TOKENS}
-        body = {"input_ids": ids, "sampling_params": greedy}
+        told = {"return_logprob": True, "top_logprobs_num": 2}
+        body = {"input_ids": ids, "sampling_params": greedy, **told}
         answers = post(running.urls[0], "/generate", body)
-    assert [answer["output_ids"] for answer in answers] == wanted
+    smallest = float("inf")  # margin of a token over the next
+    for answer, theirs in zip(answers, wanted, strict=True):
+        ours = answer["output_ids"]
+        top = answer["meta_info"]["output_top_logprobs"]
+        margins = [first[0] - second[0] for first, second in top]
+        smallest = min(smallest, *margins)
+        # Another processor adds up in another order, which may break a tie otherwise.
+        tie = next((place for place, margin in enumerate(margins) if margin < TIE), len(ours))
+        assert ours[:tie] == theirs[:tie]
+        assert tie < len(ours) or len(ours) == len(theirs)
+    print(f"smallest margin: {smallest:.2e} nats")
