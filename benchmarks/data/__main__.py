@@ -50,6 +50,7 @@ from benchmarks.data.stages import (
     read_ours,
     read_streaming,
     report,
+    resume,
     tokenize_once,
     with_datasets,
     with_datatrove,
@@ -103,6 +104,7 @@ def measure_memory(documents: int, scratch: Path) -> dict[str, Any]:
     largest = [f"{kind}-g{GENERATIONS}" for kind in ("simple", "stitched")]
     found = {
         "generations": sum(1 for _ in load_split(root, "train")) * GENERATIONS,
+        "resume": measured(resume, root),
         "judge": measured(judge, root),
         "report": measured(report, root),
         "build": measured(build_streams, root, largest),
@@ -173,7 +175,8 @@ def summary(rows: list[dict[str, Any]], memory: list[dict[str, Any]]) -> dict[st
                 "fixed_megabytes": fit["fixed"],
                 "bytes_a_generation": fit["slope"] * 1e6,
             }
-            for part in ("judge", "report", "build", "open")
+            for part in ("resume", "judge", "report", "build", "open")
+            if all(part in row for row in memory)
             for fit in [line(memory, part, "peak_megabytes", "generations")]
         }
     per_token = last["ten_streams"]["tokens"] / last["tokenize_once"]["tokens"]

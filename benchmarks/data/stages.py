@@ -135,6 +135,14 @@ def judge(root: Path) -> dict[str, Any]:
     return {"generations": quality_table(store, documents, hash_of(documents)).num_rows}
 
 
+def resume(root: Path) -> None:
+    """Generation where everything is generated: what it must know before it asks for anything."""
+    config = config_of(root, "generate")
+    config.method.name, config.method.generations = METHOD, GENERATIONS
+    config.method.prompt = "{text}"
+    generate(config)
+
+
 def report(root: Path) -> dict[str, Any]:
     """The page to judge the generations by, judged already."""
     generate(config_of(root, "report"))

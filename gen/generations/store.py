@@ -297,15 +297,18 @@ class GenerationStore:
 
     def done(self, documents: Sequence[Document]) -> list[set[int]]:
         """Indices that are present of each document, made from the text it has now."""
-        present: list[set[int]] = [set() for _ in documents]
-        if self.parts():
-            keys = self.read(["document_id", "text_hash", "index"])
-            for place, index in zip(
-                places_of(keys, documents).tolist(), keys["index"].to_pylist(), strict=True
-            ):
-                if place >= 0:
-                    present[place].add(index)
-        return present
+        places = DocumentPlaces(documents)
+        while True:
+            present: list[set[int]] = [set() for _ in documents]
+            with contextlib.suppress(FileNotFoundError):  # merged since it was listed
+                for part in self.verified_parts():
+                    keys = read_part(part, ["document_id", "text_hash", "index"])
+                    for place, index in zip(
+                        places.of(keys).tolist(), keys["index"].to_pylist(), strict=True
+                    ):
+                        if place >= 0:
+                            present[place].add(index)
+                return present
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """All generations; a job may be writing meanwhile.

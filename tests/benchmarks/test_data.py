@@ -1,5 +1,6 @@
 """The benchmark from generations to batches at tiny sizes."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from benchmarks.data import reading, stages
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that take seconds, in this process: what a child measures is measured elsewhere."""
 
+    calls = itertools.count(1)
+
     def measured(call: Any, *arguments: Any) -> dict[str, Any]:
-        return {**(call(*arguments) or {}), "cpu_seconds": 1.0, "peak_megabytes": 1}
+        seconds = float(next(calls))  # grows with the sizes, as costs do
+        return {**(call(*arguments) or {}), "cpu_seconds": seconds, "peak_megabytes": seconds}
 
     monkeypatch.setattr(data, "measured", measured)
     monkeypatch.setattr(data, "PLANS", {"tiny": None})
@@ -28,7 +32,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_measures_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "result.json"
     monkeypatch.setattr(data, "measure_loading", lambda folder, seconds: {"waited": seconds})
-    sizes = ["--documents", "10", "20", "--memory", "--loading", "3"]
+    sizes = ["--documents", "10", "20", "--memory", "10", "20", "--loading", "3"]
     common = ["--scratch", str(tmp_path), "--output", str(output)]
     result = data.main([*sizes, *common])
     assert json.loads(output.read_text()) == result
@@ -42,6 +46,7 @@ def test_it_measures_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         # Two of the ten streams are written again: those with the most generations.
         assert size["two_again"]["tokens"] < size["ten_streams"]["tokens"]
     assert result["plans"]["tiny"]["documents"] == 3000
+    assert set(result["summary"]["memory"]) == {"resume", "judge", "report", "build", "open"}
 
 
 @pytest.mark.slow

@@ -28,8 +28,10 @@ from gen.exchange.importing import Import
 from gen.generations.store import Generation, GenerationStore
 from gen.megadocs.config import StreamConfig
 from gen.megadocs.streams import build_stream
+from gen.pipeline import GenerateConfig, generate
 from gen.quality.gates import QualityConfig
-from tests.conftest import REPOSITORY, run_with
+from tests.conftest import REPOSITORY, ObjectStore, run_with
+from trainer.object_store import read
 
 HELD_OUT = 0.3
 METHODS = ["faq", "table"]
@@ -173,6 +175,21 @@ def dataset(tmp_path: Path) -> Path:
     described = export(root, tmp_path / "dataset", tokenizer)
     assert "megadocs-stitched-g2-faq+table: train: 1" in described
     return tmp_path / "dataset"
+
+
+def test_a_dataset_in_a_bucket_is_the_one_in_a_folder(
+    dataset: Path, tmp_path: Path, object_store: ObjectStore
+) -> None:
+    where = "s3://bucket/datasets/mine"
+    config = GenerateConfig(root=str(tmp_path / "root"), export=where)
+    generate(config)
+    names = [path.relative_to(dataset) for path in dataset.rglob("*") if path.is_file()]
+    assert len(names) > 6
+    for name in names:
+        assert read(f"{where}/{name.as_posix()}") == (dataset / name).read_bytes()
+    assert not list((tmp_path / "root").glob(".export*"))
+    with pytest.raises(ValueError, match=rf"export={where} is there already"):
+        generate(config)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
