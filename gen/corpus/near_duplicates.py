@@ -147,8 +147,11 @@ def words(text: str) -> list[bytes]:
 
 
 def shingles(text: str) -> NDArray[np.uint64]:
-    """Sorted, distinct hashes of the runs of five words; a shorter text is one run."""
-    found = words(text) or [b""]
+    """Sorted, distinct hashes of the runs of five words; a shorter text is one run.
+
+    A text of signs alone is one word: others of signs alone are no duplicates of it.
+    """
+    found = words(text) or [b"".join(text.lower().encode().split())]
     content = np.frombuffer(b" ".join([*found, b""]), np.uint8)
     ends = np.flatnonzero(content == ord(" ")) + 1  # of each word, with the space behind it
     starts = np.concatenate([np.zeros(1, ends.dtype), ends[:-1]])

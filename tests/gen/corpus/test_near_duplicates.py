@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gen.corpus.documents import CorpusConfig, build_documents, is_held_out, load_split
+from gen.corpus.documents import CorpusConfig, Document, build_documents, is_held_out, load_split
 from gen.corpus.near_duplicates import Shingles, find, shingles
 
 WORDS = [f"word{number}" for number in range(500)]
@@ -58,6 +58,7 @@ def as_said(text: str) -> set[str]:
     """What the hashes stand for: runs of five words."""
     sign = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
     found = re.findall(rf"{sign}|(?:(?!{sign})\w)+", text.lower())
+    found = found or [str(b"".join(text.lower().encode().split()))]
     return {" ".join(found[at : at + 5]) for at in range(max(1, len(found) - 4))}
 
 
@@ -74,6 +75,12 @@ def test_hashes_are_equal_where_runs_of_words_are(one: str, other: str) -> None:
     mine, theirs = shingles(one), shingles(other)
     assert len(mine) == len(as_said(one))
     assert len(np.intersect1d(mine, theirs)) == len(as_said(one) & as_said(other))
+
+
+def test_texts_of_signs_alone_are_duplicates_where_they_are_the_same() -> None:
+    documents = [Document(str(place), text) for place, text in enumerate(["* * *", "====", "🙂"])]
+    found = find(documents, [Document("a", "***"), Document("b", "....")], "report")
+    assert (found.held_out, found.training) == ({"a"}, {"0"})
 
 
 def test_the_table_of_hashes_forgets_none_and_knows_few_others() -> None:
