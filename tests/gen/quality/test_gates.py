@@ -14,6 +14,7 @@ from streaming import LocalDataset
 
 from gen.corpus.documents import Document
 from gen.corpus.tokenizer import TokenizerConfig, build_tokenizer
+from gen.generations.failures import Failures
 from gen.generations.store import Generation, GenerationStore
 from gen.megadocs.config import StreamConfig
 from gen.megadocs.progress import streams_status
@@ -380,6 +381,22 @@ def test_the_report_shows_counts_samples_and_examples(root: Path) -> None:
     again = root / "again.html"
     write_quality_report(store, documents, "h", STRICT, ReportConfig(), again)
     assert again.read_text() == page
+
+
+def test_the_report_says_what_could_not_be_made_and_why(root: Path) -> None:
+    store = GenerationStore.of_method(root, "rephrase", 3)
+    page = root / "rephrase.html"
+    arguments = (store, DOCUMENTS, "h", QualityConfig(), ReportConfig(), page)
+    write_quality_report(*arguments)
+    assert "No generation failed in the latest job." in page.read_text()
+    failures = Failures(store.folder, 0)
+    failures.add("d1", 2, "HTTP 500", "internal error")
+    failures.add("d2", 2, "empty", "an answer without text")
+    failures.add("d3", 2, "HTTP 500", "internal error")
+    failures.save()
+    write_quality_report(*arguments)
+    told = " ".join(page.read_text().split())
+    assert "Failed: 2 HTTP 500, 1 empty. d1#2: internal error; d2#2: an answer without" in told
 
 
 def test_a_reports_texts_are_those_of_their_rows(tmp_path: Path) -> None:
