@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -37,13 +38,15 @@ from gen.corpus.split import split_text
 from gen.generations.allocation import allotment
 from gen.generations.failures import Failures
 from gen.generations.sessions import Session
-from gen.generations.siblings import Siblings, Work
+from gen.generations.siblings import Sameness, Siblings, Work
 from gen.generations.store import Generation, GenerationStore, drop_leftovers, owns
 from gen.prompts import MethodConfig, sibling_seed
 from gen.serving.load import read_load
 from gen.serving.servers import GeneratorConfig, Servers
 from trainer.slurm_jobs import starts_in_vain
 from trainer.stop import SIGNALS, StopSignals, stopped
+
+logger = logging.getLogger(__name__)
 
 FLUSH_ROWS = 512
 LOOK_EVERY = 2.0  # seconds between looks at the servers' queues
@@ -82,6 +85,7 @@ class Job:
     stop: StopSignals
     unsaved: list[Generation] = field(default_factory=list)
     thinks: bool = False  # an answer ended before the model's thinking did
+    sameness: Sameness = field(default_factory=Sameness)
 
     async def run(self, works: list[Work]) -> None:
         """Generate everything in ``works``; failures of requests are collected, not raised.
@@ -282,6 +286,14 @@ class Job:
         method = self.method
         self.session.generations += 1
         self.session.completion_tokens += answer.completion_tokens or 0
+        if method.temperature and self.sameness.found(document.id, answer.text):
+            logger.warning(
+                f"{self.store.folder}: the server gives all siblings of a document the same text, "
+                f"whatever method.temperature={method.temperature:g} and the seed say, so that "
+                f"G={method.generations} are worth one. Delete that folder and ask for sampling in "
+                "the server's own way with generator.extra_body (transformers serve: "
+                "{generation_config: '{\"do_sample\": true}'})"
+            )
         self.unsaved.append(
             Generation(
                 document.id,

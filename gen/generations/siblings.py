@@ -13,6 +13,7 @@ from gen.corpus.documents import Document
 from gen.prompts import MethodConfig
 
 Fields = dict[str, str]  # of a prompt template
+COMPARED = 16  # siblings that must be the same text before a server is said not to sample
 
 
 @dataclass(frozen=True)
@@ -86,3 +87,25 @@ class Siblings:
                 "prompt too long",
             )
         return cut
+
+
+class Sameness:
+    """Whether all siblings are the same text, because the server does not sample.
+
+    Some servers take a temperature and a seed and decode greedily all the same.
+    """
+
+    def __init__(self) -> None:
+        self.first: dict[str, str] = {}  # text of each document's first generation
+        self.same = 0
+        self.over = False  # one was another text, or it was said
+
+    def found(self, document_id: str, text: str) -> bool:
+        """Note a generation; true once, where :data:`COMPARED` siblings were all the same."""
+        if self.over:
+            return False
+        first = self.first.setdefault(document_id, text)
+        if first is not text:
+            self.same += 1
+            self.over = first != text or self.same == COMPARED
+        return self.over and first == text

@@ -22,6 +22,7 @@ from gen.generations import job as generation
 from gen.generations.by_document import Generations
 from gen.generations.failures import all_failures
 from gen.generations.job import run_job
+from gen.generations.siblings import COMPARED, Sameness
 from gen.generations.status import status
 from gen.generations.store import GenerationStore
 from gen.prompts import MethodConfig
@@ -54,6 +55,20 @@ def test_failed_documents_are_reported_and_tried_again(
     config = GeneratorConfig("openai", urls=[server], model="another")
     with pytest.raises(ValueError, match="model: "):
         run_job(REPHRASE, config, DOCUMENTS, tokenizer, tmp_path, serving)
+
+
+def test_siblings_that_are_all_the_same_are_found_out_once() -> None:
+    sameness = Sameness()
+    for document in range(COMPARED):  # the first of a document is compared with nothing
+        assert not sameness.found(f"d{document}", f"text {document}")
+    found = [sameness.found(f"d{document}", f"text {document}") for document in range(COMPARED)]
+    assert found == [False] * (COMPARED - 1) + [True]
+    assert not sameness.found("d0", "text 0")
+    for differs in range(COMPARED):
+        sampled = Sameness()
+        sampled.found("d0", "text")
+        texts = ["another" if place == differs else "text" for place in range(2 * COMPARED)]
+        assert not any(sampled.found("d0", text) for text in texts)
 
 
 def test_raising_g_repeats_nothing(server: str, tokenizer: Tokenizer, tmp_path: Path) -> None:

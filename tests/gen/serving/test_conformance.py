@@ -57,7 +57,6 @@ GENERATED = (
     "vllm:generation_tokens_total",
     "llamacpp:tokens_predicted_total",
 )
-FULL_LENGTH = {"ignore_eos": True}  # a model may end its answer at any token
 
 
 def fresh_text(words: int) -> str:
@@ -95,7 +94,7 @@ def test_it_is_healthy_and_lists_its_model(target: Target) -> None:
 
 def test_an_answer_has_text_reason_and_counts(target: Target) -> None:
     answer = with_client(
-        target, lambda client: chat(client, "Tell me a long story.", 5), **FULL_LENGTH
+        target, lambda client: chat(client, "Tell me a long story.", 5), **target.full_length
     )
     assert answer.text
     assert answer.finish_reason == "length"
@@ -115,7 +114,7 @@ def test_plain_completions_without_a_chat_template(target: Target) -> None:
             seed=1,
         )
 
-    answer = with_client(target, plain, **FULL_LENGTH)
+    answer = with_client(target, plain, **target.full_length)
     assert answer.completion_tokens == 4
     assert answer.prompt_tokens < 10
 
@@ -135,7 +134,7 @@ def test_seeds_give_different_texts(target: Target) -> None:
     async def several(client: ChatClient) -> list[Completion]:
         return [await chat(client, "Write a sentence about a ship.", 16, seed) for seed in range(4)]
 
-    answers = with_client(target, several)
+    answers = with_client(target, several, **target.sample)
     assert len({answer.text for answer in answers}) > 1
 
 
@@ -186,7 +185,7 @@ def test_requests_that_are_given_up_stop_running(target: Target) -> None:
         return all(isinstance(answer, asyncio.CancelledError) for answer in answers)
 
     before = generated()
-    assert with_client(target, give_up, **FULL_LENGTH), "answered before they were given up"
+    assert with_client(target, give_up, **target.full_length), "answered before they were given up"
     while busy():
         time.sleep(3)  # llama.cpp looks after clients once it has answered nobody for a second
     assert generated() - before < 0.75 * count * room
