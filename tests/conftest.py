@@ -3,6 +3,7 @@
 import functools
 import logging.config
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,9 @@ from trainer.logs import LOGGING
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("random", deadline=None, print_blob=True)
 settings.load_profile("fixed")
+
+# In the background of a shell SIGINT is ignored, and would be by all programs that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parents[1]
 # Short documents and generations: the whole pipeline in seconds.
