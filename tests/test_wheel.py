@@ -220,6 +220,7 @@ def test_a_word_that_is_no_program(installed: Environment, tmp_path: Path) -> No
     assert "usage: megadocs {generate,train,evaluate,report}" in said
 
 
+@pytest.mark.slow
 def test_an_editable_installation_adds_one_name(tmp_path: Path) -> None:
     environment = Environment(tmp_path / "venv")
     environment.pip("install", "--no-deps", "--no-build-isolation", "--editable", REPOSITORY)

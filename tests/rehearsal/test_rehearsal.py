@@ -122,6 +122,7 @@ def test_every_way_to_take_a_step(
     check(found)
 
 
+@pytest.mark.slow
 def test_no_kernel_is_compiled_again_for_another_size() -> None:
     """Three head shapes, five packs, three numbers of rows: a variant a head shape, and another of
     the kernel that also adds to dQ."""

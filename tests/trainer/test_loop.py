@@ -233,6 +233,7 @@ def test_the_environment_is_known_without_git(monkeypatch: pytest.MonkeyPatch) -
         OptimizerConfig(averaging=Averaging.swa, schedule=ScheduleKind.wsd),
     ],
 )
+@pytest.mark.slow
 def test_every_way_to_optimise_learns_and_resumes_to_the_bit(
     corpus_root: Path, tmp_path: Path, optimizer: OptimizerConfig
 ) -> None:

@@ -59,6 +59,7 @@ def nemotron(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_nemotron_cc_becomes_a_corpus_and_a_store_for_each_style(
     tmp_path: Path, nemotron: Path
 ) -> None:

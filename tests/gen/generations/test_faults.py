@@ -175,6 +175,7 @@ def test_a_job_behind_a_bad_network_ends_complete(
 
 
 @pytest.mark.parametrize("siblings", [1, 3])
+@pytest.mark.slow
 def test_a_document_that_kills_servers_is_given_up_and_the_others_are_not(
     server: str,
     tokenizer: Tokenizer,

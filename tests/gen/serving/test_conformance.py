@@ -191,6 +191,7 @@ def test_requests_that_are_given_up_stop_running(target: Target) -> None:
     assert generated() - before < 0.75 * count * room
 
 
+@pytest.mark.slow
 def test_the_prompts_of_siblings_come_from_the_cache(target: Target, tmp_path: Path) -> None:
     """The goal for rephrases: at least 0.97 (G - 1) / G of all prompt tokens."""
     generations = 8

@@ -168,6 +168,7 @@ def one_pass_that_loses_a_part(*arguments: Any, **options: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("one_pass", [one_pass_backward, one_pass_that_loses_a_part])
+@pytest.mark.slow
 def test_the_self_check_judges_both_passes_in_bf16(
     modelled: Model, one_pass: Callable[..., list[Tensor]]
 ) -> None:

@@ -50,6 +50,7 @@ def test_interpreted(check: str) -> None:
 @pytest.mark.parametrize(
     ("architecture", "size", "group"), [("sm_80", 128, 1), ("sm_90", 64, 2), ("sm_120", 96, 1)]
 )
+@pytest.mark.slow
 def test_interpreted_at_the_tile_sizes_of_a_gpu(
     architecture: str, size: int, group: int, request: pytest.FixtureRequest
 ) -> None:

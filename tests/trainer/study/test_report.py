@@ -241,6 +241,7 @@ def test_every_figure_of_the_paper_is_drawn(study: Path, tmp_path: Path) -> None
     assert row["real tokens seen"] == f"{8 * REAL_TOKENS + 48 * REAL_TOKENS // 10:,}"
 
 
+@pytest.mark.slow
 def test_data_efficiency_in_one_command(study: Path) -> None:
     done = run_script("report.py", "question=data_efficiency", f"runs={study}")
     found = re.findall(
