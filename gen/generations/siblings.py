@@ -14,6 +14,7 @@ from gen.prompts import MethodConfig
 
 Fields = dict[str, str]  # of a prompt template
 COMPARED = 16  # siblings that must be the same text before a server is said not to sample
+REMEMBERED = 256  # documents whose first generation others are compared with
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,11 @@ class Sameness:
         """Note a generation; true once, where :data:`COMPARED` siblings were all the same."""
         if self.over:
             return False
-        first = self.first.setdefault(document_id, text)
-        if first is not text:
-            self.same += 1
-            self.over = first != text or self.same == COMPARED
-        return self.over and first == text
+        if document_id not in self.first:
+            if len(self.first) < REMEMBERED:
+                self.first[document_id] = text
+            return False
+        differs = self.first[document_id] != text
+        self.same += 1
+        self.over = differs or self.same == COMPARED
+        return self.over and not differs

@@ -22,7 +22,7 @@ from gen.generations import job as generation
 from gen.generations.by_document import Generations
 from gen.generations.failures import all_failures
 from gen.generations.job import run_job
-from gen.generations.siblings import COMPARED, Sameness
+from gen.generations.siblings import COMPARED, REMEMBERED, Sameness
 from gen.generations.status import status
 from gen.generations.store import GenerationStore
 from gen.prompts import MethodConfig
@@ -64,6 +64,9 @@ def test_siblings_that_are_all_the_same_are_found_out_once() -> None:
     found = [sameness.found(f"d{document}", f"text {document}") for document in range(COMPARED)]
     assert found == [False] * (COMPARED - 1) + [True]
     assert not sameness.found("d0", "text 0")
+    alone = Sameness()  # one generation a document: nothing to compare, and not all to be kept
+    assert not any(alone.found(f"d{place}", "text") for place in range(REMEMBERED + 5))
+    assert len(alone.first) == REMEMBERED
     for differs in range(COMPARED):
         sampled = Sameness()
         sampled.found("d0", "text")
