@@ -94,7 +94,7 @@ def check_members(runs: Sequence[str | Path], validation: str | None) -> TrainCo
     if not runs:
         raise ValueError("runs=[] names no run to evaluate")
     check_distinct(runs)
-    configs = [load_config(newest_checkpoint(run).parent.parent / "config.yaml") for run in runs]
+    configs = [config_of(run) for run in runs]
     path = held_out_path(configs[0], validation)
     manifest = read_stream_manifest(path)
     for run, config in zip(runs, configs, strict=True):
@@ -103,12 +103,24 @@ def check_members(runs: Sequence[str | Path], validation: str | None) -> TrainCo
     return configs[0]
 
 
+def config_of(run: str | Path) -> TrainConfig:
+    """Of a run, or of the run that a checkpoint is of."""
+    return load_config(newest_checkpoint(run).parent.parent / "config.yaml")
+
+
 def describe_overlap(run: str | Path, config: TrainConfig, validation: str | None) -> str | None:
-    """A warning where a run may know the documents it is evaluated on from its training."""
+    """A warning where a run may know the documents it is evaluated on from its training.
+
+    Args:
+        run: a member.
+        config: of the first one, which says where the held-out stream lies.
+        validation: its name or folder; None: the one that was held out.
+    """
     name = validation or config.data.validation
     inputs = read_progress(newest_checkpoint(run)).inputs
     now = read_stream_manifest(held_out_path(config, validation)).content_sha256
-    for trained in filter(None, (config.recipe.real_stream, config.recipe.synthetic)):
+    recipe = config_of(run).recipe
+    for trained in filter(None, (recipe.real_stream, recipe.synthetic)):
         if inputs.get(trained) == now:
             return f"{run} was trained on {name}: its loss there says nothing about other text"
     if name == config.data.validation and inputs.get(name, now) != now:

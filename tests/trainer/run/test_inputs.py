@@ -207,6 +207,12 @@ def test_documents_that_a_run_may_know_are_said_before_it_is_evaluated(
     assert "trained on" not in caplog.text
     evaluate(EvaluateConfig(runs=[str(run)], sets=["real"]))
     assert f"{run} was trained on real: its loss there says nothing" in caplog.text
+    make_stream("simple-g2", LENGTHS, shift=2)
+    mixed = replace(settings.recipe, stream="simple", generations=2, mixing_fraction=0.5)
+    second = replace(settings, recipe=mixed)
+    train(second)
+    evaluate(EvaluateConfig(runs=[str(run), str(run_dir_of(second))], sets=["simple-g2"]))
+    assert f"{run_dir_of(second)} was trained on simple-g2" in caplog.text  # the first was not
     make_stream("val", LENGTHS, shift=1)  # another split of the same corpus, perhaps
     evaluate(EvaluateConfig(runs=[str(run)]))
     assert f"streams/val is not what {run} held out" in caplog.text
