@@ -16,10 +16,10 @@ token budget takes, are of all parts. The documentation is under the PSF License
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -95,7 +95,14 @@ def documents(folder: Path) -> list[dict[str, str]]:
 
 def main() -> None:
     """Print the documents below the folder that the command line names."""
-    for document in documents(Path(sys.argv[1])):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="with .rst.txt files, at any depth")
+    folder = parser.parse_args().folder
+    if not (found := documents(folder)):
+        parser.error(f"{folder} holds no .rst.txt files with sections of prose")
+    for document in found:
         print(json.dumps(document, ensure_ascii=False))
 
 
