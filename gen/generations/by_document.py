@@ -59,7 +59,12 @@ class Generations:
             )
         self.found = np.bincount(self.places, minlength=len(documents))
         self.starts = np.concatenate(([0], self.found.cumsum()))
-        self.count = int(self.counts.max(initial=0))  # the largest G
+        self.allotted = not isinstance(counts, int)  # documents may have different G
+        if isinstance(counts, int):
+            self.count = self.mean = counts
+        else:
+            self.count = int(counts.max(initial=0))  # the largest G
+            self.mean = int(counts.sum()) // max(1, len(counts))
         self.where = where
         self.may_lack = may_lack
         self.kept = np.ones(len(self.rows), dtype=bool)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -363,11 +364,6 @@ class DocumentPlaces:
         return np.array(found.to_numpy(zero_copy_only=False), dtype=np.int32)
 
 
-def places_of(rows: pa.Table, documents: Sequence[Document]) -> NDArray[np.int32]:
-    """:meth:`DocumentPlaces.of` for one table."""
-    return DocumentPlaces(documents).of(rows)
-
-
 def numbers_of(part: Path) -> tuple[int, int, int]:
     """Writer, first and last number of a part from its name."""
     writer, *numbers = (int(piece) for piece in part.stem.split("-")[1:])
@@ -418,6 +414,25 @@ def batches_of(part: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
         raise
     except (pa.ArrowInvalid, OSError) as error:
         raise corrupted(part, error) from error
+
+
+def by_part(
+    rows: NDArray[np.integer[Any]], starts: NDArray[np.integer[Any]]
+) -> Iterator[tuple[int, NDArray[np.integer[Any]]]]:
+    """The parts that some rows lie in, each with the places of its own in ``rows``.
+
+    Args:
+        rows: numbers counted through all parts, in any order: int ``[R]``.
+        starts: the first row of each part, and how many there are: int ``[parts + 1]``.
+
+    Yields:
+        A part and places, by ascending row.
+    """
+    order = np.argsort(rows)
+    borders = np.searchsorted(rows, starts.astype(rows.dtype), sorter=order).tolist()
+    for part, (start, end) in enumerate(itertools.pairwise(borders)):
+        if start < end:
+            yield part, order[start:end]
 
 
 def texts_of_part(part: Path, rows: NDArray[np.integer[Any]]) -> list[str]:

@@ -75,7 +75,6 @@ def missing_of(
         tokenizer: where generations are thoughts: short documents have fewer cuts than G.
     """
     wanted, missing = 0, []
-    mean = round(generations.counts.mean())
     for place, (document, count) in enumerate(
         zip(documents, generations.counts.tolist(), strict=True)
     ):
@@ -86,12 +85,12 @@ def missing_of(
             made = generations.made_indices(place)
             missing += [(document.id, index) for index in range(count) if index not in made]
     if not missing:
-        return Missing(generations.where, mean, 0, wanted)
+        return Missing(generations.where, generations.mean, 0, wanted)
     reasons = reasons_of(missing, all_failures(store.folder))
     lacking = {document_id for document_id, _ in missing}
     return Missing(
         generations.where,
-        mean,
+        generations.mean,
         len(missing),
         wanted,
         len(lacking),

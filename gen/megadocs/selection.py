@@ -101,12 +101,14 @@ def select_generations(
     work: Work | None,
 ) -> dict[str, Any]:
     """Drop what the quality gates say from ``generations``; returns the counts for the manifest."""
-    same = bool((generations.counts == generations.count).all())
+    allotted = generations.allotted
     table = quality_table(
-        store, documents, documents_hash, quality.processes, work, with_documents=not same
+        store, documents, documents_hash, quality.processes, work, with_documents=allotted
     )
-    if not same or (pc.max(table["index"]).as_py() or 0) >= generations.count:
+    if allotted:
         table = table.filter(pc.less(table["index"], limits(generations, table, documents)))
+    elif (pc.max(table["index"]).as_py() or 0) >= generations.count:
+        table = table.filter(pc.less(table["index"], generations.count))
     columns = columns_of(table)
     failed = gates(columns, quality)
     selection = select(failed, quality)
@@ -124,10 +126,8 @@ def select_generations(
     }
 
 
-def limits(generations: Generations, table: pa.Table, documents: list[Document]) -> pa.Array | int:
-    """G of the document of each row of a table; one number where all have the same."""
-    if (generations.counts == generations.count).all():
-        return generations.count
+def limits(generations: Generations, table: pa.Table, documents: list[Document]) -> pa.Array:
+    """G of the document of each row of a table."""
     ids = pa.array([document.id for document in documents])
     places = pc.index_in(table["document_id"], ids).to_numpy()
     return pa.array(generations.counts[places])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer
 
 from gen.corpus.documents import Document
 from gen.generations.by_document import Generations
-from gen.generations.store import texts_of_part
+from gen.generations.store import by_part, texts_of_part
 from gen.megadocs.assembly import Layout
 from gen.megadocs.encoding import Encoding
 from gen.megadocs.texts import keys_of_edited, keys_of_part
@@ -105,13 +104,7 @@ class GenerationTexts:
         self, positions: NDArray[np.integer[Any]]
     ) -> Iterator[tuple[int, NDArray[np.integer[Any]]]]:
         """Which of some positions are in each part, in the order of their rows there."""
-        rows = self.generations.rows[positions]
-        order = np.argsort(rows)
-        starts = self.generations.part_starts.astype(rows.dtype)
-        borders = np.searchsorted(rows, starts, sorter=order).tolist()
-        for part, (start, end) in enumerate(itertools.pairwise(borders)):
-            if start < end:
-                yield part, order[start:end]
+        return by_part(self.generations.rows[positions], self.generations.part_starts)
 
     def units(self, store: TokenStore, positions: NDArray[np.integer[Any]]) -> Iterator[Unit]:
         """Work that tokenizes some of the generations."""

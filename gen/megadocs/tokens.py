@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 
 from gen.corpus.split import starts_in
 from gen.corpus.tokenizer import encode, plain
+from gen.generations.store import by_part
 from trainer.files import hash_file, is_whole, replace_file, sha256, write_hash
 
 logger = logging.getLogger(__name__)
@@ -202,24 +203,20 @@ class TokenStore:
         Raises:
             DamagedTokensError: a part is not what it was.
         """
-        order = np.argsort(texts)
-        borders = np.searchsorted(texts, self.part_texts, sorter=order).tolist()
-        for part, (start, end) in enumerate(itertools.pairwise(borders)):
-            if start < end:
-                table = self.read_keys(self.parts[part].with_suffix(".keys"))
-                if table is None:
-                    raise DamagedTokensError(
-                        f"{self.parts[part]} was damaged and is removed: run the same command "
-                        "again, which tokenizes its texts anew"
-                    )
-                own = order[start:end]
-                within = texts[own] - self.part_texts[part]
-                counts = table["count"].to_numpy()
-                spans.part[where[own]] = parts + part
-                spans.first[where[own]] = (counts.cumsum(dtype=np.int64) - counts)[within]
-                spans.count[where[own]] = counts[within]
-                spans.text_bytes[where[own]] = table["text_bytes"].to_numpy()[within]
-                spans.checksum[where[own]] = table["checksum"].to_numpy()[within]
+        for part, own in by_part(texts, self.part_texts):
+            table = self.read_keys(self.parts[part].with_suffix(".keys"))
+            if table is None:
+                raise DamagedTokensError(
+                    f"{self.parts[part]} was damaged and is removed: run the same command again, "
+                    "which tokenizes its texts anew"
+                )
+            within = texts[own] - self.part_texts[part]
+            counts = table["count"].to_numpy()
+            spans.part[where[own]] = parts + part
+            spans.first[where[own]] = (counts.cumsum(dtype=np.int64) - counts)[within]
+            spans.count[where[own]] = counts[within]
+            spans.text_bytes[where[own]] = table["text_bytes"].to_numpy()[within]
+            spans.checksum[where[own]] = table["checksum"].to_numpy()[within]
 
 
 class IdReader:

@@ -27,6 +27,7 @@ from gen.generations.by_document import KEY_COLUMNS
 from gen.generations.store import (
     DocumentPlaces,
     GenerationStore,
+    by_part,
     read_part,
     texts_of_part,
 )
@@ -257,12 +258,8 @@ class StoredRows:
         self, rows: NDArray[np.integer[Any]]
     ) -> Iterator[tuple[Path, NDArray[np.integer[Any]], NDArray[np.integer[Any]]]]:
         """Rows in each part, ascending, and where each of them stands in ``rows``."""
-        order = np.argsort(rows)
-        borders = np.searchsorted(rows[order], self.part_starts).tolist()
-        for part, (start, end) in enumerate(itertools.pairwise(borders)):
-            if start < end:
-                own = order[start:end]
-                yield self.parts[part], rows[own] - self.part_starts[part], own
+        for part, own in by_part(rows, self.part_starts):
+            yield self.parts[part], rows[own] - self.part_starts[part], own
 
     def texts(self, rows: NDArray[np.integer[Any]]) -> dict[int, str]:
         """The texts of some rows, a part after the other."""

@@ -74,7 +74,7 @@ class Scores:
     @property
     def has_members(self) -> bool:
         """Whether the documents are megadocs of several members."""
-        return len(self.stream.member_lengths) > len(self.stream)
+        return self.stream.has_members
 
     def member_kinds_and_styles(
         self, documents: NDArray[np.int64], positions: NDArray[np.int64]
